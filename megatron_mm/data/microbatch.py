@@ -1,0 +1,78 @@
+"""What one microbatch is: Python values that every pipeline stage knows, and tensors that only some stages read.
+
+A microbatch is `num_rows` samples of `row_length` tokens. A sample (row) is a pack of whole documents; a document is
+a text with its media. Text attends to its own document and that document's media only, and no document crosses a row.
+Media of the whole microbatch are listed once, in order of rows, and rows name them by slot.
+
+Shape suffixes: R rows, T tokens of a row, I images and frames of the microbatch, K image slots of a row,
+A sounds of the microbatch, J sound slots of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+
+#: Fields that every stage has; the others are read only by the chunks whose nodes consume them.
+ALWAYS_READ = frozenset({"position_ids_RT", "document_ids_RT", "image_slots_RK", "image_slot_documents_RK",
+                         "sound_slots_RJ", "sound_slot_documents_RJ", "loss_mask_RT"})
+
+
+@dataclass(frozen=True)
+class MicrobatchPlan:
+    """Counts and sizes, the same on every stage and known before any tensor exists."""
+
+    num_rows: int
+    row_length: int
+    num_images: int
+    """Images and video frames in `images`; at least 1 (an unreferenced zero image stands in where there are none)."""
+    num_sounds: int
+    """Sounds in `sounds`; at least 1, in the same way."""
+    image_slots: int
+    """K: image slots of a row, the largest count of any row of the microbatch, at least 1."""
+    sound_slots: int
+    """J: sound slots of a row, at least 1."""
+    one_document_per_row: bool
+    """No row has a second document: causal attention then needs no mask."""
+    max_document_length: int
+    """Tokens of the longest document."""
+
+
+@dataclass
+class Microbatch:
+    """One microbatch on one process. A field that this process does not read is None."""
+
+    plan: MicrobatchPlan
+    document_ids_RT: torch.Tensor
+    """Number of the document within its row, from 0; -1 on padding. int64."""
+    position_ids_RT: torch.Tensor
+    """Position within the document, from 0. int64."""
+    loss_mask_RT: torch.Tensor
+    """1 where the label counts: not the end of a document, padding, a prompt or a media placeholder. float32."""
+    image_slots_RK: torch.Tensor
+    """Index into `images` of each slot; -1 for an empty slot. int64."""
+    image_slot_documents_RK: torch.Tensor
+    """Document of each slot; -2 for an empty slot. int64."""
+    sound_slots_RJ: torch.Tensor
+    sound_slot_documents_RJ: torch.Tensor
+    tokens_RT: torch.Tensor | None = None
+    """int64."""
+    labels_RT: torch.Tensor | None = None
+    """The next token of the same document, 0 where there is none. int64."""
+    images_ICHW: torch.Tensor | None = None
+    """Normalised images and frames, float32, [I, 3, image_size, image_size]."""
+    image_frames_I: torch.Tensor | None = None
+    """Frame number within its video, from 0; -1 for a still image. int64."""
+    sounds_AMF: torch.Tensor | None = None
+    """Log-mel spectrograms, float32, [A, num_mel_bins, num_frames]."""
+    sample_ids: list[str] = field(default_factory=list)
+    """Ids of the documents, for reports. Never read by a forward pass."""
+
+    def to(self, device: torch.device | str) -> Microbatch:
+        """The same microbatch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return Microbatch(**moved)

@@ -1,0 +1,37 @@
+"""Package metadata. Each requirement says why it is there."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_mm",
+    version="0.1.0",
+    description="Pretraining of multimodal models (text, images, video, audio) on megatron-core, from a laptop to a cluster",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
+    package_data={"megatron_mm": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",  # tensors, autograd, collectives
+        "megatron-core>=0.16.1,<0.17",  # parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards
+        "psutil",  # dist_checkpointing imports it without declaring it
+        "numpy",  # shards, spectrogram filters, sample order
+        "pydantic>=2.7",  # typed recipes: errors that name the field
+        "tyro>=1.0",  # command lines from the typed tree
+        "pyyaml",  # recipes
+        "sentencepiece",  # tokenizers, in training and in exported models
+        "safetensors",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
+        "transformers>=5.0,<6",  # configuration, tokenizer and generation of exported models
+        "pillow",  # image decoding
+        "av",  # video decoding
+        "soundfile",  # sound decoding (wav, flac, ogg, mp3)
+        "soxr",  # resampling
+        "tqdm",  # progress bars
+        "tensorboard",  # event files
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7"],  # layers and attention on CUDA
+        "evaluation": ["pycocoevalcap"],  # CIDEr (needs a Java runtime for its tokenizer)
+        "plot": ["matplotlib"],  # loss curves
+        "wandb": ["wandb"],  # experiment tracking
+        "test": ["pytest", "ruff", "scipy", "pycocoevalcap", "matplotlib"],
+    },
+)
