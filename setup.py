@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="megatron_mm",
     version="0.1.0",
-    description="Pretraining of multimodal models (text, images, video, audio) on megatron-core, from a laptop to a cluster",
+    description="Pretraining of multimodal models on megatron-core, from a laptop to a cluster",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
     package_data={"megatron_mm": ["recipes/*.yaml"]},

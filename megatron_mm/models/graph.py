@@ -1,0 +1,204 @@
+"""A system is an ordered list of nodes over named streams; everything else about its pipeline follows from the list.
+
+A node reads streams, writes streams and builds one module. Nodes run in order; a stream may be rewritten (each decoder
+layer reads and writes `text`). Losses end the graph. From this the partitioner knows costs, a pipeline cut knows which
+streams cross it (`Graph.live`), the loader knows which fields a chunk reads, and gradients are known to stop at frozen
+nodes (`Graph.carries_gradient`). Nothing here knows about processes or about any system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Sizes of the parallel groups, with whether text is sequence-parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """Pipeline chunks in all."""
+        return self.pp * self.vpp
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A named tensor that flows between nodes.
+
+    Attributes:
+        shape: full shape for a microbatch plan; dimension 0 is the one that is sharded, if any is.
+        layout: `sequence` is sharded on dimension 0 over context parallel, and over tensor parallel under sequence
+            parallelism; `replicated` is whole on every process.
+        dtype: None for the precision of the layers; torch.float32 where rounding would change the result.
+    """
+
+    name: str
+    shape: Callable[[MicrobatchPlan], tuple[int, ...]]
+    layout: Literal["sequence", "replicated"] = "replicated"
+    dtype: torch.dtype | None = None
+
+    def local_shape(self, plan: MicrobatchPlan, sizes: ParallelSizes) -> tuple[int, ...]:
+        """Shape on one process.
+
+        Raises:
+            ValueError: the sharded dimension does not divide.
+        """
+        shape = self.shape(plan)
+        if self.layout == "replicated":
+            return shape
+        parts = sizes.cp * (sizes.tp if sizes.sequence_parallel else 1)
+        if shape[0] % parts:
+            raise ValueError(f"stream {self.name}: {shape[0]} positions do not divide over {parts} processes")
+        return (shape[0] // parts, *shape[1:])
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one application of a node costs for one microbatch, over all tensor- and context-parallel processes."""
+
+    parameters: int
+    """Parameters of the whole node."""
+    forward_flops: float = 0.0
+    """Floating-point operations of the forward pass (a multiply-add is two)."""
+    activation_bytes: float = 0.0
+    """Bytes kept for the backward pass at two bytes a value, without recomputation."""
+
+
+class ForwardContext:
+    """What the nodes of a chunk share while one microbatch passes: the batch, and values derived from it once.
+
+    Nothing of a microbatch is module state, because recomputation of one microbatch follows the forward of a later one.
+    """
+
+    def __init__(self, batch: Microbatch) -> None:
+        self.batch = batch
+        self._derived: dict[str, Any] = {}
+
+    def derived(self, key: str, make: Callable[[Microbatch], Any]) -> Any:
+        """`make(batch)`, computed at the first call with this key."""
+        if key not in self._derived:
+            self._derived[key] = make(self.batch)
+        return self._derived[key]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One piece of the model that is never cut.
+
+    Attributes:
+        name: prefix of the parameter names and checkpoint keys, the same in every layout.
+        build: makes the module. It is called as `module(*streams_read, context)`, with the streams in the order of
+            `reads` and a ForwardContext, and returns one tensor, or a tuple in the order of `writes`.
+        reads: names of streams.
+        writes: streams.
+        cost: NodeCost for a plan.
+        fields: fields of Microbatch that the module reads beyond those that every stage has.
+        trainable: False freezes it: no gradients, evaluation mode, outside DDP and optimizer.
+        recomputable: a layer that full recomputation runs again in the backward pass.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    reads: tuple[str, ...]
+    writes: tuple[Stream, ...]
+    cost: Callable[[MicrobatchPlan], NodeCost]
+    fields: frozenset[str] = frozenset()
+    trainable: bool = True
+    recomputable: bool = False
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A term of the objective, computed on the last stage.
+
+    Attributes:
+        compute: `compute(*streams_read, context, count)` returns the *sum* of the term over this process's share of
+            the microbatch, as a scalar; `count` is what the sum is divided by over the whole global batch.
+        count: number of things (tokens, pairs, patches) of a microbatch on one process's rows, as a float tensor.
+        sharded: each context-parallel process returns its part of the sum (True) or all of it (False).
+    """
+
+    name: str
+    compute: Callable[..., torch.Tensor]
+    count: Callable[[Microbatch], torch.Tensor]
+    reads: tuple[str, ...]
+    weight: float = 1.0
+    sharded: bool = True
+    fields: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The nodes and losses of a system, checked.
+
+    Raises:
+        ValueError: a repeated name, or a stream that is read before anything writes it.
+    """
+
+    nodes: Sequence[Node]
+    losses: Sequence[Loss]
+    streams: dict[str, Stream] = field(init=False)
+    carries_gradient: dict[tuple[int, str], bool] = field(init=False)
+    """(position, stream): whether the stream, as it is before node `position`, depends on a trainable parameter."""
+
+    def __post_init__(self) -> None:
+        streams: dict[str, Stream] = {}
+        gradient: dict[tuple[int, str], bool] = {}
+        current: dict[str, bool] = {}
+        names: set[str] = set()
+        for position, node in enumerate(self.nodes):
+            if node.name in names:
+                raise ValueError(f"two nodes are named {node.name!r}")
+            names.add(node.name)
+            gradient.update({(position, name): value for name, value in current.items()})
+            for name in node.reads:
+                if name not in streams:
+                    raise ValueError(f"node {node.name!r} reads stream {name!r}, which no earlier node writes")
+            learns = node.trainable or any(current[name] for name in node.reads)
+            for stream in node.writes:
+                known = streams.setdefault(stream.name, stream)
+                if (known.layout, known.dtype) != (stream.layout, stream.dtype):
+                    raise ValueError(f"node {node.name!r} writes stream {stream.name!r} in another layout or dtype")
+                current[stream.name] = learns
+        gradient.update({(len(self.nodes), name): value for name, value in current.items()})
+        for loss in self.losses:
+            for name in loss.reads:
+                if name not in streams:
+                    raise ValueError(f"loss {loss.name!r} reads stream {name!r}, which no node writes")
+        object.__setattr__(self, "streams", streams)
+        object.__setattr__(self, "carries_gradient", gradient)
+
+    def live(self, position: int) -> list[Stream]:
+        """Streams that cross a cut just before node `position`: written earlier, read there or later, in name order."""
+        written = {stream.name for node in self.nodes[:position] for stream in node.writes}
+        wanted: set[str] = {name for loss in self.losses for name in loss.reads}
+        for node in reversed(self.nodes[position:]):
+            wanted -= {stream.name for stream in node.writes}
+            wanted |= set(node.reads)
+        return [self.streams[name] for name in sorted(written & wanted)]
+
+    def fields(self, start: int, stop: int) -> frozenset[str]:
+        """Microbatch fields that nodes start … stop-1 read, with the losses' if they end the graph."""
+        read = [node.fields for node in self.nodes[start:stop]]
+        if stop == len(self.nodes):
+            read += [loss.fields for loss in self.losses]
+        return frozenset().union(*read)
