@@ -189,12 +189,12 @@ class Graph:
 
     def live(self, position: int) -> list[Stream]:
         """Streams that cross a cut just before node `position`: written earlier, read there or later, in name order."""
-        written = {stream.name for node in self.nodes[:position] for stream in node.writes}
+        written = {stream.name: stream for node in self.nodes[:position] for stream in node.writes}
         wanted: set[str] = {name for loss in self.losses for name in loss.reads}
         for node in reversed(self.nodes[position:]):
             wanted -= {stream.name for stream in node.writes}
             wanted |= set(node.reads)
-        return [self.streams[name] for name in sorted(written & wanted)]
+        return [written[name] for name in sorted(written.keys() & wanted)]
 
     def fields(self, start: int, stop: int) -> frozenset[str]:
         """Microbatch fields that nodes start … stop-1 read, with the losses' if they end the graph."""
