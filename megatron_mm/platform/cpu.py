@@ -1,0 +1,169 @@
+"""megatron-core without CUDA: the one place that redirects anything of torch or megatron-core.
+
+megatron-core allocates on the current CUDA device, keeps CUDA random states, compares tensor types with CUDA strings and
+synchronises streams. `apply()` points these at the CPU (or at the meta device, for the dry run). It is called once at
+start-up, and only where CUDA is absent; on a CUDA machine nothing here runs. `REDIRECTIONS` lists what is redirected
+and why. A megatron-core release that was not tried is refused, because a redirection that silently misses is worse than
+a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: Releases of megatron-core on which the redirections were tried.
+KNOWN_RELEASES = ("0.16.1",)
+
+#: What is redirected, and why.
+REDIRECTIONS: dict[str, str] = {
+    "torch.cuda.current_device": "megatron-core allocates communication buffers there",
+    "torch.cuda.synchronize, empty_cache, set_device, reset_peak_memory_stats": "nothing to do on a CPU",
+    "torch.cuda.Stream, Event, stream, current_stream, default_stream": "inert: one queue only",
+    "torch.cuda.manual_seed, get_rng_state, set_rng_state": "dropout draws from the CPU generator",
+    "torch.empty, zeros, ones, full, tensor, arange and *_like": "device='cuda' is written out in schedules and optimizer",
+    "torch.Tensor.cuda, torch.nn.Module.cuda": "return the object itself",
+    "torch.Tensor.type": "the optimizer and clipping compare it with 'torch.cuda.FloatTensor'",
+    "megatron.core.tensor_parallel.random._get/_set_cuda_rng_state": "recomputation restores the CPU generator",
+    "megatron.core.jit": "torch.compile of small fused functions costs minutes and gains nothing here",
+    "megatron.core.pipeline_parallel.p2p_communication": "gloo matches messages by order: tags tell directions apart",
+}
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like", "full_like")
+_device: torch.device | None = None
+
+
+def is_applied() -> bool:
+    """Whether this process runs on the redirected platform."""
+    return _device is not None
+
+
+def device() -> torch.device:
+    """Where megatron-core allocates on this platform."""
+    assert _device is not None, "the CPU platform is not applied"
+    return _device
+
+
+def set_device(target: str) -> None:
+    """Moves new allocations to `cpu` or `meta` (the dry run)."""
+    global _device
+    _device = torch.device(target)
+
+
+def apply() -> None:
+    """Redirects torch and megatron-core to the CPU. A second call does nothing.
+
+    Raises:
+        RuntimeError: a megatron-core release that was not tried.
+    """
+    if is_applied():
+        return
+    release = importlib.metadata.version("megatron-core")
+    if release not in KNOWN_RELEASES:
+        raise RuntimeError(
+            f"the CPU platform was not tried with megatron-core {release}; install one of: {', '.join(KNOWN_RELEASES)}"
+        )
+    set_device("cpu")
+    _redirect_torch()
+    import megatron.core.jit as megatron_jit
+
+    megatron_jit.disable_jit_fuser()  # before any module decorates a function with it
+    _redirect_megatron()
+
+
+class _Inert:
+    """A stream or an event: accepts every call and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _names_cuda(target: Any) -> bool:
+    if isinstance(target, bool) or target is None:
+        return False
+    return isinstance(target, int) or str(target).startswith("cuda")
+
+
+def _on_platform(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = _device
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _redirect_torch() -> None:
+    cuda = torch.cuda
+    cuda.current_device = device
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        setattr(cuda, name, _nothing)
+    cuda.Stream = cuda.Event = _Inert
+    cuda.current_stream = cuda.default_stream = _Inert
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.manual_seed = torch.default_generator.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_platform(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    plain_type = torch.Tensor.type
+
+    def type_like_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return plain_type(self, *args, **kwargs)
+        return plain_type(self).replace("torch.", "torch.cuda.", 1).replace("cuda.cuda.", "cuda.")
+
+    torch.Tensor.type = type_like_cuda
+
+
+def _redirect_megatron() -> None:
+    from megatron.core.pipeline_parallel import p2p_communication
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    p2p_communication._p2p_ops = _tagged_p2p_ops
+
+
+def _tagged_p2p_ops(
+    *,
+    tensor_send_prev: torch.Tensor | None,
+    tensor_recv_prev: torch.Tensor | None,
+    tensor_send_next: torch.Tensor | None,
+    tensor_recv_next: torch.Tensor | None,
+    group: torch.distributed.ProcessGroup,
+    prev_pipeline_rank: int,
+    next_pipeline_rank: int,
+) -> dict[str, torch.distributed.Work]:
+    """Point-to-point of the schedules with one tag for activations and one for gradients.
+
+    With two stages and an interleaved schedule, the previous and the next stage are the same process, and gloo would
+    match an activation with a gradient.
+    """
+    activations, gradients = 1, 2
+    wanted = {
+        "send_next": (torch.distributed.isend, tensor_send_next, next_pipeline_rank, activations),
+        "recv_prev": (torch.distributed.irecv, tensor_recv_prev, prev_pipeline_rank, activations),
+        "send_prev": (torch.distributed.isend, tensor_send_prev, prev_pipeline_rank, gradients),
+        "recv_next": (torch.distributed.irecv, tensor_recv_next, next_pipeline_rank, gradients),
+    }
+    return {
+        name: start(tensor, peer, group=group, tag=tag)
+        for name, (start, tensor, peer, tag) in wanted.items()
+        if tensor is not None
+    }

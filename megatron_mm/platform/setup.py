@@ -1,0 +1,91 @@
+"""Start-up of a process: device, process group, megatron-core's parallel groups and random seeds.
+
+`initialize` is the only door: it applies the CPU platform where CUDA is absent, reads torchrun's environment (or makes a
+world of one), and creates the groups for a layout. Everything later asks megatron-core's parallel_state.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.platform import cpu
+
+
+def apply_platform() -> torch.device:
+    """Chooses the device of this process, redirecting megatron-core where there is no CUDA."""
+    if torch.cuda.is_available() and not cpu.is_applied():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    cpu.apply()
+    return cpu.device()
+
+
+def world_size() -> int:
+    """Processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(sizes: ParallelSizes, seed: int, timeout_minutes: float = 10.0) -> torch.device:
+    """Joins the process group, creates the parallel groups and seeds dropout.
+
+    Args:
+        sizes: the layout; its product must be the world size.
+
+    Raises:
+        ValueError: the layout does not fit the world size.
+    """
+    if sizes.world != world_size():
+        raise ValueError(f"a layout of {sizes.world} processes was started on {world_size()}")
+    device = apply_platform()
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    initialize_groups(sizes, timeout_minutes)
+    seed_dropout(seed)
+    return device
+
+
+def initialize_groups(sizes: ParallelSizes, timeout_minutes: float = 10.0, gloo: bool = True) -> None:
+    """megatron-core's parallel groups for a layout; groups of an earlier layout are dropped."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=gloo,
+    )
+
+
+def seed_dropout(seed: int) -> None:
+    """Seeds the generators from which dropout draws (weights have their own, see models/initialization.py)."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leaves the process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
