@@ -1,0 +1,162 @@
+"""Emoji art of three vendors from npm, as small RGB pictures with an English name each.
+
+npm's own client fetches three packages once into a folder; `choose_names` picks base emoji that all vendors drew and
+whose name is plain short English; `draw` composites one drawing onto a background. What is held out later is a vendor,
+so the same names are in both splits but no picture is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+PICTURE_SIZE = 64
+#: Categories of emoji-datasource that are things one can see and name; flags, signs and letters are left out.
+CATEGORIES = ("Food & Drink", "Animals & Nature", "Objects", "Travel & Places", "Activities", "Smileys & Emotion")
+#: Names that describe a drawing's style or one of a series rather than a thing.
+UNWANTED = re.compile(r"\b(clock face|symbol|sign|sun behind|mark|button|heavy|medium|hand)\b")
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """One vendor's art as an npm package."""
+
+    name: str
+    package: str
+    version: str
+    pictures: str
+    """Folder of pictures inside the package."""
+    licence: str
+
+
+VENDORS = {
+    vendor.name: vendor
+    for vendor in (
+        Vendor("google", "emoji-datasource-google", "16.0.0", "img/google/64",
+               "Noto Emoji art by Google, Apache-2.0; emoji-datasource data, MIT"),
+        Vendor("fluent", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "Fluent Emoji 3D art by Microsoft, MIT"),
+        Vendor("twitter", "emoji-datasource-twitter", "16.0.0", "img/twitter/64",
+               "Twemoji art by Twitter and contributors, CC-BY-4.0; emoji-datasource data, MIT"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """A named emoji and the file of each vendor's drawing."""
+
+    code: str
+    """Code points, lower-case hexadecimal joined by hyphens, without variation selectors."""
+    name: str
+    pictures: dict[str, Path]
+
+
+def fetch(vendor: Vendor, folder: Path) -> Path:
+    """Downloads and unpacks a vendor's package with `npm pack`, unless it is there already.
+
+    Returns:
+        The unpacked package's folder.
+
+    Raises:
+        ValueError: npm is missing or could not fetch the package.
+    """
+    target = folder / vendor.name
+    if (target / "package.json").is_file():
+        return target
+    if shutil.which("npm") is None:
+        raise ValueError("npm is not installed and the emoji art comes through it: apt-get install npm (or nodejs)")
+    folder.mkdir(parents=True, exist_ok=True)
+    specification = f"{vendor.package}@{vendor.version}"
+    done = subprocess.run(
+        ["npm", "pack", specification, "--silent", "--pack-destination", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise ValueError(f"npm could not fetch {specification}: {done.stderr.strip() or 'no message'}")
+    archive = folder / done.stdout.strip().splitlines()[-1]
+    unpacking = folder / f"{vendor.name}.unpacking"
+    shutil.rmtree(unpacking, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        wanted = [m for m in tar.getmembers() if _is_wanted(m, vendor)]
+        for member in wanted:
+            member.name = member.name.removeprefix("package/")
+        tar.extractall(unpacking, members=wanted)
+    unpacking.rename(target)  # after everything is unpacked, so that a killed run starts again
+    archive.unlink()
+    return target
+
+
+def _is_wanted(member: tarfile.TarInfo, vendor: Vendor) -> bool:
+    """Whether a member is a picture, the table of names, a licence or the package's description: not the sheets."""
+    name = member.name.removeprefix("package/")
+    if not member.isfile() or ".." in Path(name).parts or not member.name.startswith("package/"):
+        return False
+    return name.startswith(f"{vendor.pictures}/") or name in ("emoji.json", "package.json", "LICENSE", "README.md")
+
+
+def choose_names(packages: dict[str, Path], count: int) -> list[Emoji]:
+    """Base emoji that every vendor drew, with a unique name of one to three plain words.
+
+    Args:
+        packages: unpacked package of each vendor; "google" must have the table of names.
+        count: at most this many, a fixed pseudo-random choice; 0 takes all.
+
+    Returns:
+        The emoji in order of their code.
+    """
+    available = {}
+    for vendor, package in packages.items():
+        pictures = (package / VENDORS[vendor].pictures).iterdir()
+        available[vendor] = {_without_selectors(path.stem): path for path in pictures}
+    chosen: dict[str, Emoji] = {}
+    for record in json.loads((packages["google"] / "emoji.json").read_text(encoding="utf-8")):
+        code, name = _without_selectors(record["unified"]), readable_name(record["name"] or "")
+        if record["category"] not in CATEGORIES or "200d" in code or name is None or name in chosen:
+            continue
+        if all(code in files for files in available.values()):
+            chosen[name] = Emoji(code, name, {vendor: files[code] for vendor, files in available.items()})
+    by_hash = sorted(chosen.values(), key=lambda emoji: hashlib.sha256(emoji.code.encode()).digest())
+    return sorted(by_hash[:count] if count else by_hash, key=lambda emoji: emoji.code)
+
+
+def readable_name(name: str) -> str | None:
+    """The name in lower case, or None if it is not one to three plain English words of at most 22 letters."""
+    name = name.lower().replace("-", " ")
+    if not re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) or len(name) > 22 or UNWANTED.search(name):
+        return None
+    return name
+
+
+def _without_selectors(code: str) -> str:
+    return re.sub(r"-fe0f", "", code.lower())
+
+
+def draw(source: Path, target: Path, variant: int) -> None:
+    """Writes one RGB picture of PICTURE_SIZE: variant 0 on white, others on a colour, turned and shifted a little.
+
+    Args:
+        source: picture with transparency.
+        target: PNG to write.
+        variant: number of the variant; the same number and source give the same picture.
+    """
+    with Image.open(source) as opened:
+        picture = opened.convert("RGBA").resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+    background = (255, 255, 255)
+    if variant:
+        chance = random.Random(f"{source.stem}/{variant}")
+        background = tuple(chance.randint(120, 255) for _ in range(3))
+        side = round(PICTURE_SIZE * chance.uniform(0.75, 1.0))
+        turned = picture.rotate(chance.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side))
+        picture = Image.new("RGBA", (PICTURE_SIZE, PICTURE_SIZE))
+        picture.paste(turned, tuple(chance.randint(0, PICTURE_SIZE - side) for _ in range(2)))
+    canvas = Image.new("RGBA", picture.size, (*background, 255))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.alpha_composite(canvas, picture).convert("RGB").save(target)

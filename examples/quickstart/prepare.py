@@ -1,0 +1,161 @@
+"""Prepares the quick start's samples: emoji art and spoken names, fetched through npm and apt, as JSONL.
+
+Usage (run.sh does this):
+
+    python examples/quickstart/prepare.py --output outputs/quickstart/data
+
+Writes into the output folder `train.jsonl`, `heldout_image.jsonl`, `heldout_sound.jsonl`, `names.txt` (text for the
+tokenizer), `LICENCES.txt`, and the pictures and sounds they name. Training has two vendors' art and several voices;
+held out are a third vendor's art and another voice, for the same names. A second run downloads and speaks nothing
+again. Samples are images alone, sounds alone, both together, two images, and text without media.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import emoji_art
+import speech
+import tyro
+from emoji_art import Emoji
+from tqdm import tqdm
+
+TRAIN_VENDORS = ("google", "fluent")
+HELDOUT_VENDOR = "twitter"
+TRAIN_VOICES = ("en-us", "en-gb-x-rp+f2", "en-gb+m3", "en-029+f4", "en-us-nyc+m7", "en-us+f5")
+HELDOUT_VOICE = "en-gb-scotland+f3"
+WORDS_PER_MINUTE = 240
+
+
+@dataclass
+class Arguments:
+    """Emoji art and spoken names as samples of text, images and sounds."""
+
+    output: Path = Path("outputs/quickstart/data")
+    """Folder to write."""
+    cache: Path | None = None
+    """Folder of downloaded packages; default: OUTPUT/packages."""
+    names: int = 480
+    """Names to learn; 0 takes all (about 840)."""
+    variants: int = 4
+    """Pictures made of each training drawing: one on white, the others on colours, turned and shifted."""
+    seed: int = 1
+    """Seed of the pairs in samples with two media."""
+
+
+def training_samples(emoji: list[Emoji], variants: int, seed: int) -> list[dict]:
+    """All training samples: per name every picture and every voice alone, and one of each kind with company.
+
+    Args:
+        emoji: the names.
+        variants: pictures of each drawing.
+        seed: chooses who goes with whom.
+
+    Returns:
+        Samples in the format of tools/preprocess_multimodal.py, media paths relative to the JSONL's folder.
+    """
+    chance = random.Random(seed)
+    samples = []
+    for e in emoji:
+        pictures = [(v, k) for v in TRAIN_VENDORS for k in range(variants)]
+        other = chance.choice(emoji)
+        samples += [_sample(f"image/{v}/{k}/{e.code}", e.name, [picture_path(e, v, k)], []) for v, k in pictures]
+        samples += [_sample(f"sound/{v}/{e.code}", e.name, [], [sound_path(e, v)]) for v in TRAIN_VOICES]
+        seen, heard = picture_path(e, *chance.choice(pictures)), sound_path(e, chance.choice(TRAIN_VOICES))
+        samples.append(_sample(f"both/{e.code}", e.name, [seen], [heard]))
+        two = [picture_path(e, *chance.choice(pictures)), picture_path(other, *chance.choice(pictures))]
+        samples.append(_sample(f"two/{e.code}", f"{e.name} and {other.name}", two, []))
+        samples.append(_sample(f"text/{e.code}", e.name, [], []))
+    return samples
+
+
+def heldout_samples(emoji: list[Emoji]) -> dict[str, list[dict]]:
+    """Held-out samples by modality: the unseen vendor's art, and the unseen voice, each alone."""
+    return {
+        "image": [_sample(f"image/{HELDOUT_VENDOR}/{e.code}", e.name, [picture_path(e, HELDOUT_VENDOR, 0)], [])
+                  for e in emoji],
+        "sound": [_sample(f"sound/{HELDOUT_VOICE}/{e.code}", e.name, [], [sound_path(e, HELDOUT_VOICE)])
+                  for e in emoji],
+    }
+
+
+def _sample(identifier: str, name: str, images: list[str], audios: list[str]) -> dict:
+    prompt = "<image>" * len(images) + "<audio>" * len(audios)
+    return {"id": identifier, "prompt": prompt, "text": name, "images": images, "audios": audios}
+
+
+def picture_path(emoji: Emoji, vendor: str, variant: int) -> str:
+    """Path of a picture relative to the output folder."""
+    return f"images/{vendor}/{emoji.code}-{variant}.png"
+
+
+def sound_path(emoji: Emoji, voice: str) -> str:
+    """Path of a recording relative to the output folder."""
+    return f"sounds/{voice}/{emoji.name.replace(' ', '_')}.wav"
+
+
+def _draw_if_missing(job: tuple[Path, Path, int]) -> None:
+    source, target, variant = job
+    if not target.is_file():
+        emoji_art.draw(source, target, variant)
+
+
+def make_media(emoji: list[Emoji], variants: int, output: Path) -> float:
+    """Draws every picture and speaks every name that is not there yet.
+
+    Returns:
+        Seconds of the longest recording.
+    """
+    drawings = [(e.pictures[v], output / picture_path(e, v, k), k)
+                for e in emoji for v in TRAIN_VENDORS for k in range(variants)]
+    drawings += [(e.pictures[HELDOUT_VENDOR], output / picture_path(e, HELDOUT_VENDOR, 0), 0) for e in emoji]
+    sentences = [(e.name, voice, WORDS_PER_MINUTE, output / sound_path(e, voice))
+                 for e in emoji for voice in (*TRAIN_VOICES, HELDOUT_VOICE)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and espeak-ng's process both release the lock
+        list(tqdm(pool.map(_draw_if_missing, drawings), total=len(drawings), desc="drawing", unit="picture", mininterval=1))
+        seconds = pool.map(lambda job: speech.record(*job), sentences)
+        return max(tqdm(seconds, total=len(sentences), desc="speaking", unit="sound", mininterval=1))
+
+
+def write_jsonl(path: Path, samples: list[dict]) -> None:
+    """Writes one sample a line, complete or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    partial.rename(path)
+
+
+def main(arguments: Arguments) -> None:
+    """Fetches, draws, speaks and writes; raises ValueError for what a user can mend."""
+    speech.install()
+    cache = arguments.cache or arguments.output / "packages"
+    packages = {}
+    for vendor in emoji_art.VENDORS.values():
+        print(f"{vendor.package} {vendor.version} (npm): {vendor.licence}", flush=True)
+        packages[vendor.name] = emoji_art.fetch(vendor, cache)
+    print(f"espeak-ng (apt): {speech.LICENCE}", flush=True)
+    emoji = emoji_art.choose_names(packages, arguments.names)
+    longest = make_media(emoji, arguments.variants, arguments.output)
+
+    train = training_samples(emoji, arguments.variants, arguments.seed)
+    random.Random(arguments.seed).shuffle(train)
+    write_jsonl(arguments.output / "train.jsonl", train)
+    for modality, samples in heldout_samples(emoji).items():
+        write_jsonl(arguments.output / f"heldout_{modality}.jsonl", samples)
+    (arguments.output / "names.txt").write_text("".join(f"{e.name}\n" for e in emoji), encoding="utf-8")
+    licences = [f"{v.package} {v.version}: {v.licence}\n" for v in emoji_art.VENDORS.values()]
+    (arguments.output / "LICENCES.txt").write_text("".join([*licences, f"espeak-ng: {speech.LICENCE}\n"]))
+    print(f"{len(emoji)} names, {len(train)} training samples; longest sound {longest:.2f} s; in {arguments.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments))
+    except ValueError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(1)
