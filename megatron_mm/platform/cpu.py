@@ -1,8 +1,8 @@
 """megatron-core without CUDA: the one place that redirects anything of torch or megatron-core.
 
-megatron-core allocates on the current CUDA device, keeps CUDA random states, compares tensor types with CUDA strings and
-synchronises streams. `apply()` points these at the CPU (or at the meta device, for the dry run). It is called once at
-start-up, and only where CUDA is absent; on a CUDA machine nothing here runs. `REDIRECTIONS` lists what is redirected
+megatron-core allocates on the current CUDA device, keeps CUDA random states, compares tensor types with CUDA strings
+and synchronises streams. `apply()` points these at the CPU (or at the meta device, for the dry run). It is called once
+at start-up, and only where CUDA is absent; on a CUDA machine nothing here runs. `REDIRECTIONS` lists what is redirected
 and why. A megatron-core release that was not tried is refused, because a redirection that silently misses is worse than
 a message.
 """
@@ -26,15 +26,16 @@ REDIRECTIONS: dict[str, str] = {
     "torch.cuda.synchronize, empty_cache, set_device, reset_peak_memory_stats": "nothing to do on a CPU",
     "torch.cuda.Stream, Event, stream, current_stream, default_stream": "inert: one queue only",
     "torch.cuda.manual_seed, get_rng_state, set_rng_state": "dropout draws from the CPU generator",
-    "torch.empty, zeros, ones, full, tensor, arange and *_like": "device='cuda' is written out in schedules and optimizer",
+    "torch.empty, zeros, ones, full, tensor, arange, *_like": "device='cuda' is written out in schedules and optimizer",
     "torch.Tensor.cuda, torch.nn.Module.cuda": "return the object itself",
     "torch.Tensor.type": "the optimizer and clipping compare it with 'torch.cuda.FloatTensor'",
     "megatron.core.tensor_parallel.random._get/_set_cuda_rng_state": "recomputation restores the CPU generator",
-    "megatron.core.jit": "torch.compile of small fused functions costs minutes and gains nothing here",
+    "torch.compiler.set_stance": "compiling megatron-core's small fused functions costs minutes and gains nothing here",
     "megatron.core.pipeline_parallel.p2p_communication": "gloo matches messages by order: tags tell directions apart",
 }
 
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like", "full_like")
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange")
+_FACTORIES += ("empty_like", "zeros_like", "ones_like", "full_like")
 _device: torch.device | None = None
 
 
@@ -70,10 +71,8 @@ def apply() -> None:
         )
     set_device("cpu")
     _redirect_torch()
-    import megatron.core.jit as megatron_jit
-
-    megatron_jit.disable_jit_fuser()  # before any module decorates a function with it
     _redirect_megatron()
+    torch.compiler.set_stance("force_eager")
 
 
 class _Inert:
@@ -86,8 +85,9 @@ class _Inert:
         return lambda *args, **kwargs: None
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _returning(value: Any) -> Callable[..., Any]:
+    """A function of its own for each name: torch.compile refuses one object under two of its names."""
+    return lambda *args, **kwargs: value
 
 
 def _names_cuda(target: Any) -> bool:
@@ -110,10 +110,12 @@ def _redirect_torch() -> None:
     cuda = torch.cuda
     cuda.current_device = device
     for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
-        setattr(cuda, name, _nothing)
-    cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream = cuda.default_stream = _Inert
-    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+        setattr(cuda, name, _returning(None))
+    for name in ("Stream", "Event"):
+        setattr(cuda, name, type(name, (_Inert,), {}))
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, _returning(_Inert()))
+    cuda.stream = _returning(contextlib.nullcontext())
     cuda.manual_seed = torch.default_generator.manual_seed
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
