@@ -131,8 +131,8 @@ class Loss:
     """A term of the objective, computed on the last stage.
 
     Attributes:
-        compute: `compute(*streams_read, context, count)` returns the *sum* of the term over this process's share of
-            the microbatch, as a scalar; `count` is what the sum is divided by over the whole global batch.
+        compute: `compute(*streams_read, context)` returns the *sum* of the term over this process's share of the
+            microbatch, as a scalar; it is divided by the count of the whole global batch elsewhere.
         count: number of things (tokens, pairs, patches) of a microbatch on one process's rows, as a float tensor.
         sharded: each context-parallel process returns its part of the sum (True) or all of it (False).
     """

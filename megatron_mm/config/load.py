@@ -1,0 +1,103 @@
+"""Recipe and command line to a checked Config, and back to YAML.
+
+    pretrain_multimodal.py --config RECIPE.yaml [--field.sub value …]
+
+The recipe is validated against the typed tree (an unknown key or a wrong type is refused by its path), the command line
+overrides any field, by its path or by Megatron's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_mm.config.schema import Config
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def load_config(path: str | Path) -> Config:
+    """A recipe as a Config.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown field or a value of the wrong type (each named by its path).
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
+        raise ValueError(f"there is no recipe {path}; megatron_mm/recipes has {known}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold sections such as model, data and training")
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {_say(item)}" for item in error.errors()]
+        raise ValueError(f"{path}:\n  " + "\n  ".join(lines)) from None
+
+
+def _say(item: dict) -> str:
+    if item["type"] == "unexpected_keyword_argument":
+        return "there is no such field (see pretrain_multimodal.py --help)"
+    return f"{item['msg']}, not {item['input']!r}"
+
+
+def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: str | None = None) -> Config:
+    """Config from `--config RECIPE` and overrides.
+
+    Exits with status 2 and a message on a usage error, after `--help` with 0.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    recipe = default_recipe
+    rest = []
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        if word == "--config" and position + 1 < len(arguments):
+            recipe, position = arguments[position + 1], position + 2
+        elif word.startswith("--config="):
+            recipe, position = word.partition("=")[2], position + 1
+        else:
+            rest.append(word)
+            position += 1
+    try:
+        config = load_config(recipe) if recipe else Config()
+    except ValueError as error:
+        fail(str(error), status=2)
+    if recipe is None and not {"-h", "--help"} & set(rest):
+        fail("--config RECIPE.yaml is missing; recipes are in megatron_mm/recipes", status=2)
+    description = "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe; every field can be overridden:"
+    return tyro.cli(
+        Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
+    )
+
+
+def fail(message: str, status: int = 1) -> None:
+    """Prints an error once (on rank 0 of a torchrun job) and exits."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def dump_config(config: Config, path: str | Path) -> None:
+    """Writes a resolved config as YAML that `load_config` reads back."""
+    Path(path).write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
