@@ -1,0 +1,186 @@
+"""One pass of a global batch through the pipeline: the chunks of this process under megatron-core's schedules.
+
+`build_pipeline` cuts the graph and builds this process's chunks inside DDP. `run_batch` counts what normalises the
+losses, sizes the payload, runs forward (and backward) over all microbatches, and returns each loss as every process
+would report it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.pipeline.payload import payload_layout, payload_rows
+from megatron_mm.pipeline.stage import PipelineChunk, Terms
+
+
+@dataclass
+class Pipeline:
+    """The chunks of one process."""
+
+    graph: Graph
+    cuts: list[int]
+    sizes: ParallelSizes
+    config: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    device: torch.device
+
+    @property
+    def bare_chunks(self) -> list[PipelineChunk]:
+        """The chunks without DDP."""
+        return [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.chunks]
+
+    def fields(self) -> frozenset[str]:
+        """Microbatch fields that this process reads."""
+        return frozenset().union(*(self.graph.fields(chunk.start, chunk.stop) for chunk in self.bare_chunks))
+
+    def sharded_state_dict(self) -> dict:
+        """Checkpoint entries of this process's weights."""
+        entries: dict = {}
+        for chunk in self.bare_chunks:
+            entries.update(chunk.sharded_state_dict())
+        return entries
+
+
+def pipeline_config(
+    sizes: ParallelSizes, hidden_size: int, dtype: torch.dtype, batched_p2p: bool
+) -> TransformerConfig:
+    """What megatron-core's schedules, DDP and optimizer ask of a model's configuration.
+
+    Args:
+        hidden_size: width of a payload row.
+        batched_p2p: send and receive in one NCCL batch; gloo takes messages one by one.
+    """
+    return TransformerConfig(
+        num_layers=sizes.chunks,
+        hidden_size=hidden_size,
+        num_attention_heads=1,
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        sequence_parallel=sizes.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        batch_p2p_comm=batched_p2p,
+        deallocate_pipeline_outputs=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        perform_initialization=False,
+    )
+
+
+def build_pipeline(
+    graph: Graph,
+    cuts: list[int],
+    sizes: ParallelSizes,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+    recompute_layers: bool = False,
+    distributed_optimizer: bool = False,
+) -> Pipeline:
+    """Builds this process's chunks, with initial weights, inside DDP.
+
+    Args:
+        cuts: chunk beginnings and end, as from partition.balance.
+        seed: initial weights; None leaves them unset.
+    """
+    config = pipeline_config(sizes, hidden_size, dtype, batched_p2p=device.type == "cuda")
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        average_in_collective=False,
+    )
+    chunks = []
+    for virtual in range(sizes.vpp):
+        chunk = PipelineChunk(config, graph, cuts, virtual * sizes.pp + stage, sizes, seed, recompute_layers)
+        chunk = chunk.to(device) if device.type == "cuda" else chunk
+        chunks.append(DistributedDataParallel(config, ddp, chunk))
+    config.finalize_model_grads_func = finalize_model_grads
+    return Pipeline(graph, cuts, sizes, config, chunks, device)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a global batch gave, the same on every process."""
+
+    losses: dict[str, float]
+    """Each loss, averaged over its global count."""
+    total: float
+    """The weighted sum that was differentiated."""
+    counts: dict[str, float]
+    per_microbatch: list[float] | None
+    """On the last stage: the sum of each microbatch's terms on this process, to find the one that is not finite."""
+
+
+def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_only: bool = False) -> BatchResult:
+    """Runs this process's microbatches of one global batch.
+
+    Gradients are left in `main_grad`, reduced over data parallel and ready for the optimizer.
+    """
+    graph, sizes, config = pipeline.graph, pipeline.sizes, pipeline.config
+    device = pipeline.device
+    counts = torch.stack([sum(loss.count(batch) for batch in microbatches) for loss in graph.losses]).double()
+    counts = counts.to(device)
+    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    interior = pipeline.cuts[1:-1]
+    rows = 1
+    if interior:
+        layouts = [
+            payload_layout(graph, cut, batch.plan, sizes, config.pipeline_dtype)
+            for cut in interior
+            for batch in microbatches
+        ]
+        rows = payload_rows(layouts, config.hidden_size)
+    divisors = counts.clamp(min=1).float()
+    for chunk in pipeline.bare_chunks:
+        chunk.begin_step(rows, len(microbatches), divisors)
+
+    def forward_step(iterator, chunk):
+        return chunk(next(iterator).to(device)), _loss_and_sums
+
+    done = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(microbatches) for _ in pipeline.chunks],
+        model=pipeline.chunks,
+        num_microbatches=len(microbatches),
+        seq_length=rows * sizes.cp * (sizes.tp if sizes.sequence_parallel else 1),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    sums = torch.zeros(len(graph.losses), dtype=torch.float64, device=device)
+    if done:
+        sums += torch.stack(done).double().sum(dim=0)
+        shares = [1.0 if loss.sharded else 1.0 / sizes.cp for loss in graph.losses]
+        sums *= torch.tensor(shares, dtype=torch.float64, device=device)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if sizes.pp > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    means = (sums / counts.clamp(min=1)).tolist()
+    return BatchResult(
+        losses={loss.name: mean for loss, mean in zip(graph.losses, means)},
+        total=sum(loss.weight * mean for loss, mean in zip(graph.losses, means)),
+        counts={loss.name: count for loss, count in zip(graph.losses, counts.tolist())},
+        per_microbatch=[float(sums.sum()) for sums in done] if done else None,
+    )
+
+
+def _loss_and_sums(terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    return terms.total, terms.sums

@@ -1,0 +1,232 @@
+"""AdamW with linear warm-up and cosine decay, from megatron-core, and its state as layout-independent checkpoint entries.
+
+megatron-core's own optimizer checkpoints name state by position in a process's parameter list, or by data-parallel
+shard, and restore `step` wrongly for torch's Adam. Here every state tensor is an entry `optimizer.<state>.<parameter
+key>` with the sharding of its parameter, so that a checkpoint loads under any layout, with or without the distributed
+optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_mm.config.schema import Config
+from megatron_mm.pipeline.schedule import Pipeline
+
+
+class Optimizer:
+    """megatron-core's optimizer of one process, with its schedule."""
+
+    def __init__(self, config: Config, pipeline: Pipeline) -> None:
+        settings, bf16 = config.optimizer, config.training.precision == "bf16"
+        self.clip_grad = settings.clip_grad
+        self.pipeline = pipeline
+        self.inner: ChainedOptimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                bf16=bf16,
+                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            ),
+            pipeline.chunks,
+        )
+        pipeline.config.grad_scale_func = None  # bf16 and fp32 need no loss scale
+        for adam in self._torch_optimizers():
+            for group in adam.param_groups:
+                group["fused"] = pipeline.device.type == "cpu"  # torch's loop over tensors is slower
+        batch = config.training.global_batch_size
+        last = settings.lr_decay_iters or config.training.train_iters
+        self.schedule = OptimizerParamScheduler(
+            self.inner,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.lr_warmup_iters * batch,
+            lr_decay_steps=last * batch,
+            lr_decay_style="cosine",
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+        self.steps = 0
+
+    def zero_grad(self) -> None:
+        """Clears gradients and DDP's buffers."""
+        for chunk in self.pipeline.chunks:
+            chunk.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Global gradient norm of the batch just run; makes gradients ready for `step`."""
+        self.inner.prepare_grads()
+        return float(self.inner.get_grad_norm())
+
+    def step(self, gradient_norm: float, samples: int) -> None:
+        """Clips, updates the weights and advances the schedule by a batch of samples.
+
+        Raises:
+            ValueError: the norm is not finite; nothing was changed.
+        """
+        if not math.isfinite(gradient_norm):
+            raise ValueError(f"the gradient norm is {gradient_norm}")
+        self.schedule.step(increment=samples)
+        if self.clip_grad > 0:
+            for optimizer in self.inner.chained_optimizers:
+                if not optimizer.is_stub_optimizer:
+                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.clip_grad, gradient_norm)
+        self.inner.step_with_ready_grads()
+        self.steps += 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the last step."""
+        return self.inner.param_groups[0]["lr"]
+
+    # ---------------------------------------------------------------------------------------------- checkpointing
+
+    def sharded_state(self, weights: dict, loading: bool) -> dict:
+        """Entries `optimizer.<state>.<key>` for every trainable parameter of this process.
+
+        Args:
+            weights: sharded_state_dict of the model.
+            loading: make empty entries to be filled (then `restore`), instead of the current values.
+        """
+        entries = {}
+        keys = self._sharded_weights(weights)
+        for parameter, tensors in self._states(loading):
+            sharded = keys[id(parameter)]
+            for name, tensor in tensors.items():
+                entries[f"optimizer.{name}.{sharded.key}"] = make_sharded_optimizer_tensor(
+                    sharded, tensor, prefix=f"optimizer.{name}"
+                )
+        return entries
+
+    @torch.no_grad()
+    def restore(self, weights: dict, entries: dict, steps: int, samples: int) -> None:
+        """Takes loaded entries (plain tensors under the names of `sharded_state`)."""
+        self._materialise()
+        keys = self._sharded_weights(weights)
+        for parameter in self._parameters():
+            key = keys[id(parameter)].key
+            for optimizer in self._owners(parameter):
+                for name, target in self._local_state(optimizer, parameter).items():
+                    source = entries.get(f"optimizer.{name}.{key}")
+                    if source is not None:
+                        start, stop = self._range(optimizer, parameter)
+                        target.view(-1).copy_(source.reshape(-1)[start:stop].to(target.device))
+        self.steps = steps
+        for adam in self._torch_optimizers():
+            for group in adam.param_groups:
+                if "step" in group:
+                    group["step"] = steps  # Transformer Engine's and apex's Adam
+                for parameter in group["params"]:
+                    if "step" in adam.state[parameter]:
+                        adam.state[parameter]["step"] = torch.tensor(float(steps))
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=samples)
+
+    def reload_weights(self) -> None:
+        """Takes master weights from the model (after loading weights without optimizer state)."""
+        self.inner.reload_model_params()
+
+    def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        for optimizer in self.inner.chained_optimizers:
+            if not getattr(optimizer, "is_stub_optimizer", False) and optimizer.optimizer is not None:
+                yield optimizer.optimizer
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        for chunk in self.pipeline.bare_chunks:
+            yield from (parameter for parameter in chunk.parameters() if parameter.requires_grad)
+
+    def _sharded_weights(self, weights: dict) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+        sharded, _ = extract_sharded_tensors_and_factories(weights)
+        return {id(entry.data): entry for entry in nested_values(sharded)}
+
+    def _materialise(self) -> None:
+        """Makes Adam's state, which torch only makes at the first step."""
+        for adam in self._torch_optimizers():
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    state = adam.state[parameter]
+                    if isinstance(adam, torch.optim.Adam) and not state:
+                        state["step"] = torch.tensor(float(self.steps))
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state.setdefault(name, torch.zeros_like(parameter))
+
+    def _owners(self, parameter: torch.nn.Parameter) -> Iterator:
+        """The optimizers that hold state of a parameter on this process (none, if another DP rank has all of it)."""
+        for optimizer in self.inner.chained_optimizers:
+            if getattr(optimizer, "is_stub_optimizer", False):
+                continue
+            if not isinstance(optimizer, DistributedOptimizer) or parameter in optimizer.model_param_group_index_map:
+                yield optimizer
+
+    def _local_state(self, optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """State tensors of this process: exp_avg, exp_avg_sq, and the fp32 master weight in mixed precision."""
+        mixed = parameter.dtype != torch.float32
+        if isinstance(optimizer, DistributedOptimizer):
+            tensors = dict(optimizer._get_main_param_and_optimizer_states(parameter))
+            main = tensors.pop("param")
+        else:
+            main = parameter.main_param if mixed else parameter
+            tensors = dict(optimizer.optimizer.state[main])
+        tensors.pop("step", None)
+        if mixed:
+            tensors["fp32_param"] = main.data
+        return tensors
+
+    def _range(self, optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
+        """Which elements of the (flattened) local parameter this process's state covers."""
+        if isinstance(optimizer, DistributedOptimizer):
+            piece = optimizer._get_model_param_range_map(parameter)["param"]
+            return piece.start, piece.end
+        return 0, parameter.numel()
+
+    def _states(self, loading: bool) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+        """Every trainable parameter with its whole state on the CPU or, without sharding, where it is."""
+        self._materialise()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        sharded = any(isinstance(optimizer, DistributedOptimizer) for optimizer in self.inner.chained_optimizers)
+        for parameter in self._parameters():
+            names = ["exp_avg", "exp_avg_sq"] + (["fp32_param"] if parameter.dtype != torch.float32 else [])
+            if loading:
+                yield parameter, {name: torch.empty(parameter.shape, dtype=torch.float32) for name in names}
+            elif not sharded:
+                (optimizer,) = self._owners(parameter)
+                yield parameter, {n: t.view(parameter.shape) for n, t in self._local_state(optimizer, parameter).items()}
+            else:
+                yield parameter, self._gathered(parameter, names, group)
+
+    def _gathered(self, parameter: torch.nn.Parameter, names: list[str], group) -> dict[str, torch.Tensor]:
+        """Whole state of one parameter from its shards: each process adds its piece to zeros."""
+        whole = {name: parameter.new_zeros(parameter.numel(), dtype=torch.float32) for name in names}
+        for optimizer in self._owners(parameter):
+            start, stop = self._range(optimizer, parameter)
+            for name, tensor in self._local_state(optimizer, parameter).items():
+                whole[name][start:stop].copy_(tensor.view(-1))
+        for tensor in whole.values():
+            dist.all_reduce(tensor, group=group)
+        return {name: tensor.view(parameter.shape).cpu() for name, tensor in whole.items()}
