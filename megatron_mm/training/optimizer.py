@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, from megatron-core, and its state as layout-independent checkpoint entries.
+"""megatron-core's AdamW with linear warm-up and cosine decay, and its state as layout-independent checkpoint entries.
 
 megatron-core's own optimizer checkpoints name state by position in a process's parameter list, or by data-parallel
 shard, and restore `step` wrongly for torch's Adam. Here every state tensor is an entry `optimizer.<state>.<parameter
@@ -216,7 +216,8 @@ class Optimizer:
                 yield parameter, {name: torch.empty(parameter.shape, dtype=torch.float32) for name in names}
             elif not sharded:
                 (optimizer,) = self._owners(parameter)
-                yield parameter, {n: t.view(parameter.shape) for n, t in self._local_state(optimizer, parameter).items()}
+                tensors = self._local_state(optimizer, parameter)
+                yield parameter, {name: tensor.view(parameter.shape) for name, tensor in tensors.items()}
             else:
                 yield parameter, self._gathered(parameter, names, group)
 

@@ -1,0 +1,204 @@
+"""Saving and loading a run: weights, optimizer state and position, in entries that no layout changes.
+
+megatron-core's dist_checkpointing writes and reads the shards. Weights are entries `node.parameter`, optimizer state
+`optimizer.<state>.<entry>`; iteration and consumed samples are common. A checkpoint appears whole or not at all
+(checkpoint_folder.py); on resume the newest whole one is used, and what is wrong with a newer one is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_mm.config.load import dump_config
+from megatron_mm.config.schema import Config
+from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.training import checkpoint_folder
+from megatron_mm.training.optimizer import Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+def _weights(pipeline: Pipeline) -> dict:
+    """Weight entries without the extra state of FP8 layers, which the other backend lacks."""
+    return {key: value for key, value in pipeline.sharded_state_dict().items() if not key.endswith("_extra_state")}
+
+
+def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, position: Position) -> Path:
+    """Writes the checkpoint of a position.
+
+    Raises:
+        SaveError: the disk is too full or writing failed; no earlier checkpoint was touched.
+    """
+    weights = _weights(pipeline)
+    state = {
+        **weights,
+        **optimizer.sharded_state(weights, loading=False),
+        "iteration": position.iteration,
+        "consumed_samples": position.consumed_samples,
+        "optimizer_step": optimizer.steps,
+    }
+    part = checkpoint_folder.folder_of(root, position.iteration).with_suffix(".part")
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            checkpoint_folder.begin(root, position.iteration)
+        except OSError as error:
+            problem = str(error)
+    _raise_together(problem, part)
+    _raise_together(_lacks_space(state, root), part)
+    try:
+        dist_checkpointing.save(state, str(part), validate_access_integrity=False)
+    except Exception as error:  # any failure of storage: the run goes on, and says so
+        problem = f"{type(error).__name__}: {error}"
+    _raise_together(problem, part)
+    if dist.get_rank() == 0:
+        try:
+            dump_config(config, part / "config.yaml")
+            if config.data.tokenizer:
+                shutil.copyfile(config.data.tokenizer, part / "tokenizer.model")
+            checkpoint_folder.finish(part, {"iteration": position.iteration})
+            checkpoint_folder.prune(root, config.checkpoint.keep_last)
+        except OSError as error:
+            problem = str(error)
+    _raise_together(problem, part)
+    return part.with_suffix("")
+
+
+def _lacks_space(state: dict, root: Path) -> str | None:
+    """Why this machine's disk will not hold what its processes are about to write."""
+    own = sum(
+        value.data.numel() * value.data.element_size()
+        for value in nested_values(state)
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and not any(_replica(value))
+    )
+    needed = torch.tensor(float(own), dtype=torch.float64)
+    if dist.get_backend() == "gloo":  # one machine's processes share a disk; NCCL runs write to shared storage
+        dist.all_reduce(needed)
+    free = shutil.disk_usage(root).free
+    if float(needed) * 1.05 > free:
+        return f"{root} has {free / 2**20:.0f} MiB free and the checkpoint needs {float(needed) / 2**20:.0f} MiB"
+    return None
+
+
+def _replica(value) -> tuple:
+    replica = value.replica_id
+    return replica if isinstance(replica, tuple) else (replica,)
+
+
+def _raise_together(problem: str | None, part: Path) -> None:
+    """Raises SaveError on every process if any has a problem."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = next((item for item in problems if item), None)
+    if found:
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise SaveError(f"checkpoint {part.with_suffix('')} was not written: {found}")
+
+
+def find(root: Path) -> Path | None:
+    """The newest whole checkpoint under a folder, the same on every process; damaged ones are reported."""
+    found: list = [None, []]
+    if dist.get_rank() == 0:
+        found = list(checkpoint_folder.newest_whole(root))
+        for problem in found[1]:
+            logger.warning("a damaged checkpoint is passed over: %s", problem)
+        if found[0] is not None and found[1]:
+            logger.warning("resuming from the one before: %s", found[0])
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def load(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> Position:
+    """Restores weights, optimizer and position from a training checkpoint, whatever layout wrote it.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of this model, or holds them in other shapes.
+    """
+    stored = _stored_shapes(folder)
+    weights = _weights(pipeline)
+    missing = sorted(_key(entry) for entry in weights.values() if _key(entry) not in stored)
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {missing[0]}")
+    _check_shapes(folder, weights, stored)
+    wanted = optimizer.sharded_state(weights, loading=True)
+    wanted = {key: entry for key, entry in wanted.items() if _key(entry) in stored}
+    loaded = dist_checkpointing.load({**weights, **wanted}, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    _take_weights(pipeline, loaded)
+    optimizer.reload_weights()
+    optimizer.restore(_weights(pipeline), loaded, loaded["optimizer_step"], loaded["consumed_samples"])
+    return Position(loaded["iteration"], loaded["consumed_samples"])
+
+
+def load_pretrained(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> list[str]:
+    """Starts from the weights that a checkpoint holds; the rest keep their initial values.
+
+    Returns:
+        Names of this process's parameters that were loaded.
+
+    Raises:
+        ValueError: a weight has another shape than in this model, or nothing fits.
+    """
+    stored = _stored_shapes(folder)
+    weights = {name: entry for name, entry in _weights(pipeline).items() if _key(entry) in stored}
+    _check_shapes(folder, weights, stored)
+    some = torch.tensor(len(weights))
+    dist.all_reduce(some)
+    if int(some) == 0:
+        raise ValueError(f"{folder} holds no weight of this model")
+    if weights:
+        loaded = dist_checkpointing.load(weights, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    else:
+        loaded = dist_checkpointing.load({}, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    _take_weights(pipeline, loaded)
+    optimizer.reload_weights()
+    return sorted(weights)
+
+
+def _key(entry) -> str:
+    return entry.key
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+
+
+def _check_shapes(folder: Path, weights: dict, stored: dict[str, tuple[int, ...]]) -> None:
+    for entry in nested_values(weights):
+        if isinstance(entry, ShardedTensor) and tuple(entry.global_shape) != stored[entry.key]:
+            raise ValueError(
+                f"{folder}: {entry.key} is {stored[entry.key]} where this model needs {tuple(entry.global_shape)}"
+            )
+
+
+@torch.no_grad()
+def _take_weights(pipeline: Pipeline, loaded: dict) -> None:
+    for chunk in pipeline.bare_chunks:
+        for node, module in zip(chunk.nodes, chunk.node_modules):
+            for name, parameter in module.named_parameters():
+                value = loaded.get(f"{node.name}.{name}")
+                if value is not None:
+                    parameter.copy_(value)
