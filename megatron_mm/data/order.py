@@ -1,0 +1,151 @@
+"""Which sample comes when: arithmetic on (seed, sample number), no arrays and no state.
+
+A global sample number belongs to one dataset of the blend (`Blend`, exact proportions at every prefix); its number
+within that dataset says epoch and place; a keyed permutation of the place (`Permutation`) says which row is read. So
+any process can start anywhere, and a run resumed on other workers or ranks continues the same sequence.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+_ROUNDS = 8
+_MAX_DENOMINATOR = 1 << 20
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, on uint64 with wraparound."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Permutation:
+    """A keyed permutation of 0 … size-1: a Feistel network on the next power of two, walked until it lands inside.
+
+    Args:
+        size: number of elements, 1 to 2^62.
+        key: integers that select the permutation, each 0 to 2^64-1.
+    """
+
+    def __init__(self, size: int, key: Sequence[int]) -> None:
+        if not 0 < size <= 1 << 62:
+            raise ValueError(f"a permutation of {size} elements; 1 to 2^62 are possible")
+        self.size = size
+        bits = max(2, (size - 1).bit_length())
+        self._low = np.uint64(bits // 2)
+        self._low_mask = np.uint64((1 << (bits // 2)) - 1)
+        self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+        self._keys = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)
+
+    def _network(self, x: np.ndarray) -> np.ndarray:
+        high, low = x >> self._low, x & self._low_mask
+        for i, key in enumerate(self._keys):
+            if i % 2 == 0:
+                high = high ^ (_mix(low + key) & self._high_mask)
+            else:
+                low = low ^ (_mix(high + key) & self._low_mask)
+        return (high << self._low) | low
+
+    def __call__(self, index: np.ndarray | int) -> np.ndarray:
+        """Images of `index` (each in 0 … size-1), int64, of the same shape."""
+        out = np.asarray(index, dtype=np.int64)
+        if out.size and (out.min() < 0 or out.max() >= self.size):
+            raise ValueError(f"index outside 0 … {self.size - 1}")
+        flat = self._network(out.astype(np.uint64).ravel())
+        outside = np.flatnonzero(flat >= self.size)
+        while outside.size:
+            walked = self._network(flat[outside])
+            flat[outside] = walked
+            outside = outside[walked >= self.size]
+        return flat.astype(np.int64).reshape(out.shape)
+
+
+class Blend:
+    """Assigns sample numbers to datasets in proportion to weights, as evenly as possible, in closed form.
+
+    A Huffman tree over the weights; at a node whose left side has share p, the first n samples hold round(n·p) of the
+    left. So the first n samples of the blend hold n·w of a dataset of weight w up to fewer than 2 samples at any n, and
+    the number of a sample within its dataset comes out of the same walk.
+
+    Args:
+        weights: positive numbers, of any sum. Shares are rational with denominators up to 2^20.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        if not weights or any(not 0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"weights of a blend must be positive numbers, not {list(weights)}")
+        self.num_datasets = len(weights)
+        heap: list[tuple[Fraction, int, object]] = [
+            (Fraction(weight), i, i) for i, weight in enumerate(weights)
+        ]
+        heapq.heapify(heap)
+        serial = len(heap)
+        while len(heap) > 1:
+            small, _, right = heapq.heappop(heap)
+            large, _, left = heapq.heappop(heap)
+            total = small + large
+            share = (large / total).limit_denominator(_MAX_DENOMINATOR)
+            heapq.heappush(heap, (total, serial, (share, left, right)))
+            serial += 1
+        self._tree = heap[0][2]
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset of each sample number, and the number of the sample within it; int64 arrays [n]."""
+        index = np.asarray(index, dtype=np.int64)
+        datasets, within = np.zeros(index.size, np.int64), np.zeros(index.size, np.int64)
+        stack = [(self._tree, np.arange(index.size), index)]
+        while stack:
+            node, where, number = stack.pop()
+            if not where.size:
+                continue
+            if not isinstance(node, tuple):
+                datasets[where], within[where] = node, number
+                continue
+            share, left, right = node
+            before, after = self._left_count(number, share), self._left_count(number + 1, share)
+            goes_left = after > before
+            stack.append((left, where[goes_left], before[goes_left]))
+            stack.append((right, where[~goes_left], (number - before)[~goes_left]))
+        return datasets, within
+
+    @staticmethod
+    def _left_count(number: np.ndarray, share: Fraction) -> np.ndarray:
+        """round(number · share), in integers that do not overflow below 2^41 samples."""
+        p, q = share.numerator, share.denominator
+        return (2 * number * p + q) // (2 * q)
+
+
+def epoch_and_place(within: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Epoch of a dataset's n-th sample, and its place within the epoch."""
+    return np.divmod(np.asarray(within, dtype=np.int64), num_rows)
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Normalised shares of train, validation and test documents from Megatron's "969,30,1".
+
+    Raises:
+        ValueError: not one to three non-negative numbers with a positive sum.
+    """
+    try:
+        parts = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or any(not 0 <= part < float("inf") for part in parts) or sum(parts) <= 0:
+        raise ValueError(f'data.split: "{split}" must be up to three proportions, such as "969,30,1"')
+    parts += [0.0] * (3 - len(parts))
+    total = sum(parts)
+    return parts[0] / total, parts[1] / total, parts[2] / total
+
+
+def split_documents(split: str, num_documents: int) -> list[range]:
+    """Documents of train, validation and test: consecutive, rounded as Megatron rounds them."""
+    bounds, total = [0], 0.0
+    for share in parse_split(split):
+        total += share
+        bounds.append(round(total * float(num_documents)))
+    return [range(bounds[i], bounds[i + 1]) for i in range(3)]

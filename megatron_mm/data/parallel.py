@@ -1,0 +1,106 @@
+"""Work spread over processes with results in order and bounded memory: the loop of every builder.
+
+Tasks are blocks of raw lines, because splitting, parsing and tokenising belong to the workers and one message a block
+costs far less than one a document.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import BinaryIO, TypeVar
+
+from megatron_mm.data.errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LineBlock:
+    """Whole lines of one file, as raw bytes."""
+
+    path: str
+    first_line: int
+    """Number of the first line, from 1."""
+    data: bytes
+    end: int
+    """Bytes of the file read so far, compressed bytes for compressed input; for progress bars."""
+
+
+def line_blocks(path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, block_lines: int) -> Iterator[LineBlock]:
+    """Cuts a stream into blocks of whole lines.
+
+    Args:
+        path: name for messages.
+        stream: the lines (decompressed).
+        raw: the file itself, whose position is the progress; `stream` where nothing is compressed.
+        block_bytes: a block ends once it holds this many bytes.
+        block_lines: most lines of a block; 0 for no limit (faster).
+    """
+    first = 1
+    while True:
+        if block_lines:
+            lines: list[bytes] = []
+            size = 0
+            while len(lines) < block_lines and size < block_bytes:
+                line = stream.readline()
+                if not line:
+                    break
+                lines.append(line)
+                size += len(line)
+            data, count = b"".join(lines), len(lines)
+        else:
+            data = stream.read(block_bytes)
+            if data and not data.endswith(b"\n"):
+                data += stream.readline()
+            count = data.count(b"\n")
+        if not data:
+            return
+        yield LineBlock(path, first, data, raw.tell())
+        first += count
+
+
+def ordered_map(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple = (),
+) -> Iterator[tuple[Task, Result]]:
+    """Yields (task, result) in the order of tasks, at most three tasks a worker in flight.
+
+    Args:
+        function: runs in the workers; an exception it raises surfaces here, the first in task order.
+        tasks: read lazily.
+        workers: processes; 0 runs everything in this one.
+        initializer: runs once in each worker.
+        initargs: its arguments.
+    """
+    if workers == 0:
+        if initializer:
+            initializer(*initargs)
+        for task in tasks:
+            yield task, function(task)
+        return
+    executor = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context(), initializer=initializer, initargs=initargs
+    )
+    pending: deque = deque()
+    try:
+        for task in tasks:
+            pending.append((task, executor.submit(function, task)))
+            if len(pending) >= 3 * workers:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process died (out of memory, or killed); use fewer --workers") from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,119 @@
+"""Training of a SentencePiece model with the special tokens that multimodal shards need.
+
+Text goes in line by line; placeholders written in the text are cut out of it first, because they are symbols of the
+model, not words to learn.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import sentencepiece
+
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.samples import parse_line
+from megatron_mm.data.text_input import open_lines
+from megatron_mm.data.tokenizer import AUDIO, BOS, EOS, IMAGE, MASK, PAD, UNK, VIDEO
+
+_SPECIAL = re.compile("|".join(map(re.escape, (PAD, UNK, BOS, EOS, IMAGE, AUDIO, VIDEO, MASK))))
+_CHUNK = 8192  # characters of a line handed to SentencePiece at once
+
+
+def training_lines(inputs: Sequence[str], json_keys: Sequence[str]) -> Iterator[str]:
+    """Lines to learn from.
+
+    Args:
+        inputs: `.jsonl`/`.json` files (the fields `json_keys` of each line that has them; one at least), any other
+            file as plain text; `.gz` too.
+        json_keys: names of the fields.
+
+    Raises:
+        DataError: a line is not JSON, not UTF-8, or has none of the fields.
+    """
+    for path in inputs:
+        is_json = path.removesuffix(".gz").endswith((".jsonl", ".json"))
+        with open_lines(path) as (stream, _):
+            for number, line in enumerate(stream, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                if is_json:
+                    record = parse_line(line, where)
+                    texts = [record[key] for key in json_keys if isinstance(record.get(key), str)]
+                    if not texts:
+                        raise DataError(f"{where}: has none of the text fields {', '.join(json_keys)}")
+                else:
+                    try:
+                        texts = [line.decode("utf-8")]
+                    except UnicodeDecodeError as error:
+                        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+                for text in texts:
+                    for part in _SPECIAL.sub("\n", text).split("\n"):
+                        if part.strip():
+                            yield from (part[i : i + _CHUNK] for i in range(0, len(part), _CHUNK))
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str,
+    vocab_size: int,
+    model_type: Literal["unigram", "bpe"] = "unigram",
+    json_keys: Sequence[str] = ("text",),
+    character_coverage: float = 0.9995,
+    normalization: str = "nmt_nfkc",
+    max_sentences: int = 0,
+    num_threads: int = 4,
+) -> int:
+    """Trains a model and writes it atomically.
+
+    Args:
+        inputs: text or JSONL files.
+        output: the `.model` file to write.
+        vocab_size: pieces wanted, special tokens and 256 byte pieces included. A small corpus may yield fewer.
+        model_type: SentencePiece's algorithm.
+        json_keys: text fields of JSONL lines.
+        character_coverage: share of characters that get a piece of their own; the others fall back to bytes.
+        normalization: SentencePiece's rule, or "identity".
+        max_sentences: lines drawn at random from the input; 0 takes all.
+        num_threads: of the trainer. Part of the recipe: sums in another order may change the last pieces.
+
+    Returns:
+        The size of the vocabulary.
+
+    Raises:
+        DataError: no text, or a vocabulary too small for the characters and bytes.
+    """
+    model = io.BytesIO()
+    limit = {"input_sentence_size": max_sentences, "shuffle_input_sentence": True} if max_sentences else {}
+    lines = training_lines(inputs, json_keys)
+    first = next(lines, None)
+    if first is None:
+        raise DataError(f"{', '.join(inputs)}: no text to learn from")
+
+    def feed() -> Iterator[str]:
+        yield first
+        yield from lines
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=feed(), model_writer=model, vocab_size=vocab_size, model_type=model_type,
+            character_coverage=character_coverage, normalization_rule_name=normalization, byte_fallback=True,
+            pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=PAD, unk_piece=UNK, bos_piece=BOS, eos_piece=EOS,
+            user_defined_symbols=[IMAGE, AUDIO, VIDEO, MASK], hard_vocab_limit=False, max_sentence_length=4 * _CHUNK,
+            num_threads=num_threads, minloglevel=2, **limit,
+        )  # fmt: skip
+    except DataError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"--vocab-size {vocab_size}: SentencePiece refused: {error}") from error
+    folder = os.path.dirname(os.path.abspath(output))
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{output}.tmp-{os.getpid()}"
+    with open(temporary, "wb") as stream:
+        stream.write(model.getvalue())
+    os.replace(temporary, output)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()

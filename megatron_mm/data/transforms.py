@@ -1,0 +1,119 @@
+"""Pixels and samples → what the towers read: cropped and normalised images, log-mel spectrograms.
+
+Random crops are a pure function of the integers that name a sample (seed, epoch, dataset, document, medium), so a
+resumed run, another number of workers or another rank sees the same pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+CROP_SCALE = (0.5, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+Box = tuple[float, float, float, float]
+
+
+def random_crop_box(width: int, height: int, key: Sequence[int]) -> Box:
+    """The box of a random resized crop (torchvision's algorithm): area 0.5–1 of the image, aspect 3/4–4/3.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        key: non-negative integers that name the sample.
+
+    Returns:
+        (left, top, right, bottom), in pixels.
+    """
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
+    for _ in range(10):
+        area = width * height * generator.uniform(*CROP_SCALE)
+        aspect = math.exp(generator.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    return center_crop_box(width, height)
+
+
+def center_crop_box(width: int, height: int) -> Box:
+    """The largest centred square: resizing it equals resizing the shorter side and cropping the centre."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def image_tensor(
+    image: Image.Image, size: int, box: Box, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """Crops, resizes (bicubic) and normalises.
+
+    Returns:
+        float32 [3, size, size].
+    """
+    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(resized, dtype=np.float32)
+    scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float32))
+    shift = np.asarray(mean, dtype=np.float32) / np.asarray(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray((pixels * scale - shift).transpose(2, 0, 1)))
+
+
+@lru_cache(maxsize=4)
+def mel_filters(sample_rate: int, n_fft: int, num_mel_bins: int) -> torch.Tensor:
+    """Slaney's triangular filters with area normalisation, 0 Hz to half the rate, as Whisper has them.
+
+    Returns:
+        float32 [num_mel_bins, n_fft // 2 + 1].
+    """
+    # Linear below 1 kHz (200/3 Hz a mel), logarithmic above (27 mels for a factor of 6.4): Slaney's Auditory Toolbox.
+    linear_mels, log_step = 15.0, math.log(6.4) / 27.0
+    nyquist = sample_rate / 2
+    top = linear_mels + math.log(nyquist / 1000.0) / log_step if nyquist >= 1000.0 else nyquist * 3 / 200
+    mels = np.linspace(0.0, top, num_mel_bins + 2)
+    edges = np.where(mels >= linear_mels, 1000.0 * np.exp(log_step * (mels - linear_mels)), 200.0 / 3 * mels)
+    bins = np.linspace(0.0, sample_rate // 2, n_fft // 2 + 1)
+    slopes = edges[:, None] - bins[None, :]
+    widths = np.diff(edges)
+    rising, falling = -slopes[:-2] / widths[:-1, None], slopes[2:] / widths[1:, None]
+    filters = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
+    return torch.from_numpy(filters.astype(np.float32))
+
+
+def resample(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    """Mono samples at another rate, float32."""
+    if rate == sample_rate:
+        return samples
+    import soxr
+
+    return soxr.resample(samples, rate, sample_rate).astype(np.float32)
+
+
+def log_mel_spectrogram(samples: np.ndarray, sample_rate: int, seconds: float, num_mel_bins: int) -> torch.Tensor:
+    """Whisper's log-mel spectrogram (arXiv:2212.04356) of a sound padded or cut to a fixed length.
+
+    Windows of 25 ms every 10 ms, power, mel filters, log10, at most 8 below the maximum, (x + 4) / 4.
+
+    Args:
+        samples: mono, float32 [samples].
+        sample_rate: Hz.
+        seconds: length to pad or cut to.
+        num_mel_bins: mel bands.
+
+    Returns:
+        float32 [num_mel_bins, round(100 · seconds)].
+    """
+    n_fft, hop = sample_rate // 40, sample_rate // 100
+    num_frames = round(seconds * 100)
+    padded = torch.zeros(num_frames * hop)
+    kept = min(samples.size, padded.numel())
+    padded[:kept] = torch.from_numpy(np.ascontiguousarray(samples[:kept], dtype=np.float32))
+    spectrum = torch.stft(padded, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True)
+    power = spectrum[:, :num_frames].abs() ** 2
+    log_mel = torch.clamp(mel_filters(sample_rate, n_fft, num_mel_bins) @ power, min=1e-10).log10()
+    log_mel = torch.maximum(log_mel, log_mel.max() - 8.0)
+    return (log_mel + 4.0) / 4.0

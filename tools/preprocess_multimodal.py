@@ -1,0 +1,51 @@
+"""Turns a JSONL of samples with images, sounds and videos into a dataset folder that trains.
+
+    python tools/preprocess_multimodal.py --input samples.jsonl --tokenizer-model tokenizer.model --output data/emoji
+
+A line: {"id": "7", "prompt": "<image> What is this?", "text": " A cat.", "images": ["cat.png"]}. `text` is learned,
+`prompt` (optional) is not; there is one <image>, <audio> or <video> for each file of "images", "audios", "videos", in
+order; paths are relative to the JSONL file or to --media-root.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.errors import run_tool
+from megatron_mm.data.text_input import expand_inputs
+
+
+@dataclass
+class Args:
+    """Build a multimodal dataset folder."""
+
+    input: list[str]
+    """JSONL files (.gz too); globs work."""
+    output: str
+    """Folder to make; it appears only when it is complete."""
+    tokenizer_model: str
+    """SentencePiece model from tools/train_tokenizer.py."""
+    media_root: str | None = None
+    """Folder of the media; by default that of the JSONL file."""
+    workers: int = 2
+    """Worker processes; 0 works in this one. The result does not depend on it."""
+    check: bool = True
+    """Decode every medium once; --no-check stores the bytes unseen."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    manifest = build_multimodal(
+        expand_inputs(args.input), args.output, args.tokenizer_model, args.media_root, args.workers, args.check,
+        args.overwrite,
+    )  # fmt: skip
+    print(f"wrote {args.output}: " + ", ".join(f"{value} {name}" for name, value in manifest["counts"].items()))
+
+
+if __name__ == "__main__":
+    run_tool(main)
