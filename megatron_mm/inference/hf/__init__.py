@@ -1,0 +1,1 @@
+"""Files that every exported folder carries; they import nothing of megatron_mm."""

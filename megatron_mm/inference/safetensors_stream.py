@@ -1,0 +1,183 @@
+"""Safetensors folders read and written tensor by tensor, so that a 70B model passes through little memory.
+
+The safetensors package maps a whole file or writes a whole dictionary; both hold more than one tensor. The format is
+a header (eight bytes of length, JSON of names, types, shapes and offsets) before raw data, so plain reads and writes
+at an offset do, and what is resident is the one tensor that the caller holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_WRITE_ELEMENTS = 1 << 22  # elements converted and written at once
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+
+
+class SafetensorsFolder:
+    """Reads the tensors of a Hugging Face folder (one file, or shards with an index), or of one file.
+
+    Raises:
+        ValueError: there is no safetensors file, or one is missing, truncated or not safetensors; names it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._where: dict[str, tuple[Path, int, int, torch.dtype, tuple[int, ...]]] = {}
+        for file in self._files():
+            self._read_header(file)
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path}: no such folder; give the folder of a Hugging Face model")
+        index = self.path / INDEX
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
+            return [self.path / name for name in names]
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            found = ", ".join(sorted(p.name for p in self.path.glob("*.bin"))) or "no weights"
+            raise ValueError(
+                f"{self.path}: no .safetensors file (found {found}); save the model with "
+                "model.save_pretrained(folder) to get one"
+            )
+        return files
+
+    def _read_header(self, file: Path) -> None:
+        if not file.exists():
+            raise ValueError(f"{file}: missing, though {INDEX} names it")
+        size = file.stat().st_size
+        try:
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > size:
+                    raise ValueError(f"its header says {length} bytes, the file has {size}")
+                header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                if 8 + length + end > size:
+                    raise ValueError(f"{name} ends at byte {8 + length + end}, the file has {size}: it is cut off")
+                where = (file, 8 + length + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._where[name] = where
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._where[name][4]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, without reading it."""
+        return self._where[name][3]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor; KeyError if there is none of this name."""
+        file, offset, length, dtype, shape = self._where[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        if length != tensor.numel() * tensor.element_size():
+            raise ValueError(f"{file}: {name} has {length} bytes, its shape {list(shape)} says otherwise")
+        if length:
+            with open(file, "rb", buffering=0) as stream:
+                stream.seek(offset)
+                view, done = _bytes_of(tensor), 0
+                while done < length:
+                    count = stream.readinto(view[done:])
+                    if not count:
+                        raise ValueError(f"{file}: ends within {name}")
+                    done += count
+        return tensor
+
+
+class SafetensorsWriter:
+    """Writes shards of announced tensors in any order; `close` writes the index and checks that none is missing."""
+
+    def __init__(
+        self, folder: Path, plan: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_shard_bytes: int
+    ):
+        self.folder, self.dtype = folder, dtype
+        self._where: dict[str, tuple[Path, int, tuple[int, ...]]] = {}
+        self._missing: set[str] = set()
+        self.total_bytes = 0
+        shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
+        filled = 0
+        for name, shape in plan:
+            size = math.prod(shape) * dtype.itemsize
+            if shards[-1] and filled + size > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, shape, size))
+            filled += size
+        self.weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            self._begin_shard(f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+
+    def _begin_shard(self, file_name: str, shard: list[tuple[str, tuple[int, ...], int]]) -> None:
+        header: dict = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape, size in shard:
+            offsets = [offset, offset + size]
+            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": offsets}
+            offset += size
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        file = self.folder / file_name
+        with open(file, "wb") as stream:
+            stream.write(struct.pack("<Q", len(encoded)) + encoded)
+            stream.truncate(8 + len(encoded) + offset)
+        for name, shape, _ in shard:
+            self._where[name] = (file, 8 + len(encoded) + header[name]["data_offsets"][0], shape)
+            self._missing.add(name)
+            self.weight_map[name] = file_name
+        self.total_bytes += offset
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one announced tensor, converted to the folder's type piece by piece."""
+        file, offset, shape = self._where[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, announced as {list(shape)}")
+        flat = tensor.detach().reshape(-1)
+        with open(file, "r+b") as stream:
+            stream.seek(offset)
+            for piece in flat.split(_WRITE_ELEMENTS):
+                stream.write(_bytes_of(piece.to(self.dtype).contiguous()))
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Write the index.
+
+        Raises:
+            ValueError: announced tensors were never written; names some.
+        """
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, among them {sorted(self._missing)[:3]}")
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

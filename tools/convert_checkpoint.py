@@ -1,0 +1,117 @@
+"""Checkpoints to and from Hugging Face.
+
+    python tools/convert_checkpoint.py export --checkpoint outputs/run --output exported
+    python tools/convert_checkpoint.py restore --hf exported --output checkpoints
+    python tools/convert_checkpoint.py import-pretrained --config RECIPE.yaml --clip clip-vit-large-patch14 \\
+        --output pretrained            # then: pretrain_multimodal.py … --checkpoint.pretrained pretrained
+
+Weights stream through one tensor at a time, so memory stays under twice the largest tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass
+class Export:
+    """Training checkpoint to a folder for AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
+
+    checkpoint: Path
+    """Checkpoint (…/iter_0000100), folder of checkpoints, or output folder of a run: the newest whole one is taken."""
+    output: Path
+    """Folder to write."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Type of the weights; default: as they are stored. fp32 takes a BF16 run's master weights."""
+    max_shard_gb: float = 5.0
+    """Most gigabytes of one safetensors file."""
+    tokenizer: Path | None = None
+    """SentencePiece model; default: the checkpoint's."""
+    overwrite: bool = False
+    """Replace what the output folder holds."""
+
+    def run(self) -> Path:
+        from megatron_mm.inference.convert import export
+
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"--max-shard-gb is {self.max_shard_gb}; it must be above 0")
+        return export(
+            self.checkpoint, self.output, self.dtype, int(self.max_shard_gb * 1e9), self.tokenizer, self.overwrite
+        )
+
+
+@dataclass
+class Restore:
+    """Exported folder back to a training checkpoint (OUTPUT/iter_0000000), for --checkpoint.pretrained."""
+
+    hf: Path
+    """Folder that export wrote."""
+    output: Path
+    """Folder of checkpoints to make."""
+    config: Path | None = None
+    """Recipe of the model; default: made from the folder's config.json."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Type of the weights; default: as they are stored."""
+    overwrite: bool = False
+    """Replace an iter_0000000 that is there."""
+
+    def run(self) -> Path:
+        from megatron_mm.inference.convert import restore
+
+        return restore(self.hf, self.output, self.config, self.dtype, self.overwrite)
+
+
+@dataclass
+class ImportPretrained:
+    """Pretrained CLIP, Whisper or Llama weights into a recipe's towers and decoder, for --checkpoint.pretrained."""
+
+    config: Path
+    """Recipe whose model the weights enter."""
+    output: Path
+    """Folder of checkpoints to make."""
+    clip: Path | None = None
+    """Folder of a CLIP model: the image tower."""
+    whisper: Path | None = None
+    """Folder of a Whisper model: its encoder is the audio tower."""
+    llama: Path | None = None
+    """Folder of a Llama model: the decoder without cross-attention."""
+    resize_vocab: bool = False
+    """Cut or extend Llama's vocabulary to the recipe's (new rows: the mean) instead of refusing."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights."""
+    overwrite: bool = False
+    """Replace an iter_0000000 that is there."""
+
+    def run(self) -> Path:
+        from megatron_mm.inference.pretrained import import_pretrained
+
+        return import_pretrained(
+            self.config, self.output, self.clip, self.whisper, self.llama, self.resize_vocab, self.dtype, self.overwrite
+        )
+
+
+Command = (
+    Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Restore, tyro.conf.subcommand("restore")]
+    | Annotated[ImportPretrained, tyro.conf.subcommand("import-pretrained")]
+)
+
+
+def main() -> int:
+    """Run one subcommand; 0, or 1 with the reason on stderr."""
+    command = tyro.cli(Command, description=__doc__)
+    try:
+        print(f"wrote {command.run()}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
