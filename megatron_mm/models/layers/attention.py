@@ -1,0 +1,154 @@
+"""Self-attention of the local backend: scaled_dot_product_attention with grouped queries, packing and context parallel.
+
+megatron-core's local attention materialises its scores and refuses context parallelism. `SelfAttention` keeps its
+projections, parameter names and sharded state, and replaces what lies between them. What depends on the microbatch
+(rows, rotary angles, mask) is an `AttentionPlan`, made once per chunk and microbatch and passed through
+TransformerLayer's `packed_seq_params`.
+
+Shape suffixes: R rows (or images), L local tokens of a row, T all tokens of a row, G query groups, Q queries of a
+group, N = G·Q heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer import attention as megatron_attention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.nn import functional
+
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.sharding import gather_context, gathered_text, local_text
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the tokens of one microbatch see one another.
+
+    Attributes:
+        rows: independent sequences in the tensor.
+        cos, sin: rotary factors [R, L, 1, D/2], or None for attention without positions.
+        mask: added to the scores, [R or 1, 1, L, T]; None: all of a row is seen, or `causal` says what.
+        causal: lower triangular, without a mask.
+        gather: keys and values come from all context-parallel processes.
+    """
+
+    rows: int
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    gather: bool = False
+
+
+def text_plan(
+    context: ForwardContext, *, head_dim: int, rotary_base: float, dtype: torch.dtype, cp_size: int
+) -> AttentionPlan:
+    """Plan of causal attention within documents, made once per microbatch and chunk."""
+
+    def make(batch: Microbatch) -> AttentionPlan:
+        cos, sin = rotary_factors(local_text(batch.position_ids_RT), head_dim, rotary_base, dtype)
+        causal = batch.plan.one_document_per_row and cp_size == 1
+        mask = None if causal else document_mask(batch, dtype)
+        return AttentionPlan(batch.plan.num_rows, cos, sin, mask, causal, gather=cp_size > 1)
+
+    return context.derived(f"text_plan/{head_dim}/{rotary_base}/{dtype}", make)
+
+
+def rotary_factors(
+    positions_RL: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of Llama's rotary angles (RoFormer, arXiv:2104.09864), each [R, L, 1, D/2]; computed in fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_RL.device) / head_dim
+    angles = positions_RL.float()[:, :, None, None] * (1.0 / base**exponents)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def document_mask(batch: Microbatch, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask [R or 1, 1, L, T]: 0 for an earlier token of the same document, -inf otherwise.
+
+    Keys are in the order of `gathered_text`. A row of padding sees itself, so no row of scores is empty.
+    """
+    plan = batch.plan
+    index_T = torch.arange(plan.row_length, device=batch.document_ids_RT.device)[None]
+    hidden = local_text(index_T)[:, :, None] < gathered_text(index_T)[:, None, :]
+    if not plan.one_document_per_row:
+        documents = batch.document_ids_RT
+        hidden = hidden | (local_text(documents)[:, :, None] != gathered_text(documents)[:, None, :])
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill(hidden, float("-inf"))[:, None]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the two halves of the last dimension (Llama's convention).
+
+    Args:
+        x: [R, L, …, D]; cos, sin: [R, L, 1…, D/2].
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class CoreAttention(nn.Module):
+    """softmax(q·k/√d + mask)·v on [R, tokens, heads, D], with fewer heads in keys and values if queries are grouped."""
+
+    def __init__(self, config: TransformerConfig, **unused: object) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.fork = self.dropout > 0 and not config.sequence_parallel  # a layer forks the tracker itself otherwise
+        self.checkpoint = config.recompute_granularity == "selective"
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    ) -> torch.Tensor:
+        """[R, L, N, D] -> [R, L, N·D]."""
+
+        def attend(query, key, value):
+            return functional.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal,
+                enable_gqa=query.shape[2] != key.shape[2],
+            ).transpose(1, 2)
+
+        def run(query, key, value):
+            if self.fork and self.training:
+                with tensor_parallel.get_cuda_rng_tracker().fork():
+                    return attend(query, key, value)
+            return attend(query, key, value)
+
+        if self.checkpoint and self.training and torch.is_grad_enabled():
+            attended = tensor_parallel.checkpoint(run, False, query, key, value)
+        else:
+            attended = run(query, key, value)
+        return attended.flatten(2)
+
+
+class SelfAttention(megatron_attention.SelfAttention):
+    """megatron-core's self-attention with the core above; `packed_seq_params` is an AttentionPlan."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, packed_seq_params: AttentionPlan, **unused: object):
+        """[s, b, h] -> ([s, b, h], bias); s·b positions are the plan's rows one after another."""
+        plan = packed_seq_params
+        mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        lead = mixed.shape[:2]
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        mixed = mixed.view(plan.rows, -1, groups, mixed.shape[-1] // width, width)
+        queries = mixed.shape[3] - 2
+        query_RLGQD, key_RLGD, value_RLGD = mixed.split((queries, 1, 1), dim=3)
+        key_RLGD, value_RLGD = key_RLGD.squeeze(3), value_RLGD.squeeze(3)
+        if plan.cos is not None:
+            query_RLGQD = rotate(query_RLGQD, plan.cos[:, :, None], plan.sin[:, :, None])
+            key_RLGD = rotate(key_RLGD, plan.cos, plan.sin)
+        if plan.gather:
+            both = gather_context(torch.stack((key_RLGD, value_RLGD), dim=2))
+            key_RLGD, value_RLGD = both.unbind(2)
+        attended = self.core_attention(query_RLGQD.flatten(2, 3), key_RLGD, value_RLGD, plan.mask, plan.causal)
+        return self.linear_proj(attended.view(*lead, -1))

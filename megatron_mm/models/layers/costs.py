@@ -1,0 +1,71 @@
+"""Closed forms of what the common nodes cost, for one microbatch and over all processes.
+
+FLOPs are those of the matrix products that run: attention scores count in full, T × T, also where a causal mask hides
+half of them (the convention of MFU and of torch's FlopCounterMode). Activation bytes are what the backward pass needs
+at two bytes a value, attention computed without stored scores (Korthikanti et al., arXiv:2205.05198, with flash
+attention).
+"""
+
+from __future__ import annotations
+
+from megatron_mm.models.graph import NodeCost
+from megatron_mm.models.layers.settings import StackShape
+
+
+def layer_cost(shape: StackShape, sequences: int, length: int) -> NodeCost:
+    """A layer of self-attention and MLP on `sequences` × `length` positions."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    query, key_value = shape.num_attention_heads * shape.head_dim, 2 * shape.num_query_groups * shape.head_dim
+    fc1 = ffn * (2 if shape.gated else 1)
+    matrices = hidden * (query + key_value) + query * hidden + hidden * fc1 + ffn * hidden
+    biases = query + key_value + hidden + fc1 + hidden if shape.bias else 0
+    norms = 2 * hidden * (2 if shape.normalization == "LayerNorm" else 1)
+    positions = sequences * length
+    flops = 2.0 * positions * matrices + 4.0 * positions * length * query
+    # Inputs of two norms and of the linears after them, q k v, attention output and its log-sum-exp (4 bytes a head),
+    # input of the activation, and of the second MLP matrix.
+    values = 4 * hidden + query + key_value + query + fc1 + (2 * ffn if shape.gated else ffn)
+    stored = positions * (2.0 * values + 4.0 * shape.num_attention_heads)
+    return NodeCost(matrices + biases + norms, flops, stored)
+
+
+def cross_cost(
+    shape: StackShape,
+    *,
+    rows: int,
+    length: int,
+    memories: tuple[tuple[int, int, int, int], ...],
+    qk_layernorm: bool,
+) -> NodeCost:
+    """A gated cross-attention sublayer.
+
+    Args:
+        memories: (width, media of the microbatch, positions of a medium, slots of a row) of each memory.
+    """
+    hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    key_value = 2 * shape.num_query_groups * shape.head_dim
+    widths = sum(width for width, *_ in memories)
+    parameters = hidden + 2 * hidden * query + widths * key_value + 1 + (2 * shape.head_dim if qk_layernorm else 0)
+    positions = rows * length
+    keys = sum(tokens * slots for _, _, tokens, slots in memories)
+    flops = 2.0 * positions * 2 * hidden * query + 4.0 * positions * keys * query
+    values = float(positions * (3 * hidden + 3 * query) + rows * keys * key_value)
+    for width, media, tokens, _ in memories:
+        flops += 2.0 * media * tokens * width * key_value
+        values += media * tokens * (width + key_value)
+    # The mask (one value a position and key) is kept once per chunk, not once per sublayer: it is not counted here.
+    return NodeCost(parameters, flops, 2.0 * values + 4.0 * positions * shape.num_attention_heads)
+
+
+def embedding_cost(shape: StackShape, vocab_size: int, positions: int) -> NodeCost:
+    """Token embedding: a look-up, no products; its input is one index of eight bytes a position."""
+    return NodeCost(vocab_size * shape.hidden_size, 0.0, 8.0 * positions)
+
+
+def head_cost(shape: StackShape, vocab_size: int, positions: int) -> NodeCost:
+    """Final norm, output projection and softmax of the loss, whose fp32 values are kept."""
+    norm = shape.hidden_size * (2 if shape.normalization == "LayerNorm" else 1)
+    flops = 2.0 * positions * shape.hidden_size * vocab_size
+    return NodeCost(
+        norm + vocab_size * shape.hidden_size, flops, positions * (4.0 * shape.hidden_size + 4.0 * vocab_size)
+    )

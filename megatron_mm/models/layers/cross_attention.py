@@ -1,0 +1,189 @@
+"""Gated cross-attention: text reads the image, video and sound memory of its own document (Flamingo, arXiv:2204.14198).
+
+    out = x + tanh(gate) · visible · proj(attention(q, k, v))
+
+Memory travels at its tower's own width; each sublayer projects it to keys and values, once per medium, and rows then
+pick the media of their slots. Positions whose document has no media get exactly zero, and give exactly zero gradient.
+
+Tensor parallelism shards heads, so the weights of the per-head norms, of which each process sees its own heads, have
+their gradient summed here. Memory is replicated: its gradient is summed over tensor parallelism by the projections, and
+over context parallelism by data parallelism's reduction of the towers' gradients.
+
+Shape suffixes: R rows, L local tokens of a row, I media in the microbatch, M memory positions of a medium, K slots of a
+row, E keys of a row (all slots, images before sounds), G key-value heads, N query heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+from torch.nn import functional
+
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.parameters import describe
+from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_gradient_over_tp
+from megatron_mm.models.layers.transformer import backend_of, dropout_region
+
+
+@dataclass(frozen=True)
+class CrossPlan:
+    """Which media each row holds and which of their positions each token sees.
+
+    Attributes:
+        image_index, sound_index: [R·K], [R·J] media of the slots; an empty slot names medium 0 and is hidden.
+        mask: [R, 1, L, E], added to the scores; all zero where nothing is visible, so that softmax stays finite.
+        visible: [s, 1, 1] for this process's shard of the text: 1 where the document has media.
+    """
+
+    image_index: torch.Tensor
+    sound_index: torch.Tensor
+    mask: torch.Tensor
+    visible: torch.Tensor
+
+
+def cross_plan(
+    context: ForwardContext, *, image_tokens: int, sound_tokens: int, dtype: torch.dtype, sequence_parallel: bool
+) -> CrossPlan:
+    """The plan of this microbatch, made once per chunk."""
+
+    def make(batch: Microbatch) -> CrossPlan:
+        documents_RL1 = local_text(batch.document_ids_RT)[:, :, None]
+        slots_R1K = torch.cat((batch.image_slot_documents_RK, batch.sound_slot_documents_RJ), dim=1)[:, None]
+        seen_RLK = documents_RL1 == slots_R1K  # an empty slot is -2 and padding -1: they never meet
+        visible_RL = seen_RLK.any(dim=-1)
+        hidden_RLK = ~seen_RLK & visible_RL[:, :, None]
+        mask_RLK = torch.zeros(hidden_RLK.shape, dtype=dtype, device=hidden_RLK.device)
+        mask_RLK = mask_RLK.masked_fill(hidden_RLK, float("-inf"))
+        images, sounds = mask_RLK.split((batch.plan.image_slots, batch.plan.sound_slots), dim=-1)
+        mask_RLE = torch.cat((_repeat(images, image_tokens), _repeat(sounds, sound_tokens)), dim=-1)
+        visible = visible_RL.to(dtype).reshape(-1, 1, 1)
+        return CrossPlan(
+            batch.image_slots_RK.clamp(min=0).flatten(),
+            batch.sound_slots_RJ.clamp(min=0).flatten(),
+            mask_RLE[:, None],
+            sequence_parallel_slice(visible) if sequence_parallel else visible,
+        )
+
+    return context.derived(f"cross_plan/{image_tokens}/{sound_tokens}/{dtype}", make)
+
+
+def _repeat(values: torch.Tensor, times: int) -> torch.Tensor:
+    return values[..., None].expand(*values.shape, times).flatten(-2)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the width of a head, with one weight for all heads of all tensor-parallel processes."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def forward(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Normalises the last dimension; `weight` is `self.weight` with its gradient summed over processes."""
+        return functional.rms_norm(heads, weight.shape, weight, self.eps)
+
+
+class GatedCrossAttention(MegatronModule):
+    """One sublayer: RMSNorm, grouped-query cross-attention with per-head norms, tanh gate, residual."""
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        shape: StackShape,
+        *,
+        image_width: int,
+        sound_width: int,
+        image_tokens: int,
+        sound_tokens: int,
+        qk_layernorm: bool,
+    ) -> None:
+        config = layer_config(settings, shape, text=True)
+        super().__init__(config)
+        backend = backend_of(settings)
+        self.image_tokens, self.sound_tokens = image_tokens, sound_tokens
+        self.width = shape.head_dim
+        inner = shape.num_attention_heads * self.width
+        memory = layer_config(settings, replace(shape, bias=False), text=False)
+        kv = 2 * shape.num_query_groups * self.width
+        self.input_layernorm = backend.norm(config, shape.hidden_size)
+        self.linear_q = backend.column_linear(config, shape.hidden_size, inner)
+        self.linear_kv_image = backend.column_linear(memory, image_width, kv)
+        self.linear_kv_audio = backend.column_linear(memory, sound_width, kv)
+        self.q_layernorm = self.k_layernorm = None
+        if qk_layernorm:
+            self.q_layernorm = HeadNorm(self.width, shape.norm_epsilon, settings.dtype)
+            self.k_layernorm = HeadNorm(self.width, shape.norm_epsilon, settings.dtype)
+        self.core_attention = backend.cross_core_attention(config)
+        self.linear_proj = backend.row_linear(config, inner, shape.hidden_size)
+        self.gate = nn.Parameter(torch.empty(1, dtype=settings.dtype))
+        # Each sequence-parallel process sees its shard of the positions that the gate scales.
+        self.gate.sequence_parallel = config.sequence_parallel
+
+    def forward(
+        self, text: torch.Tensor, image_memory: torch.Tensor, audio_memory: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """text [s, 1, H], image_memory [I, M, C], audio_memory [A, M', C'] -> text."""
+        plan = cross_plan(
+            context,
+            image_tokens=self.image_tokens,
+            sound_tokens=self.sound_tokens,
+            dtype=text.dtype,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        rows = context.batch.plan.num_rows
+        query, _ = self.linear_q(self.input_layernorm(text))
+        query_RLND = query.view(rows, -1, query.shape[-1] // self.width, self.width)
+        key_weight = None
+        if self.q_layernorm is not None:
+            query_RLND = self.q_layernorm(query_RLND, sum_gradient_over_tp(self.q_layernorm.weight))
+            key_weight = sum_gradient_over_tp(self.k_layernorm.weight)
+        image_key, image_value = self._project(self.linear_kv_image, image_memory, key_weight)
+        sound_key, sound_value = self._project(self.linear_kv_audio, audio_memory, key_weight)
+        key_REGD = _pick(rows, (image_key, plan.image_index), (sound_key, plan.sound_index))
+        value_REGD = _pick(rows, (image_value, plan.image_index), (sound_value, plan.sound_index))
+        attended = self.core_attention(query_RLND, key_REGD, value_REGD, plan.mask, False)
+        output, _ = self.linear_proj(attended.view(query.shape))
+        scale = torch.tanh(self.gate) * plan.visible
+        with dropout_region(self.config, self.training):
+            dropped = functional.dropout(output, self.config.hidden_dropout, self.training)
+        return torch.addcmul(text, dropped, scale)
+
+    def _project(
+        self, linear: nn.Module, memory: torch.Tensor, key_weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory [I, M, C] -> keys and values [I, M, G, D]."""
+        both, _ = linear(memory)
+        key, value = both.view(*memory.shape[:2], -1, 2, self.width).unbind(3)
+        return (key if key_weight is None else self.k_layernorm(key, key_weight)), value
+
+
+def _pick(rows: int, *media: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The media of each row's slots, one after another: [I, M, G, D] -> [R, E, G, D]."""
+    return torch.cat(
+        [values.index_select(0, index).view(rows, -1, *values.shape[2:]) for values, index in media], dim=1
+    )
+
+
+def gated_cross_attention(
+    settings: LayerSettings, shape: StackShape, *, gate_init: float, **sizes
+) -> GatedCrossAttention:
+    """A sublayer, its weights not yet filled; `sizes` as of GatedCrossAttention."""
+    layer = GatedCrossAttention(settings, shape, **sizes)
+    return describe(
+        layer,
+        init_std=shape.init_std,
+        num_layers=shape.num_layers,
+        column={
+            "linear_q": shape.num_attention_heads,
+            "linear_kv_image": shape.num_query_groups,
+            "linear_kv_audio": shape.num_query_groups,
+        },
+        row={"linear_proj": shape.num_attention_heads},
+        constants={"gate": gate_init},
+    )

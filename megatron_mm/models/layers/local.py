@@ -1,0 +1,71 @@
+"""The local backend: megatron-core's parallel linears, our norms and attention, in megatron-core's TransformerLayer."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import nn
+
+from megatron_mm.models.layers.attention import CoreAttention, SelfAttention
+from megatron_mm.models.layers.norms import Norm
+
+
+def layer_submodules(*, causal: bool) -> TransformerLayerSubmodules:
+    """Parts of a pre-norm layer of self-attention and MLP; the attention plan, not `causal`, says what is seen here.
+
+    The key map gives a checkpoint the names that Transformer Engine's fused norms have, so both backends share it.
+    """
+    return TransformerLayerSubmodules(
+        input_layernorm=Norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=Norm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+
+
+def norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
+    """The norm that the configuration names."""
+    return Norm(config, hidden_size, config.layernorm_epsilon)
+
+
+def column_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
+    """A linear layer whose output is sharded over tensor parallelism; called, it returns (output, None)."""
+    return ColumnParallelLinear(
+        input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False
+    )
+
+
+def row_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
+    """A linear layer whose input is sharded; its output is summed, and sequence-sharded under sequence parallelism."""
+    return RowParallelLinear(
+        input_size,
+        output_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
+    )
+
+
+def cross_core_attention(config: TransformerConfig) -> nn.Module:
+    """Attention of text to gathered media."""
+    return CoreAttention(config)

@@ -1,0 +1,120 @@
+"""What every layer is told (group sizes, precision, backend), and the megatron-core configuration made of it.
+
+megatron-core's layers take a TransformerConfig each. One is made per stack (decoder, each tower), because width, norm,
+activation and sharding differ: text follows the run's sequence and context parallelism, while a tower is whole on
+every context-parallel process and never sequence-parallel (257 tokens divide by no TP). Pipeline parallelism is always
+1 here: the graph owns stages, names and numbering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from megatron_mm.models.graph import ParallelSizes
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a run asks of all its layers.
+
+    Attributes:
+        dtype: precision of weights and activations in the layers.
+        recompute: `selective` recomputes core attention in the backward pass; `full` belongs to the pipeline stage,
+            which recomputes whole nodes.
+        device_type: `cpu` or `cuda`.
+    """
+
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
+    dtype: torch.dtype = torch.float32
+    backend: Literal["local", "transformer_engine"] = "local"
+    recompute: Literal["none", "selective", "full"] = "none"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    device_type: Literal["cpu", "cuda"] = "cpu"
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's approximation of GELU: x · sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Sizes and kind of one stack of transformer layers.
+
+    Attributes:
+        num_layers: depth of the stack, which scales the initial weights of output projections.
+        bias: biases in every linear layer.
+        gated: SwiGLU-like MLP, activation(gate) · up.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    normalization: Literal["RMSNorm", "LayerNorm"]
+    norm_epsilon: float
+    activation: Callable[[torch.Tensor], torch.Tensor] = functional.gelu
+    bias: bool = True
+    gated: bool = False
+    init_std: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> TransformerConfig:
+    """The megatron-core configuration of one stack.
+
+    Args:
+        text: the stack follows sequence and context parallelism; otherwise it is whole on every process but for TP.
+
+    Weights are left uninitialised (`perform_initialization=False`) and are made wherever torch's default device is, so
+    that a meta build costs nothing and no process ever holds a full matrix; `models/initialization.py` fills them.
+    """
+    sizes = settings.sizes
+    fused = settings.backend == "transformer_engine"
+    selective = settings.recompute == "selective"
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        kv_channels=shape.head_dim,
+        normalization=shape.normalization,
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=shape.activation,
+        gated_linear_unit=shape.gated,
+        add_bias_linear=shape.bias,
+        hidden_dropout=settings.hidden_dropout,
+        attention_dropout=settings.attention_dropout,
+        init_method_std=shape.init_std,
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=sizes.cp if text else 1,
+        sequence_parallel=text and sizes.sequence_parallel and sizes.tp > 1,
+        params_dtype=settings.dtype,
+        bf16=settings.dtype is torch.bfloat16,
+        autocast_dtype=settings.dtype,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=fused and shape.normalization == "LayerNorm",
+        apply_rope_fusion=False,
+        cp_comm_type="all_gather" if text and sizes.cp > 1 else None,
+        recompute_granularity="selective" if selective else None,
+        recompute_modules=["core_attn"] if selective else None,
+    )

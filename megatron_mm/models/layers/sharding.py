@@ -1,0 +1,102 @@
+"""Which positions of the text a process holds, and the collectives that layers add to megatron-core's.
+
+Text of a microbatch is [R rows, T tokens]. Context parallelism cuts each row into 2·CP equal chunks and gives process r
+the chunks r and 2·CP-1-r (zigzag: causal attention then costs every process the same); the local text [R, T/CP] is
+flattened row by row. Sequence parallelism then cuts these positions into TP contiguous pieces.
+
+Shape suffixes: R rows, T tokens of a row, L = T/CP local tokens of a row, S = R·L local positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from torch import distributed
+
+
+def zigzag_slice(values_RT: torch.Tensor, cp_size: int, cp_rank: int) -> torch.Tensor:
+    """This process's part of every row, [R, T, …] -> [R, T/CP, …].
+
+    Raises:
+        ValueError: the row does not divide into 2·CP chunks.
+    """
+    if cp_size == 1:
+        return values_RT
+    rows, length = values_RT.shape[:2]
+    if length % (2 * cp_size):
+        raise ValueError(f"a row of {length} tokens does not divide into {2 * cp_size} chunks (2 × context parallel)")
+    chunks = values_RT.reshape(rows, 2 * cp_size, length // (2 * cp_size), *values_RT.shape[2:])
+    return torch.stack((chunks[:, cp_rank], chunks[:, 2 * cp_size - 1 - cp_rank]), dim=1).flatten(1, 2)
+
+
+def local_text(values_RT: torch.Tensor) -> torch.Tensor:
+    """This context-parallel process's part of every row, [R, T, …] -> [R, L, …]."""
+    return zigzag_slice(
+        values_RT, parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    )
+
+
+def gathered_text(values_RT: torch.Tensor) -> torch.Tensor:
+    """All positions of every row in the order in which `gather_context` returns them, [R, T, …] -> [R, T, …]."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return values_RT
+    return torch.cat([zigzag_slice(values_RT, size, rank) for rank in range(size)], dim=1)
+
+
+def sequence_parallel_slice(values_S: torch.Tensor) -> torch.Tensor:
+    """This tensor-parallel process's contiguous piece of dimension 0.
+
+    Raises:
+        ValueError: it does not divide.
+    """
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    if values_S.shape[0] % size:
+        raise ValueError(f"{values_S.shape[0]} positions do not divide over {size} sequence-parallel processes")
+    return values_S.chunk(size, dim=0)[rank]
+
+
+class _GatherContext(torch.autograd.Function):
+    """[R, L, …] of every process -> [R, CP·L, …]; the gradient is summed and scattered back."""
+
+    @staticmethod
+    def forward(ctx, local, group):
+        ctx.group, size = group, group.size()
+        gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
+        distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        size = ctx.group.size()
+        rows, length = gradient.shape[0], gradient.shape[1] // size
+        pieces = gradient.reshape(rows, size, length, *gradient.shape[2:]).transpose(0, 1).contiguous()
+        local = torch.empty_like(pieces[0])
+        distributed.reduce_scatter_tensor(local, pieces.flatten(0, 1), group=ctx.group)
+        return local, None
+
+
+def gather_context(local: torch.Tensor) -> torch.Tensor:
+    """Keys or values of all positions, [R, L, …] -> [R, T, …], process by process (see `gathered_text`)."""
+    group = parallel_state.get_context_parallel_group()
+    return local if group.size() == 1 else _GatherContext.apply(local, group)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # megatron-core's own `_reduce` changes its argument in place, and drops the result if that is not contiguous.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def sum_gradient_over_tp(value: torch.Tensor) -> torch.Tensor:
+    """`value`, its gradient summed over tensor parallelism: for a weight that each process applies to its own heads."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    return value if group.size() == 1 else _SumGradient.apply(value, group)

@@ -1,0 +1,82 @@
+"""A node's transformer layer: megatron-core's TransformerLayer, called with streams and a ForwardContext.
+
+The layer, its parameters and its checkpoint keys are megatron-core's; this adds only where the attention plan of a
+microbatch comes from, so the same class serves the text decoder and the towers, on both backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.parameters import describe
+from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+
+
+def backend_of(settings: LayerSettings) -> ModuleType:
+    """The module that makes the layers of a backend: `layers.local` or `layers.transformer_engine`."""
+    if settings.backend == "transformer_engine":
+        from megatron_mm.models.layers import transformer_engine
+
+        return transformer_engine
+    from megatron_mm.models.layers import local
+
+    return local
+
+
+class StackLayer(TransformerLayer):
+    """One layer of a stack; `plan` says how its tokens see one another."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int,
+        plan: Callable[[torch.Tensor, ForwardContext], object],
+    ) -> None:
+        super().__init__(config, submodules, layer_number)
+        self._plan = plan
+
+    def forward(self, hidden_states: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The stream, rewritten, in the same shape."""
+        plan = self._plan(hidden_states, context)
+        with dropout_region(self.config, self.training):
+            output, _ = super().forward(hidden_states, attention_mask=None, packed_seq_params=plan)
+        return output
+
+
+def dropout_region(config: TransformerConfig, training: bool):
+    """Dropout of a sequence shard draws from a generator of its own on each tensor-parallel process."""
+    if training and config.sequence_parallel and config.hidden_dropout + config.attention_dropout > 0:
+        return tensor_parallel.get_cuda_rng_tracker().fork()
+    return nullcontext()
+
+
+def stack_layer(
+    settings: LayerSettings,
+    shape: StackShape,
+    layer_number: int,
+    plan: Callable[[torch.Tensor, ForwardContext], object],
+    *,
+    text: bool,
+) -> StackLayer:
+    """Layer `layer_number` (from 1) of a stack, its weights not yet filled."""
+    backend = backend_of(settings)
+    config = layer_config(settings, shape, text=text)
+    layer = StackLayer(config, backend.layer_submodules(causal=text), layer_number, plan)
+    gated = ("linear_fc1",) if shape.gated else ()
+    return describe(
+        layer,
+        init_std=shape.init_std,
+        num_layers=shape.num_layers,
+        column={"linear_qkv": shape.num_query_groups, "linear_fc1": None},
+        row={"linear_proj": shape.num_attention_heads, "linear_fc2": None},
+        gated=gated,
+    )
