@@ -65,6 +65,8 @@ class PipelineChunk(MegatronModule):
         self.payload_rows = 0
         self.num_microbatches = 1
         self.loss_counts: torch.Tensor | None = None
+        self.finite: list[torch.Tensor] = []
+        """For each microbatch of the step so far: are this chunk's results finite?"""
         self._received: torch.Tensor | None = None
         self.node_modules = nn.ModuleList()
         for node in self.nodes:
@@ -93,6 +95,7 @@ class PipelineChunk(MegatronModule):
             loss_counts: [number of losses], global counts by which sums are divided.
         """
         self.payload_rows, self.num_microbatches, self.loss_counts = payload_rows, num_microbatches, loss_counts
+        self.finite = []
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor | None] | None) -> None:
         """Called by the schedule with the payload of the previous chunk."""
@@ -118,7 +121,11 @@ class PipelineChunk(MegatronModule):
             written = (written,) if isinstance(written, torch.Tensor) else written
             streams.update(zip((stream.name for stream in node.writes), written))
         if self.post_process:
-            return self._terms(streams, context, anchor)
+            terms = self._terms(streams, context, anchor)
+            self.finite.append(torch.isfinite(terms.sums).all())
+            return terms
+        leaving = [stream.name for stream in self.graph.live(self.stop)]
+        self.finite.append(torch.stack([torch.isfinite(streams[name].detach()).all() for name in leaving]).all())
         hidden_size, dtype = self.config.hidden_size, self.config.pipeline_dtype
         return pack(anchor, self.layout(self.stop, batch), self.payload_rows, hidden_size, dtype, streams)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,7 @@ def _redirect_torch() -> None:
 
 
 def _redirect_megatron() -> None:
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import random
 

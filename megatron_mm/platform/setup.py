@@ -6,7 +6,10 @@ a world of one), and creates the groups for a layout. Everything later asks mega
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -89,3 +92,26 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turns an error that a user can cause into one line, once for all ranks, and exit status 1.
+
+    The first rank that fails prints; the launcher then ends the others.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("MEGATRON_MM_TRACEBACK"):
+            raise
+        if _is_first_to_fail():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # other ranks may wait in a collective that an orderly exit would join
+
+
+def _is_first_to_fail() -> bool:
+    if not dist.is_initialized():
+        return rank() == 0
+    return dist.distributed_c10d._get_default_store().add("megatron_mm/failures", 1) == 1

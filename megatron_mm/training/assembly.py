@@ -1,0 +1,85 @@
+"""From a Config to the model of one process: settings, graph, cut, chunks.
+
+Shared by training, layout verification, the dry run and benchmarks, so that what is planned and checked is what trains.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_mm.config.schema import Config
+from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.systems import build_graph
+from megatron_mm.pipeline.partition import balance, cuts_by_name
+from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
+from megatron_mm.planner.costs import node_times
+
+
+def layer_dtype(config: Config) -> torch.dtype:
+    """Precision of weights and activations in the layers."""
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> LayerSettings:
+    """What every layer is told."""
+    backend = config.model.backend
+    if backend == "auto":
+        backend = "transformer_engine" if device_type == "cuda" else "local"
+    return LayerSettings(
+        sizes=sizes,
+        dtype=layer_dtype(config),
+        backend=backend,
+        recompute=config.parallel.recompute_granularity,
+        hidden_dropout=config.model.hidden_dropout,
+        attention_dropout=config.model.attention_dropout,
+        device_type=device_type,
+    )
+
+
+def full_plan(config: Config) -> MicrobatchPlan:
+    """A microbatch with as much media as the recipe allows: costs are balanced and memory is planned by it."""
+    data, rows = config.data, config.training.micro_batch_size
+    return MicrobatchPlan(
+        num_rows=rows,
+        row_length=data.seq_length,
+        num_images=max(1, rows * data.max_images_per_sample),
+        num_sounds=max(1, rows * data.max_sounds_per_sample),
+        image_slots=max(1, data.max_images_per_sample),
+        sound_slots=max(1, data.max_sounds_per_sample),
+        one_document_per_row=False,
+        max_document_length=data.seq_length,
+    )
+
+
+def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]:
+    """The user's cut, or the balanced one.
+
+    Raises:
+        ValueError: the user's cut is wrong, or there are fewer nodes than chunks.
+    """
+    if config.parallel.pipeline_cuts is not None:
+        return cuts_by_name(graph, config.parallel.pipeline_cuts, sizes.chunks)
+    recompute = config.parallel.recompute_granularity == "full"
+    return balance(node_times(graph, full_plan(config), recompute), sizes.chunks)
+
+
+def build_model(config: Config, sizes: ParallelSizes, device: torch.device, seed: int | None) -> Pipeline:
+    """Graph, cut and chunks of this process; process groups must exist.
+
+    Args:
+        seed: initial weights; None leaves them unset.
+    """
+    graph = build_graph(config.model, layer_settings(config, sizes, "cuda" if device.type == "cuda" else "cpu"))
+    return build_pipeline(
+        graph,
+        choose_cuts(config, graph, sizes),
+        sizes,
+        hidden_size=config.model.decoder.hidden_size,
+        dtype=layer_dtype(config),
+        device=device,
+        seed=seed,
+        recompute_layers=config.parallel.recompute_granularity == "full",
+        distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )

@@ -1,0 +1,224 @@
+"""The training run of one process: build, resume, step, validate, save.
+
+    Config → layout → data and model → [microbatches → run_batch → optimizer] … → checkpoints
+
+Every process runs this same code; what differs is the chunk it holds and the samples it reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mm.config.load import dump_config
+from megatron_mm.config.schema import Config
+from megatron_mm.config.validate import check, parallel_sizes
+from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.loader import MicrobatchLoader
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.pipeline.schedule import BatchResult, run_batch
+from megatron_mm.planner.costs import model_flops
+from megatron_mm.platform import setup
+from megatron_mm.training import checkpoint, checkpoint_folder
+from megatron_mm.training.assembly import build_model
+from megatron_mm.training.checkpoint import Position
+from megatron_mm.training.optimizer import Optimizer
+from megatron_mm.training.resilience import NotFiniteError, StopSignal, Watchdog, explain_gradient, explain_loss
+from megatron_mm.training.tracking import Tracker, peak_tflops
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A run, from its configuration.
+
+    Raises:
+        ValueError: the configuration, the data or a checkpoint is wrong; the message names it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.sizes = parallel_sizes(config, setup.world_size())
+        check(config, self.sizes)
+        minutes = config.parallel.distributed_timeout_minutes
+        # The watchdog comes first: its stacks say more than a collective's own time-out.
+        self.device = setup.initialize(self.sizes, config.training.seed, timeout_minutes=minutes * 2)
+        self.first_rank = dist.get_rank() == 0
+        self.output = Path(config.logging.output)
+        self.root = Path(config.checkpoint.save or self.output / "checkpoints")
+        if self.first_rank:
+            self.root.mkdir(parents=True, exist_ok=True)
+            dump_config(config, self.output / "config.yaml")
+        self.watchdog = Watchdog(self.output, minutes)
+        self.datasets = build_datasets(config, modalities=("image", "sound"))
+        self._say(*self.datasets.report_lines())
+        self.pipeline = build_model(config, self.sizes, self.device, config.training.seed)
+        self.optimizer = Optimizer(config, self.pipeline)
+        self.position = self._restore()
+        self._say(self._describe())
+
+    def _say(self, *lines: str) -> None:
+        if self.first_rank:
+            print(*lines, sep="\n", flush=True)
+
+    def _describe(self) -> str:
+        own = sum(p.numel() for chunk in self.pipeline.bare_chunks for p in chunk.parameters())
+        sizes = self.sizes
+        layout = f"TP{sizes.tp} PP{sizes.pp} VPP{sizes.vpp} CP{sizes.cp} DP{sizes.dp}"
+        layout += " +SP" if sizes.sequence_parallel else ""
+        names = [node.name for node in self.pipeline.graph.nodes]
+        cuts = " | ".join(names[cut] for cut in self.pipeline.cuts[:-1])
+        return f"{layout} on {self.device.type}; {own:,} parameters on rank 0; chunks begin at {cuts}"
+
+    def _restore(self) -> Position:
+        load = Path(self.config.checkpoint.load) if self.config.checkpoint.load else self.root
+        folder = load if (load / checkpoint_folder.MANIFEST).exists() else checkpoint.find(load)
+        if folder is not None:
+            position = checkpoint.load(folder, self.pipeline, self.optimizer)
+            self._say(f"resumed from {folder} at iteration {position.iteration}")
+            return position
+        if self.config.checkpoint.load:
+            raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
+        if self.config.checkpoint.pretrained:
+            source = checkpoint_folder.resolve(self.config.checkpoint.pretrained)
+            loaded = checkpoint.load_pretrained(source, self.pipeline, self.optimizer)
+            nodes = sorted({name.rsplit(".", 1)[0] for name in loaded})
+            logger.info("rank %d took %d weights from %s: %s", dist.get_rank(), len(loaded), source, nodes)
+            self._say(f"weights of {source} are the start; what it lacks keeps its initial values")
+        return Position()
+
+    def _loader(self, dataset, consumed: int, workers: int) -> MicrobatchLoader:
+        training = self.config.training
+        return MicrobatchLoader(
+            dataset,
+            consumed_samples=consumed,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=self.sizes.dp,
+            global_batch_size=training.global_batch_size,
+            fields=self.pipeline.fields(),
+            num_workers=workers,
+        )
+
+    def run(self) -> Position:
+        """Trains to the last iteration, or until a stop signal; the last state is saved either way.
+
+        Raises:
+            NotFiniteError: a loss or gradient is NaN or infinite; the weights are those of the step before.
+        """
+        config, training, position = self.config, self.config.training, self.position
+        if position.iteration >= training.train_iters:
+            self._say(f"nothing to do: iteration {position.iteration} of {training.train_iters} is done")
+            self.watchdog.stop()
+            return position
+        signals, tracker = StopSignal(), Tracker(config, self.first_rank, position.iteration)
+        loader = self._loader(self.datasets.train, position.consumed_samples, config.data.num_workers)
+        stopped = False
+        try:
+            while position.iteration < training.train_iters and not stopped:
+                self.watchdog.beat(f"iteration {position.iteration + 1}")
+                figures = self._step(loader)
+                last = position.iteration == training.train_iters
+                if training.eval_interval and (position.iteration % training.eval_interval == 0 or last):
+                    figures.update(self.validate())
+                tracker.record(figures)
+                stopped = signals.agreed()
+                interval = config.checkpoint.save_interval
+                if last or stopped or (interval and position.iteration % interval == 0):
+                    self._save()
+        finally:
+            loader.close()
+            tracker.close()
+            self.watchdog.stop()
+        verb = "stopped by a signal" if stopped else "finished"
+        self._say(f"{verb} at iteration {position.iteration}; metrics in {self.output}, checkpoints in {self.root}")
+        return position
+
+    def _step(self, loader: MicrobatchLoader) -> dict:
+        """One optimizer step; its figures."""
+        began = time.perf_counter()
+        training, position = self.config.training, self.position
+        microbatches = [next(loader) for _ in range(loader.num_microbatches)]
+        waited = time.perf_counter() - began
+        iteration = position.iteration + 1
+        self.optimizer.zero_grad()
+        result = run_batch(self.pipeline, microbatches)
+        if not math.isfinite(result.total):
+            raise NotFiniteError(explain_loss(self.pipeline, result, microbatches, iteration))
+        norm = self.optimizer.gradient_norm()
+        if not math.isfinite(norm):
+            raise NotFiniteError(explain_gradient(self.pipeline, norm, iteration))
+        self.optimizer.step(norm, training.global_batch_size)
+        position.iteration = iteration
+        position.consumed_samples += training.global_batch_size
+        return self._figures(result, norm, microbatches, time.perf_counter() - began, waited)
+
+    def _figures(
+        self, result: BatchResult, norm: float, microbatches: list[Microbatch], seconds: float, waited: float
+    ) -> dict:
+        tokens = self.config.training.global_batch_size * self.config.data.seq_length
+        figures = {
+            "iteration": self.position.iteration,
+            "consumed_samples": self.position.consumed_samples,
+            "loss": result.total,
+            **({f"loss_{name}": value for name, value in result.losses.items()} if len(result.losses) > 1 else {}),
+            **{f"{name}_count": count for name, count in result.counts.items()},
+            "grad_norm": norm,
+            "learning_rate": self.optimizer.learning_rate,
+            "tokens_per_second": tokens / seconds,
+            "iteration_time": seconds,
+            "data_time": waited,
+        }
+        peak = peak_tflops(self.config)
+        if peak:
+            flops = sum(model_flops(self.pipeline.graph, batch.plan) for batch in microbatches) * self.sizes.dp
+            figures["mfu"] = flops / seconds / (peak * 1e12 * self.sizes.world)
+        if self.config.data.log_sample_ids:
+            figures["sample_ids"] = self._sample_ids(microbatches)
+        return figures
+
+    def _sample_ids(self, microbatches: list[Microbatch]) -> list[str]:
+        """Document ids of the global batch in global order. Collective over data parallel."""
+        own = [batch.sample_ids for batch in microbatches]
+        group = parallel_state.get_data_parallel_group()
+        everyone: list = [None] * self.sizes.dp
+        dist.all_gather_object(everyone, own, group=group)
+        return [name for pool in zip(*everyone) for ids in pool for name in ids]
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Losses over `training.eval_iters` global batches of the validation split, always the same ones."""
+        if self.datasets.valid is None or self.config.training.eval_iters < 1:
+            return {}
+        self.watchdog.beat(f"validation after iteration {self.position.iteration}")
+        for chunk in self.pipeline.chunks:
+            chunk.eval()
+        loader = self._loader(self.datasets.valid, 0, 0)
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for _ in range(self.config.training.eval_iters):
+            microbatches = [next(loader) for _ in range(loader.num_microbatches)]
+            result = run_batch(self.pipeline, microbatches, forward_only=True)
+            for name, mean in result.losses.items():
+                sums[name] = sums.get(name, 0.0) + mean * result.counts[name]
+                counts[name] = counts.get(name, 0.0) + result.counts[name]
+        loader.close()
+        for chunk in self.pipeline.chunks:
+            chunk.train()
+        means = {name: sums[name] / max(1.0, counts[name]) for name in sums}
+        weights = {loss.name: loss.weight for loss in self.pipeline.graph.losses}
+        return {"validation_loss": sum(weights[name] * mean for name, mean in means.items())}
+
+    def _save(self) -> None:
+        self.watchdog.beat(f"saving iteration {self.position.iteration}")
+        try:
+            folder = checkpoint.save(self.config, self.root, self.pipeline, self.optimizer, self.position)
+            self._say(f"saved {folder}")
+        except checkpoint.SaveError as error:
+            self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")

@@ -1,0 +1,136 @@
+"""What keeps a run from losing work: stop signals, the watchdog of hung collectives, and values that are not finite."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.pipeline.schedule import BatchResult, Pipeline
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT until the end of a step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+
+    def agreed(self) -> bool:
+        """Whether any process was told to stop; every process calls this at the same point."""
+        flag = torch.tensor([float(self.received is not None)], device=_communication_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def _communication_device() -> torch.device:
+    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+class Watchdog:
+    """Ends a process that makes no progress, leaving the stacks of all its threads.
+
+    Every process has its own, so a hung collective leaves the stacks of every rank: the waiting ones and the one that
+    they wait for.
+
+    Args:
+        folder: stacks are written to `stacks/rank_N.txt` under it, and to standard error.
+        minutes: without a `beat` for so long, the process is ended with status 1.
+    """
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.folder, self.seconds = folder / "stacks", minutes * 60
+        self._last = time.monotonic()
+        self._where = "start-up"
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self, where: str) -> None:
+        """Says that progress was made, and what comes next."""
+        self._last, self._where = time.monotonic(), where
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._last > self.seconds:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"rank_{rank}.txt"
+        with path.open("w") as file:
+            print(f"rank {rank} made no progress for {self.seconds:.0f} s in {self._where}", file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(
+            f"error: rank {rank} made no progress for {self.seconds:.0f} s in {self._where}; stacks are in {path}",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        time.sleep(3.0)  # the other ranks' watchdogs write theirs before the launcher ends them
+        os._exit(1)
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite; nothing was updated."""
+
+
+def explain_loss(pipeline: Pipeline, result: BatchResult, microbatches: list[Microbatch], iteration: int) -> str:
+    """Where a loss that is not finite was first seen: rank, stage, nodes, microbatch and its samples.
+
+    Collective: every process calls it.
+    """
+    seen = []
+    for chunk in pipeline.bare_chunks:
+        for number, finite in enumerate(chunk.finite):
+            if not bool(finite):
+                nodes = f"{chunk.nodes[0].name} … {chunk.nodes[-1].name}"
+                seen.append((chunk.start, number, nodes, microbatches[number].sample_ids))
+                break
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    found = [(start, number, rank, *rest) for rank, items in enumerate(everyone) for start, number, *rest in items]
+    values = ", ".join(f"{name} {value}" for name, value in result.losses.items())
+    if not found:
+        return f"iteration {iteration}: {values}"
+    start, number, rank, nodes, ids = min(found)
+    shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+    stage = next(i for i, cut in enumerate(pipeline.cuts) if cut == start)
+    return (
+        f"iteration {iteration}: {values}; first seen on rank {rank}, pipeline stage {stage} ({nodes}), "
+        f"microbatch {number}, samples {shown}"
+    )
+
+
+def explain_gradient(pipeline: Pipeline, norm: float, iteration: int) -> str:
+    """Which parameters have gradients that are not finite. Collective."""
+    names = []
+    for chunk in pipeline.bare_chunks:
+        for node, module in zip(chunk.nodes, chunk.node_modules):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and not bool(torch.isfinite(parameter.main_grad).all()):
+                    names.append(f"{node.name}.{name}")
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    found = [f"rank {rank}: {items[0]}" + (f" and {len(items) - 1} more" if len(items) > 1 else "")
+             for rank, items in enumerate(everyone) if items]  # fmt: skip
+    return f"iteration {iteration}: the gradient norm is {norm}; {'; '.join(found) or 'no single gradient is'}"

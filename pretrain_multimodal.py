@@ -1,0 +1,28 @@
+"""Pretrains a multimodal model: one process, or many under torchrun.
+
+    python pretrain_multimodal.py --config megatron_mm/recipes/synapse-tiny.yaml --train-iters 20
+    torchrun --nproc-per-node 4 pretrain_multimodal.py --config … --tensor-model-parallel-size 2 \
+        --pipeline-model-parallel-size 2
+
+Every field of the recipe can be overridden (--help lists them), by its path or by Megatron's name.
+"""
+
+from __future__ import annotations
+
+from megatron_mm.config.load import parse_command_line
+from megatron_mm.platform import setup
+
+
+def main() -> None:
+    """Parses, trains, and reports an error once."""
+    config = parse_command_line()
+    setup.apply_platform()  # before anything of megatron-core is imported
+    with setup.reporting_errors():
+        from megatron_mm.training.loop import Trainer
+
+        Trainer(config).run()
+        setup.shutdown()
+
+
+if __name__ == "__main__":
+    main()
