@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
-from megatron_mm.models.layers.parameters import describe
+from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_gradient_over_tp
 from megatron_mm.models.layers.transformer import backend_of, dropout_region
@@ -82,7 +82,7 @@ class HeadNorm(nn.Module):
     def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.weight = empty_parameter(width, dtype=dtype)
 
     def forward(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimension; `weight` is `self.weight` with its gradient summed over processes."""
@@ -121,7 +121,7 @@ class GatedCrossAttention(MegatronModule):
             self.k_layernorm = HeadNorm(self.width, shape.norm_epsilon, settings.dtype)
         self.core_attention = backend.cross_core_attention(config)
         self.linear_proj = backend.row_linear(config, inner, shape.hidden_size)
-        self.gate = nn.Parameter(torch.empty(1, dtype=settings.dtype))
+        self.gate = empty_parameter(1, dtype=settings.dtype)
         # Each sequence-parallel process sees its shard of the positions that the gate scales.
         self.gate.sequence_parallel = config.sequence_parallel
 

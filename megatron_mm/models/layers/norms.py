@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.models.layers.parameters import empty_parameter
+
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, as the configuration says."""
@@ -18,11 +20,11 @@ class Norm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.weight = empty_parameter(hidden_size, dtype=config.params_dtype)
         names = ["weight"]
         self.bias = None
         if config.normalization == "LayerNorm":
-            self.bias = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+            self.bias = empty_parameter(hidden_size, dtype=config.params_dtype)
             names.append("bias")
         for name in names:
             getattr(self, name).sequence_parallel = config.sequence_parallel

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from megatron_mm.models.initialization import Init
 
 #: Module names whose weight ends a residual branch and starts smaller, by 1/sqrt(2 · layers) (GPT-2).
 _OUTPUT_PROJECTIONS = ("linear_proj", "linear_fc2")
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter on the platform's current device (meta in a dry run), not yet filled."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
 
 
 def shard(parameter: nn.Parameter, dim: int | None, stride: int = 1) -> None:

@@ -78,8 +78,8 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
     Args:
         text: the stack follows sequence and context parallelism; otherwise it is whole on every process but for TP.
 
-    Weights are left uninitialised (`perform_initialization=False`) and are made wherever torch's default device is, so
-    that a meta build costs nothing and no process ever holds a full matrix; `models/initialization.py` fills them.
+    Weights are left uninitialised (`perform_initialization=False`) on the platform's current device, which is meta in a
+    dry run, so no process ever holds a full matrix; `models/initialization.py` fills them.
     """
     sizes = settings.sizes
     fused = settings.backend == "transformer_engine"
@@ -107,7 +107,6 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
         bf16=settings.dtype is torch.bfloat16,
         autocast_dtype=settings.dtype,
         perform_initialization=False,
-        use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=fused,

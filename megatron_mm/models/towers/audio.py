@@ -36,9 +36,9 @@ class SpectrogramEmbedding(nn.Module):
 
     def __init__(self, tower: AudioTowerConfig, settings: LayerSettings) -> None:
         super().__init__()
-        width, dtype = tower.hidden_size, settings.dtype
-        self.conv1 = nn.utils.skip_init(nn.Conv1d, tower.num_mel_bins, width, 3, padding=1, dtype=dtype)
-        self.conv2 = nn.utils.skip_init(nn.Conv1d, width, width, 3, stride=2, padding=1, dtype=dtype)
+        width, place = tower.hidden_size, {"dtype": settings.dtype, "device": torch.cuda.current_device()}
+        self.conv1 = nn.utils.skip_init(nn.Conv1d, tower.num_mel_bins, width, 3, padding=1, **place)
+        self.conv2 = nn.utils.skip_init(nn.Conv1d, width, width, 3, stride=2, padding=1, **place)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[A, frames / 2, C] of the microbatch's sounds."""

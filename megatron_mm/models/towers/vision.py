@@ -17,7 +17,7 @@ from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan
 from megatron_mm.models.layers.costs import layer_cost
-from megatron_mm.models.layers.parameters import describe
+from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config, quick_gelu
 from megatron_mm.models.layers.transformer import backend_of, stack_layer
 
@@ -28,11 +28,12 @@ class PatchEmbedding(nn.Module):
     def __init__(self, tower: VisionTowerConfig, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
         width, dtype = tower.hidden_size, settings.dtype
+        place = {"dtype": dtype, "device": torch.cuda.current_device()}
         self.patch_embedding = nn.utils.skip_init(
-            nn.Conv2d, 3, width, tower.patch_size, stride=tower.patch_size, bias=False, dtype=dtype
+            nn.Conv2d, 3, width, tower.patch_size, stride=tower.patch_size, bias=False, **place
         )
-        self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.position_embedding = nn.Parameter(torch.empty(tower.tokens_per_image, width, dtype=dtype))
+        self.class_embedding = empty_parameter(width, dtype=dtype)
+        self.position_embedding = empty_parameter(tower.tokens_per_image, width, dtype=dtype)
         self.pre_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), width)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
@@ -48,7 +49,7 @@ class TemporalEmbedding(nn.Module):
 
     def __init__(self, tower: VisionTowerConfig, settings: LayerSettings) -> None:
         super().__init__()
-        self.position_embedding = nn.Parameter(torch.empty(tower.max_frames, tower.hidden_size, dtype=settings.dtype))
+        self.position_embedding = empty_parameter(tower.max_frames, tower.hidden_size, dtype=settings.dtype)
 
     def forward(self, image_memory: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[I, M, C] -> [I, M, C]."""
