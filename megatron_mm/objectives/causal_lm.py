@@ -17,7 +17,7 @@ def causal_lm_loss(name: str = "causal_lm", logits: str = "logits", weight: floa
     probabilities afterwards, so nothing may read the stream after this loss.
     """
 
-    def compute(logits_SBV: torch.Tensor, context: ForwardContext, count: torch.Tensor) -> torch.Tensor:
+    def compute(logits_SBV: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         batch = context.batch
         labels = local_text(batch.labels_RT).reshape(-1, 1)
         mask = local_text(batch.loss_mask_RT).flatten()

@@ -26,7 +26,7 @@ def cut_back(path: Path, iteration: int) -> int:
             keep = json.loads(line)["iteration"] <= iteration
         except (ValueError, KeyError):
             keep = False  # a line that a killed process did not finish
-        kept, dropped = (kept + [line], dropped) if keep else (kept, dropped + 1)
+        kept, dropped = ([*kept, line], dropped) if keep else (kept, dropped + 1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     temporary.replace(path)
@@ -81,7 +81,7 @@ class Tracker:
         self._file.write(json.dumps(figures) + "\n")
         self._file.flush()
         step = figures["iteration"]
-        numbers = {key: value for key, value in figures.items() if isinstance(value, int | float) and key != "iteration"}
+        numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         if self._events:
             for key, value in numbers.items():
                 self._events.add_scalar(key, value, step)
