@@ -106,7 +106,7 @@ def run(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> tuple[torch.
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         streams.update({stream.name: value for stream, value in zip(node.writes, outputs, strict=True)})
     total = sum(
-        loss.weight * loss.compute(*[streams[name] for name in loss.reads], context, loss.count(batch))
+        loss.weight * loss.compute(*[streams[name] for name in loss.reads], context)
         for loss in graph.losses
     )
     return total, streams

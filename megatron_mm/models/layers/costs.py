@@ -1,18 +1,28 @@
-"""Closed forms of what the common nodes cost, for one microbatch and over all processes.
+"""Closed forms of what the common nodes cost for one microbatch, summed over tensor- and context-parallel processes.
 
 FLOPs are those of the matrix products that run: attention scores count in full, T × T, also where a causal mask hides
-half of them (the convention of MFU and of torch's FlopCounterMode). Activation bytes are what the backward pass needs
-at two bytes a value, attention computed without stored scores (Korthikanti et al., arXiv:2205.05198, with flash
-attention).
+half of them (the convention of MFU and of torch's FlopCounterMode), and work that every process repeats counts on each.
+Activation bytes are what the backward pass needs at two bytes a value, attention computed without stored scores
+(Korthikanti et al., arXiv:2205.05198, with flash attention); what tensor parallelism does not shard is kept TP times.
 """
 
 from __future__ import annotations
 
-from megatron_mm.models.graph import NodeCost
+from megatron_mm.models.graph import NodeCost, ParallelSizes
 from megatron_mm.models.layers.settings import StackShape
 
 
-def layer_cost(shape: StackShape, sequences: int, length: int) -> NodeCost:
+def copies(sizes: ParallelSizes, *, text: bool) -> int:
+    """How often a value that is not sharded over heads or columns is kept: by TP without sequence parallelism, …
+
+    … and for a tower, which is whole on each context-parallel process, by CP too.
+    """
+    if text:
+        return 1 if sizes.sequence_parallel else sizes.tp
+    return sizes.tp * sizes.cp
+
+
+def layer_cost(shape: StackShape, sequences: int, length: int, sizes: ParallelSizes, *, text: bool) -> NodeCost:
     """A layer of self-attention and MLP on `sequences` × `length` positions."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     query, key_value = shape.num_attention_heads * shape.head_dim, 2 * shape.num_query_groups * shape.head_dim
@@ -20,17 +30,19 @@ def layer_cost(shape: StackShape, sequences: int, length: int) -> NodeCost:
     matrices = hidden * (query + key_value) + query * hidden + hidden * fc1 + ffn * hidden
     biases = query + key_value + hidden + fc1 + hidden if shape.bias else 0
     norms = 2 * hidden * (2 if shape.normalization == "LayerNorm" else 1)
-    positions = sequences * length
+    positions = sequences * length * (1 if text else sizes.cp)
     flops = 2.0 * positions * matrices + 4.0 * positions * length * query
-    # Inputs of two norms and of the linears after them, q k v, attention output and its log-sum-exp (4 bytes a head),
-    # input of the activation, and of the second MLP matrix.
-    values = 4 * hidden + query + key_value + query + fc1 + (2 * ffn if shape.gated else ffn)
-    stored = positions * (2.0 * values + 4.0 * shape.num_attention_heads)
+    # Inputs of both norms and of the linears after them; then, sharded by TP: q k v, attention output with its
+    # log-sum-exp (4 bytes a head), what the activation reads and, for SwiGLU, its product's factors; input of fc2.
+    whole = 4 * hidden * (copies(sizes, text=text) // (1 if text else sizes.cp))
+    sharded = 2 * query + key_value + fc1 + (2 * ffn if shape.gated else ffn)
+    stored = positions * (2.0 * (whole + sharded) + 4.0 * shape.num_attention_heads)
     return NodeCost(matrices + biases + norms, flops, stored)
 
 
 def cross_cost(
     shape: StackShape,
+    sizes: ParallelSizes,
     *,
     rows: int,
     length: int,
@@ -49,23 +61,24 @@ def cross_cost(
     positions = rows * length
     keys = sum(tokens * slots for _, _, tokens, slots in memories)
     flops = 2.0 * positions * 2 * hidden * query + 4.0 * positions * keys * query
-    values = float(positions * (3 * hidden + 3 * query) + rows * keys * key_value)
+    # Input of the norm and of q, output before the gate; q before and after its norm, attention output; gathered k v.
+    values = float(positions * (3 * hidden * copies(sizes, text=True) + 3 * query) + sizes.cp * rows * keys * key_value)
     for width, media, tokens, _ in memories:
-        flops += 2.0 * media * tokens * width * key_value
-        values += media * tokens * (width + key_value)
+        # Every context-parallel process projects all media. The memory itself is kept by the node that wrote it.
+        flops += 2.0 * sizes.cp * media * tokens * width * key_value
+        values += sizes.cp * media * tokens * key_value
     # The mask (one value a position and key) is kept once per chunk, not once per sublayer: it is not counted here.
     return NodeCost(parameters, flops, 2.0 * values + 4.0 * positions * shape.num_attention_heads)
 
 
-def embedding_cost(shape: StackShape, vocab_size: int, positions: int) -> NodeCost:
+def embedding_cost(shape: StackShape, vocab_size: int, positions: int, sizes: ParallelSizes) -> NodeCost:
     """Token embedding: a look-up, no products; its input is one index of eight bytes a position."""
-    return NodeCost(vocab_size * shape.hidden_size, 0.0, 8.0 * positions)
+    return NodeCost(vocab_size * shape.hidden_size, 0.0, 8.0 * positions * sizes.tp)
 
 
-def head_cost(shape: StackShape, vocab_size: int, positions: int) -> NodeCost:
+def head_cost(shape: StackShape, vocab_size: int, positions: int, sizes: ParallelSizes) -> NodeCost:
     """Final norm, output projection and softmax of the loss, whose fp32 values are kept."""
     norm = shape.hidden_size * (2 if shape.normalization == "LayerNorm" else 1)
     flops = 2.0 * positions * shape.hidden_size * vocab_size
-    return NodeCost(
-        norm + vocab_size * shape.hidden_size, flops, positions * (4.0 * shape.hidden_size + 4.0 * vocab_size)
-    )
+    stored = positions * (4.0 * shape.hidden_size * copies(sizes, text=True) + 4.0 * vocab_size)
+    return NodeCost(norm + vocab_size * shape.hidden_size, flops, stored)

@@ -71,6 +71,7 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
         sounds = (audio.hidden_size, plan.num_sounds, audio.tokens_per_sound, plan.sound_slots)
         return cross_cost(
             across,
+            settings.sizes,
             rows=plan.num_rows,
             length=plan.row_length,
             memories=(images, sounds),
@@ -84,7 +85,7 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
             partial(token_embedding, settings, shape, decoder.vocab_size),
             (),
             (text,),
-            lambda plan: embedding_cost(shape, decoder.vocab_size, plan.num_rows * plan.row_length),
+            lambda plan: embedding_cost(shape, decoder.vocab_size, plan.num_rows * plan.row_length, settings.sizes),
             frozenset({"tokens_RT"}),
         )
     )
@@ -116,7 +117,7 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
                 partial(stack_layer, settings, shape, index + 1, plan_of, text=True),
                 ("text",),
                 (text,),
-                lambda plan: layer_cost(shape, plan.num_rows, plan.row_length),
+                lambda plan: layer_cost(shape, plan.num_rows, plan.row_length, settings.sizes, text=True),
                 recomputable=True,
             )
         )
@@ -126,7 +127,7 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
             partial(language_head, settings, shape, decoder.vocab_size),
             ("text",),
             (logits,),
-            lambda plan: head_cost(shape, decoder.vocab_size, plan.num_rows * plan.row_length),
+            lambda plan: head_cost(shape, decoder.vocab_size, plan.num_rows * plan.row_length, settings.sizes),
         )
     )
     return Graph(nodes, [causal_lm_loss()])

@@ -17,7 +17,7 @@ from megatron_mm.config.schema import AudioTowerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan
-from megatron_mm.models.layers.costs import layer_cost
+from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import backend_of, stack_layer
@@ -93,13 +93,14 @@ def audio_nodes(tower: AudioTowerConfig, settings: LayerSettings, init_std: floa
 
     def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
         conv1, conv2 = 3 * bins * width, 3 * width * width
-        frames = plan.num_sounds * tower.num_frames
+        frames = plan.num_sounds * tower.num_frames * copies(settings.sizes, text=False)  # on every process
         # Inputs of both convolutions and of both GELUs.
         stored = 2.0 * frames * (bins + 2 * width + width / 2)
         return NodeCost(conv1 + conv2 + 2 * width, 2.0 * frames * (conv1 + conv2 / 2), stored)
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        return NodeCost(2 * width, 0.0, 2.0 * plan.num_sounds * tokens * width)
+        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, text=False)
+        return NodeCost(2 * width, 0.0, stored)
 
     learns = not tower.frozen
     nodes = [
@@ -112,7 +113,7 @@ def audio_nodes(tower: AudioTowerConfig, settings: LayerSettings, init_std: floa
                 partial(stack_layer, settings, shape, index + 1, sound_plan, text=False),
                 ("audio_memory",),
                 (memory,),
-                lambda plan: layer_cost(shape, plan.num_sounds, tokens),
+                lambda plan: layer_cost(shape, plan.num_sounds, tokens, settings.sizes, text=False),
                 trainable=learns,
                 recomputable=True,
             )

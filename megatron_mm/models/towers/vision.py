@@ -16,7 +16,7 @@ from megatron_mm.config.schema import VisionTowerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan
-from megatron_mm.models.layers.costs import layer_cost
+from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config, quick_gelu
 from megatron_mm.models.layers.transformer import backend_of, stack_layer
@@ -93,9 +93,9 @@ def vision_nodes(tower: VisionTowerConfig, settings: LayerSettings, init_std: fl
     def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
         patch = 3 * tower.patch_size**2 * width
         parameters = patch + width + tokens * width + 2 * width
-        positions = plan.num_images * tokens
-        stored = 2.0 * (plan.num_images * 3 * tower.image_size**2 + 2 * positions * width)
-        return NodeCost(parameters, 2.0 * plan.num_images * (tokens - 1) * patch, stored)
+        images = plan.num_images * copies(settings.sizes, text=False)  # every process embeds all images
+        stored = 2.0 * images * (3 * tower.image_size**2 + 2 * tokens * width)
+        return NodeCost(parameters, 2.0 * images * (tokens - 1) * patch, stored)
 
     def temporal_cost(plan: MicrobatchPlan) -> NodeCost:
         return NodeCost(tower.max_frames * width, 0.0, 0.0)
@@ -113,7 +113,7 @@ def vision_nodes(tower: VisionTowerConfig, settings: LayerSettings, init_std: fl
                 partial(stack_layer, settings, shape, index + 1, image_plan, text=False),
                 ("image_memory",),
                 (memory,),
-                lambda plan: layer_cost(shape, plan.num_images, tokens),
+                lambda plan: layer_cost(shape, plan.num_images, tokens, settings.sizes, text=False),
                 trainable=learns,
                 recomputable=True,
             )
