@@ -16,6 +16,7 @@ from typing import BinaryIO, TypeVar
 
 from megatron_mm.data.errors import DataError
 
+LINE_END = b"\n"
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -32,7 +33,9 @@ class LineBlock:
     """Bytes of the file read so far, compressed bytes for compressed input; for progress bars."""
 
 
-def line_blocks(path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, block_lines: int) -> Iterator[LineBlock]:
+def line_blocks(
+    path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, block_lines: int, max_line: int = 1 << 28
+) -> Iterator[LineBlock]:
     """Cuts a stream into blocks of whole lines.
 
     Args:
@@ -41,6 +44,10 @@ def line_blocks(path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, bl
         raw: the file itself, whose position is the progress; `stream` where nothing is compressed.
         block_bytes: a block ends once it holds this many bytes.
         block_lines: most lines of a block; 0 for no limit (faster).
+        max_line: bytes of the longest line that is accepted.
+
+    Raises:
+        DataError: a line is longer than `max_line`, or compressed input is damaged.
     """
     first = 1
     while True:
@@ -48,7 +55,7 @@ def line_blocks(path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, bl
             lines: list[bytes] = []
             size = 0
             while len(lines) < block_lines and size < block_bytes:
-                line = stream.readline()
+                line = _read_line(stream, max_line, f"{path}, line {first + len(lines)}")
                 if not line:
                     break
                 lines.append(line)
@@ -57,12 +64,19 @@ def line_blocks(path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, bl
         else:
             data = stream.read(block_bytes)
             if data and not data.endswith(b"\n"):
-                data += stream.readline()
-            count = data.count(b"\n")
+                data += _read_line(stream, max_line, f"{path}, line {first + data.count(LINE_END)}")
+            count = data.count(LINE_END)
         if not data:
             return
         yield LineBlock(path, first, data, raw.tell())
         first += count
+
+
+def _read_line(stream: BinaryIO, max_line: int, where: str) -> bytes:
+    line = stream.readline(max_line)
+    if len(line) == max_line and not line.endswith(LINE_END):
+        raise DataError(f"{where}: longer than {max_line} bytes")
+    return line
 
 
 def ordered_map(

@@ -1,0 +1,58 @@
+"""Tokenises text JSONL into Megatron's .bin/.idx, with Megatron's flag names and byte for byte its output.
+
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
+        --tokenizer-model tokenizer.model --append-eod --workers 8
+
+The shard is data/corpus_text_document.bin and .idx: name `data/corpus_text_document` as a dataset's path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from megatron_mm.data.build_text import build_text
+from megatron_mm.data.errors import run_tool
+from megatron_mm.data.text_input import expand_inputs
+
+
+@dataclass
+class Args:
+    """Tokenise text JSONL into Megatron's .bin/.idx."""
+
+    input: list[str]
+    """JSONL files (.gz too); globs work."""
+    output_prefix: str
+    """Shards are named PREFIX_KEY_document.bin and .idx."""
+    tokenizer_model: str
+    """SentencePiece model."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "GPTSentencePieceTokenizer"] = "GPTSentencePieceTokenizer"
+    """For Megatron's scripts; both mean a plain SentencePiece model."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Text fields; every line must have all of them."""
+    append_eod: bool = False
+    """End each document with </s>."""
+    workers: int = 2
+    """Worker processes; 0 works in this one. The result does not depend on it."""
+    log_interval: int = 1000
+    """Documents between refreshes of the rate."""
+    overwrite: bool = False
+    """Replace existing shards."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    report = build_text(
+        expand_inputs(args.input), args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod,
+        args.workers, args.overwrite, args.log_interval,
+    )  # fmt: skip
+    for prefix, figures in report.items():
+        rate = figures["tokens"] / figures["seconds"] / 1e6
+        counts = f"{figures['documents']} documents, {figures['tokens']} tokens"
+        print(f"wrote {prefix}.bin, .idx: {counts}, {rate:.2f} Mtok/s")
+
+
+if __name__ == "__main__":
+    run_tool(main)
