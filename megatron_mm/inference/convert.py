@@ -184,7 +184,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _tokenizer_of(config: Config, folder: Path) -> Path | None:
+def tokenizer_of(config: Config, folder: Path) -> Path | None:
+    """The SentencePiece model of a checkpoint: its copy, or the file that its config names; None if neither exists."""
     for candidate in (folder / "tokenizer.model", config.data.tokenizer and Path(config.data.tokenizer)):
         if candidate and Path(candidate).exists():
             return Path(candidate)
@@ -269,7 +270,7 @@ def export(
     config = load_config(folder / "config.yaml")
     reader = CheckpointReader(folder)
     check_checkpoint(config.model, reader)
-    tokenizer_file = Path(tokenizer) if tokenizer else _tokenizer_of(config, folder)
+    tokenizer_file = Path(tokenizer) if tokenizer else tokenizer_of(config, folder)
     if tokenizer_file is None or not tokenizer_file.exists():
         raise ValueError(f"{tokenizer_file or folder / 'tokenizer.model'}: missing; pass --tokenizer")
     ids = check_vocabulary(tokenizer_file, config.model.decoder.vocab_size)

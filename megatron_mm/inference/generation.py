@@ -1,0 +1,225 @@
+"""Captions and answers from an exported folder or a training checkpoint.
+
+Either becomes the exported modelling class (`hf/modeling_synapse.py`), so there is one implementation of generation,
+with its cache: a training checkpoint passes through the same list of names as an export, into memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_mm.config.load import load_config
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.samples import parse_line
+from megatron_mm.inference.checkpoint_stream import CheckpointReader
+from megatron_mm.inference.convert import (
+    DTYPES,
+    check_checkpoint,
+    check_vocabulary,
+    find_checkpoint,
+    hf_config,
+    hf_tensors,
+    is_hf_folder,
+    tokenizer_of,
+)
+from megatron_mm.inference.hf.configuration_synapse import SynapseConfig
+from megatron_mm.inference.hf.modeling_synapse import SynapseForCausalLM
+from megatron_mm.inference.hf.processing_synapse import PLACEHOLDERS, SynapseProcessor
+from megatron_mm.inference.safetensors_stream import SafetensorsFolder
+
+
+@dataclass
+class Decoding:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 64
+    """Most tokens of one answer."""
+    num_beams: int = 1
+    """Beams of beam search; 1 is none."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens that holds this probability; none: the likeliest token."""
+    temperature: float = 1.0
+    """Divides logits before sampling."""
+    seed: int = 0
+    """Seed of sampling."""
+
+    def arguments(self) -> dict[str, object]:
+        """Arguments of `generate`.
+
+        Raises:
+            ValueError: a value out of its range, or sampling together with beams.
+        """
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} and num_beams {self.num_beams} must both be at least 1"
+            )
+        arguments: dict[str, object] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if self.top_p is not None:
+            if not 0 < self.top_p <= 1 or self.temperature <= 0:
+                raise ValueError(
+                    f"top_p {self.top_p} must be above 0 and at most 1, temperature {self.temperature} above 0"
+                )
+            if self.num_beams > 1:
+                raise ValueError(f"top_p samples and num_beams {self.num_beams} searches: choose one of them")
+            arguments |= {"do_sample": True, "top_p": self.top_p, "temperature": self.temperature, "top_k": 0}
+        return arguments | {"num_beams": self.num_beams}
+
+
+class Generator:
+    """A model and its processor, ready to answer prompts."""
+
+    def __init__(self, model: SynapseForCausalLM, processor: SynapseProcessor):
+        self.model, self.processor = model.eval(), processor
+
+    @classmethod
+    def from_path(
+        cls, path: str | Path, dtype: str = "fp32", device: str = "cpu", tokenizer: str | Path | None = None
+    ) -> Generator:
+        """Load an exported folder, or a training checkpoint (itself, a folder of them, or a run's output folder).
+
+        Args:
+            path: what to load.
+            dtype: "fp32" or "bf16".
+            device: torch device.
+            tokenizer: SentencePiece model; None: the one beside the weights.
+
+        Raises:
+            ValueError: nothing to load there, or not whole.
+        """
+        path = Path(path)
+        if is_hf_folder(path):
+            config, tensors = SynapseConfig.from_pretrained(path), _exported_tensors(path)
+            file = Path(tokenizer) if tokenizer else path / "tokenizer.model"
+        else:
+            folder = find_checkpoint(path)
+            recipe = load_config(folder / "config.yaml")
+            reader = CheckpointReader(folder)
+            check_checkpoint(recipe.model, reader)
+            file = Path(tokenizer) if tokenizer else tokenizer_of(recipe, folder)
+            if file is None:
+                raise ValueError(f"{folder}: has no tokenizer.model; pass --tokenizer")
+            config = SynapseConfig(**hf_config(recipe), **check_vocabulary(file, recipe.model.decoder.vocab_size))
+            tensors = hf_tensors(recipe.model, reader)
+        processor = SynapseProcessor(config, file)
+        model = build_model(config, tensors, DTYPES[dtype], device)
+        return cls(model, processor)
+
+    def generate(
+        self, prompts: list[dict], decoding: Decoding | None = None, batch_size: int = 8, progress: bool = False
+    ) -> Iterator[str]:
+        """Answers, in the order of the prompts.
+
+        Args:
+            prompts: dicts with "prompt" (text, optional) and lists of files "images", "audios", "videos".
+            decoding: how tokens are chosen; None: greedily.
+            batch_size: prompts handled at once.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a file is missing or does not decode; names it.
+        """
+        decoding = decoding or Decoding()
+        arguments = decoding.arguments()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        torch.manual_seed(decoding.seed)
+        with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                inputs = {key: value.to(self.model.device) for key, value in self.processor(batch).items()}
+                with torch.inference_mode():
+                    out = self.model.generate(**inputs, **arguments)
+                bar.update(len(batch))
+                yield from self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :].tolist())
+
+
+def build_model(
+    config: SynapseConfig, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, device: str
+) -> SynapseForCausalLM:
+    """The modelling class with given weights, each converted as it comes: no second copy of the model exists."""
+    with torch.device("meta"):
+        model = SynapseForCausalLM(config)
+    missing = set(model.state_dict())
+    for name, tensor in tensors:
+        module, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module)
+        if tuple(tensor.shape) != tuple(getattr(owner, leaf).shape):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the model {list(getattr(owner, leaf).shape)}")
+        setattr(owner, leaf, torch.nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+        missing.discard(name)
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, among them {min(missing)}")
+    return model
+
+
+def _exported_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    files = SafetensorsFolder(folder)
+    for name in files.names:
+        yield name, files.read(name)
+
+
+def read_prompts(path: Path, media_root: Path | None = None) -> list[dict]:
+    """Prompts of a JSONL: {"id", "prompt", "text" (kept as the reference), "images", "audios", "videos"}.
+
+    Paths are relative to the file's folder, or to `media_root`.
+
+    Raises:
+        ValueError: no such file, a line that is not a JSON object or has a field of the wrong type, or names a
+            missing file; with file and line number.
+    """
+    root = media_root or path.parent
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give a JSONL of prompts") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        record = parse_line(line, where)
+        prompt = {"id": record.get("id", f"line {number}")}
+        for name in ("prompt", "text"):
+            value = record.get(name)
+            if value is not None and not isinstance(value, str):
+                raise DataError(f'{where}: field "{name}" must be a string, not {type(value).__name__}')
+            prompt[name] = value
+        for kind in PLACEHOLDERS:
+            files = record.get(kind) or []
+            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+                raise DataError(f'{where}: field "{kind}" must be a list of paths')
+            prompt[kind] = [str(root / file) for file in files]
+        check_prompt(prompt, where)
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{path}: holds no prompt")
+    return prompts
+
+
+def check_prompt(prompt: dict, where: str) -> None:
+    """Refuse missing files and placeholders without a file before any model is loaded."""
+    for kind in PLACEHOLDERS:
+        for file in prompt.get(kind) or ():
+            if not Path(file).is_file():
+                raise DataError(f"{where}: no such file: {file}")
+    try:
+        SynapseProcessor.with_placeholders(prompt)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def result_line(prompt: dict, answer: str) -> str:
+    """One line of the output JSONL."""
+    record = {"id": prompt["id"], "prompt": prompt.get("prompt"), "generated": answer}
+    if prompt.get("text") is not None:
+        record["reference"] = prompt["text"]
+    return json.dumps(record | {kind: prompt[kind] for kind in PLACEHOLDERS if prompt.get(kind)}, ensure_ascii=False)
+
+
+__all__ = ["Decoding", "Generator", "build_model", "check_prompt", "read_prompts", "result_line"]
