@@ -20,6 +20,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
 _MAX_WORDS = 1 << 19
+_WORDS_A_CALL = 64
 
 
 class BlockEncoder(Protocol):
@@ -108,10 +109,12 @@ class WordEncoder:
                 sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
                 self._add(heads, np.fromiter(chain.from_iterable(encoded), np.int32, int(sizes.sum())), sizes)
                 keys = [key for key in keys if not key.startswith(_SPACE)]
-            # All new words in one call: the pieces that begin with a space are where they begin.
-            ids = np.array(self._encode(_SPACE + _SPACE.join(keys)) if keys else [], dtype=np.int32)
-            starts = np.flatnonzero(self._begins_word[ids])
-            self._add(keys, ids, np.diff(np.append(starts, ids.size)))
+            # Many new words in one call: the pieces that begin with a space are where they begin.
+            for start in range(0, len(keys), _WORDS_A_CALL):
+                part = keys[start : start + _WORDS_A_CALL]
+                ids = np.array(self._encode(_SPACE + _SPACE.join(part)), dtype=np.int32)
+                starts = np.flatnonzero(self._begins_word[ids])
+                self._add(part, ids, np.diff(np.append(starts, ids.size)))
             found[missing] = [self._index[words[i]] for i in missing.tolist()]
         sizes = self._sizes[found]
         ends = np.concatenate([[0], np.cumsum(sizes)])
