@@ -63,7 +63,7 @@ def pipeline_config(
     return TransformerConfig(
         num_layers=sizes.chunks,
         hidden_size=hidden_size,
-        num_attention_heads=1,
+        num_attention_heads=sizes.tp,  # the pipeline has no heads; megatron-core wants a multiple of TP
         tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
         virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,

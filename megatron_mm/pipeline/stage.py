@@ -15,6 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
 from megatron_mm.data.microbatch import Microbatch
@@ -154,5 +155,5 @@ class PipelineChunk(MegatronModule):
         """Checkpoint entries under `node name.parameter`, whatever the layout."""
         entries: dict = {}
         for node, module in zip(self.nodes, self.node_modules):
-            entries.update(module.sharded_state_dict(f"{prefix}{node.name}.", sharded_offsets, metadata))
+            entries.update(sharded_state_dict_default(module, f"{prefix}{node.name}.", sharded_offsets, metadata))
         return entries

@@ -1,0 +1,275 @@
+"""The promise that the layout never changes the result, as a measurement.
+
+Each layout trains the same recipe for the same steps from the same seed in processes of its own; the loss of every step
+and the gradient of every parameter at the first and last step are compared with one process. A parameter's gradient is
+gathered whole, by its checkpoint key, so that every layout's can be compared.
+
+A layout is written as in `TP2·CP2·PP2+SP`: sizes joined by `x` or `·` (VPP as `PP4xVPP2`), then flags: SP, distopt
+(distributed optimizer), full or selective (recomputation).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_mm.config.schema import Config
+
+DEFAULT_LAYOUTS = (
+    "TP2",
+    "TP2+SP",
+    "PP2",
+    "PP4",
+    "PP4xVPP2",
+    "CP2",
+    "DP2",
+    "DP2+distopt",
+    "TP2xCP2xPP2+SP",
+    "TP2xPP2xDP2+SP+distopt+full",
+)
+#: Bounds of DESIGN's promise in fp32: loss per step, gradient per parameter, and the floor of the latter.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE, GRADIENT_FLOOR = 1e-5, 1e-4, 1e-6
+
+_SIZES = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size", "CP": "context_parallel_size"}
+_SIZES["VPP"] = "virtual_pipeline_model_parallel_size"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout: fields of `parallel` and the number of data-parallel processes."""
+
+    name: str
+    parallel: dict
+    data_parallel: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes that it needs."""
+        sizes = [self.parallel.get(_SIZES[key], 1) for key in ("TP", "PP", "CP")]
+        return sizes[0] * sizes[1] * sizes[2] * self.data_parallel
+
+
+def parse_layout(name: str) -> Layout:
+    """Reads a layout.
+
+    Raises:
+        ValueError: a part that is no size or flag.
+    """
+    parallel: dict = {}
+    data_parallel = 1
+    sizes, *flags = re.split(r"\s*\+\s*", name.strip())
+    for part in re.split(r"[x·×]", sizes) if sizes else []:
+        match = re.fullmatch(r"(VPP|TP|PP|CP|DP)(\d+)", part.strip())
+        if not match:
+            raise ValueError(f"layout {name!r}: {part!r} is not TP2, PP2, VPP2, CP2 or DP2")
+        kind, size = match[1], int(match[2])
+        if kind == "DP":
+            data_parallel = size
+        else:
+            parallel[_SIZES[kind]] = size
+    for flag in flags:
+        known = {
+            "SP": ("sequence_parallel", True),
+            "distopt": ("use_distributed_optimizer", True),
+            "full": ("recompute_granularity", "full"),
+            "selective": ("recompute_granularity", "selective"),
+        }
+        if flag not in known:
+            raise ValueError(f"layout {name!r}: {flag!r} is not SP, distopt, full or selective")
+        key, value = known[flag]
+        parallel[key] = value
+    return Layout(name, parallel, data_parallel)
+
+
+def for_layout(config: Config, layout: Layout, iterations: int, pool: int, global_batch: int) -> Config:
+    """The recipe in a layout, in fp32, with the same pool of samples in every microbatch.
+
+    Args:
+        pool: samples of a microbatch over all data-parallel processes; micro_batch_size is its share.
+
+    Raises:
+        ValueError: the pool does not divide over the layout's data parallelism.
+    """
+    import copy
+
+    config = copy.deepcopy(config)
+    for key, value in layout.parallel.items():
+        setattr(config.parallel, key, value)
+    if pool % layout.data_parallel:
+        raise ValueError(f"layout {layout.name}: a pool of {pool} samples does not divide by DP{layout.data_parallel}")
+    config.training.precision = "fp32"
+    config.training.train_iters = iterations
+    config.training.micro_batch_size = pool // layout.data_parallel
+    config.training.global_batch_size = global_batch
+    config.model.hidden_dropout = config.model.attention_dropout = 0.0
+    config.optimizer.lr_warmup_iters = 0
+    config.optimizer.lr_decay_iters = None
+    return config
+
+
+def measure(config: Config, output: Path) -> None:
+    """Trains in this process's layout and leaves losses and gradients (rank 0) in `output`. Called under torchrun."""
+    from megatron.core import parallel_state
+
+    from megatron_mm.config.validate import check, parallel_sizes
+    from megatron_mm.data.generated import GeneratedRows
+    from megatron_mm.data.loader import MicrobatchLoader
+    from megatron_mm.pipeline.schedule import run_batch
+    from megatron_mm.platform import setup
+    from megatron_mm.training.assembly import build_model
+    from megatron_mm.training.optimizer import Optimizer
+
+    sizes = parallel_sizes(config, setup.world_size())
+    check(config, sizes)
+    device = setup.initialize(sizes, config.training.seed)
+    pipeline = build_model(config, sizes, device, config.training.seed)
+    optimizer = Optimizer(config, pipeline)
+    training = config.training
+    loader = MicrobatchLoader(
+        GeneratedRows(config),
+        0,
+        training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        sizes.dp,
+        training.global_batch_size,
+        pipeline.fields(),
+    )
+    losses, norms, gradients = [], [], {}
+    for iteration in range(training.train_iters):
+        microbatches = [next(loader) for _ in range(loader.num_microbatches)]
+        optimizer.zero_grad()
+        result = run_batch(pipeline, microbatches)
+        norm = optimizer.gradient_norm()
+        losses.append(result.total)
+        norms.append(norm)
+        if iteration in (0, training.train_iters - 1):
+            for key, value in _whole_gradients(pipeline, config.parallel.use_distributed_optimizer).items():
+                gradients[f"{iteration}/{key}"] = value
+        optimizer.step(norm, training.global_batch_size)
+    if setup.rank() == 0:
+        torch.save({"losses": losses, "norms": norms, "gradients": gradients}, output)
+    setup.shutdown()
+
+
+def _whole_gradients(pipeline, distributed_optimizer: bool) -> dict[str, torch.Tensor]:
+    """Whole gradient of every trainable parameter, by checkpoint key, on rank 0 (empty elsewhere). Collective."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    if distributed_optimizer:  # the reduced gradient is whole only over the shards of all data-parallel processes
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for chunk in pipeline.chunks:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    shards = bucket.grad_data.chunk(group.size())
+                    for rank, shard in enumerate(shards):
+                        dist.broadcast(shard, src=dist.get_global_rank(group, rank), group=group)
+    sharded, _ = extract_sharded_tensors_and_factories(pipeline.sharded_state_dict())
+    entries = {}
+    for entry in nested_values(sharded):
+        parameter = entry.data
+        if isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad:
+            entries[entry.key] = make_sharded_optimizer_tensor(entry, parameter.main_grad.clone(), "gradient")
+    apply_factories(entries)
+    pieces = [
+        (piece.key, piece.global_shape, piece.global_offset, piece.data)
+        for piece in nested_values(entries)
+        if isinstance(piece, ShardedTensor) and not any(piece.replica_id)
+    ]
+    everyone: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(pieces, everyone)
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in (piece for pieces in everyone or () for piece in pieces):
+        target = whole.setdefault(key, torch.full(shape, float("nan")))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape))] = data
+    return whole
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A layout against one process."""
+
+    layout: str
+    processes: int
+    loss: float
+    """Largest relative difference of the loss of any step."""
+    gradient: float
+    """Largest ‖Δg‖ / max(‖g‖, floor · global norm) of any parameter, at the first step and the last."""
+    parameter: str
+    """Whose gradient that is."""
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Both within DESIGN's bounds."""
+        return self.error is None and self.loss <= LOSS_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
+
+
+def compare(layout: Layout, measured: dict, reference: dict) -> Comparison:
+    """Measures differences; a parameter that only one side has counts as infinite."""
+    loss = max(abs(a - b) / abs(b) for a, b in zip(measured["losses"], reference["losses"], strict=True))
+    worst, where = 0.0, ""
+    for key in measured["gradients"].keys() | reference["gradients"].keys():
+        a, b = measured["gradients"].get(key), reference["gradients"].get(key)
+        if a is None or b is None or a.shape != b.shape:
+            difference = float("inf")
+        else:
+            norm = reference["norms"][int(key.split("/")[0])]
+            difference = float((a - b).norm() / max(float(b.norm()), GRADIENT_FLOOR * norm))
+        if not difference <= worst:  # NaN is worse than anything
+            worst, where = difference, key.partition("/")[2].removeprefix("gradient.")
+    return Comparison(layout.name, layout.world_size, loss, worst, where)
+
+
+def launch(config: Config, layout: Layout, threads: int = 1) -> dict:
+    """Runs `measure` for a layout under torchrun and returns what it left.
+
+    Raises:
+        ValueError: the run failed; the end of its output is quoted.
+    """
+    from megatron_mm.config.load import dump_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, output = Path(folder, "config.yaml"), Path(folder, "measured.pt")
+        dump_config(config, recipe)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(layout.world_size)]
+        command += ["--standalone", "--no-python", sys.executable, "-m", "megatron_mm.training.layouts"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        done = subprocess.run(
+            [*command, str(recipe), str(output)], capture_output=True, text=True, env=environment, check=False
+        )
+        if done.returncode or not output.exists():
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()][:5]
+            raise ValueError(f"layout {layout.name} did not run: " + " | ".join(lines or done.stderr.splitlines()[-5:]))
+        return torch.load(output, weights_only=True)
+
+
+def to_json(comparisons: list[Comparison], path: Path) -> None:
+    """Writes the table."""
+    rows = [{**comparison.__dict__, "passed": comparison.passed} for comparison in comparisons]
+    path.write_text(json.dumps(rows, indent=1))
+
+
+def _main() -> None:
+    from megatron_mm.config.load import load_config
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()
+    with setup.reporting_errors():
+        measure(load_config(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    _main()
