@@ -41,11 +41,21 @@ class Vendor:
 VENDORS = {
     vendor.name: vendor
     for vendor in (
-        Vendor("google", "emoji-datasource-google", "16.0.0", "img/google/64",
-               "Noto Emoji art by Google, Apache-2.0; emoji-datasource data, MIT"),
+        Vendor(
+            "google",
+            "emoji-datasource-google",
+            "16.0.0",
+            "img/google/64",
+            "Noto Emoji art by Google, Apache-2.0; emoji-datasource data, MIT",
+        ),
         Vendor("fluent", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "Fluent Emoji 3D art by Microsoft, MIT"),
-        Vendor("twitter", "emoji-datasource-twitter", "16.0.0", "img/twitter/64",
-               "Twemoji art by Twitter and contributors, CC-BY-4.0; emoji-datasource data, MIT"),
+        Vendor(
+            "twitter",
+            "emoji-datasource-twitter",
+            "16.0.0",
+            "img/twitter/64",
+            "Twemoji art by Twitter and contributors, CC-BY-4.0; emoji-datasource data, MIT",
+        ),
     )
 }
 

@@ -78,10 +78,12 @@ def training_samples(emoji: list[Emoji], variants: int, seed: int) -> list[dict]
 def heldout_samples(emoji: list[Emoji]) -> dict[str, list[dict]]:
     """Held-out samples by modality: the unseen vendor's art, and the unseen voice, each alone."""
     return {
-        "image": [_sample(f"image/{HELDOUT_VENDOR}/{e.code}", e.name, [picture_path(e, HELDOUT_VENDOR, 0)], [])
-                  for e in emoji],
-        "sound": [_sample(f"sound/{HELDOUT_VOICE}/{e.code}", e.name, [], [sound_path(e, HELDOUT_VOICE)])
-                  for e in emoji],
+        "image": [
+            _sample(f"image/{HELDOUT_VENDOR}/{e.code}", e.name, [picture_path(e, HELDOUT_VENDOR, 0)], []) for e in emoji
+        ],
+        "sound": [
+            _sample(f"sound/{HELDOUT_VOICE}/{e.code}", e.name, [], [sound_path(e, HELDOUT_VOICE)]) for e in emoji
+        ],
     }
 
 
@@ -112,13 +114,21 @@ def make_media(emoji: list[Emoji], variants: int, output: Path) -> float:
     Returns:
         Seconds of the longest recording.
     """
-    drawings = [(e.pictures[v], output / picture_path(e, v, k), k)
-                for e in emoji for v in TRAIN_VENDORS for k in range(variants)]
+    drawings = [
+        (e.pictures[v], output / picture_path(e, v, k), k)
+        for e in emoji
+        for v in TRAIN_VENDORS
+        for k in range(variants)
+    ]
     drawings += [(e.pictures[HELDOUT_VENDOR], output / picture_path(e, HELDOUT_VENDOR, 0), 0) for e in emoji]
-    sentences = [(e.name, voice, WORDS_PER_MINUTE, output / sound_path(e, voice))
-                 for e in emoji for voice in (*TRAIN_VOICES, HELDOUT_VOICE)]
+    sentences = [
+        (e.name, voice, WORDS_PER_MINUTE, output / sound_path(e, voice))
+        for e in emoji
+        for voice in (*TRAIN_VOICES, HELDOUT_VOICE)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and espeak-ng's process both release the lock
-        list(tqdm(pool.map(_draw_if_missing, drawings), total=len(drawings), desc="drawing", unit="picture", mininterval=1))
+        drawn = pool.map(_draw_if_missing, drawings)
+        list(tqdm(drawn, total=len(drawings), desc="drawing", unit="picture", mininterval=1))
         seconds = pool.map(lambda job: speech.record(*job), sentences)
         return max(tqdm(seconds, total=len(sentences), desc="speaking", unit="sound", mininterval=1))
 

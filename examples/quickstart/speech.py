@@ -31,8 +31,12 @@ def install() -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise ValueError("espeak-ng is not installed and installing it needs root: sudo apt-get install espeak-ng")
     for arguments in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "espeak-ng"]):
-        done = subprocess.run(["apt-get", *arguments], capture_output=True, text=True,
-                              env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+        done = subprocess.run(
+            ["apt-get", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        )
     if done.returncode != 0:
         raise ValueError(f"apt-get could not install espeak-ng: {done.stderr.strip()}")
 

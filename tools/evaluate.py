@@ -1,0 +1,118 @@
+"""Scores a model on held-out samples: exact match, CIDEr and token loss, with true and with swapped media.
+
+    python tools/evaluate.py --model exported --input heldout_image.jsonl heldout_sound.jsonl --swap-media
+
+`--model` is a folder that tools/convert_checkpoint.py exported, or a training checkpoint or run. A line of the JSONL is
+a sample as tools/preprocess_multimodal.py reads it; its "text" is the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass
+class Arguments:
+    """Which model, on which samples."""
+
+    model: Path
+    """Exported folder, checkpoint, folder of checkpoints, or output folder of a run."""
+    input: list[Path]
+    """JSONL files of samples; each is a line of the table."""
+    media_root: Path | None = None
+    """Folder to which paths in the JSONL are relative; default: the JSONL's."""
+    swap_media: bool = False
+    """Also evaluate with images, sounds and videos exchanged between samples of different text."""
+    limit: int = 0
+    """At most this many samples of each file; 0 takes all."""
+    max_new_tokens: int = 32
+    """Most tokens of one caption."""
+    num_beams: int = 1
+    """Beams of beam search; 1 takes the likeliest token each time."""
+    batch_size: int = 32
+    """Samples handled at once."""
+    seed: int = 0
+    """Seed of the exchange of media."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic."""
+    device: str = "auto"
+    """Torch device; auto takes cuda where there is one."""
+    tokenizer: Path | None = None
+    """SentencePiece model; default: the one beside the weights."""
+    json: Path | None = None
+    """File for the table's figures."""
+    captions: Path | None = None
+    """JSONL for the generated captions beside the references."""
+
+
+def run(arguments: Arguments) -> list[dict]:
+    """Evaluates every file; returns the table's rows."""
+    import torch
+
+    from megatron_mm.evaluation.evaluate import check_references, evaluate, swap_media
+    from megatron_mm.inference.generation import Decoding, Generator, read_prompts
+
+    decoding = Decoding(arguments.max_new_tokens, arguments.num_beams)
+    decoding.arguments()
+    sets = []
+    for path in arguments.input:
+        samples = read_prompts(path, arguments.media_root)[: arguments.limit or None]
+        check_references(samples)
+        sets.append((path, "true", samples))
+        if arguments.swap_media:
+            sets.append((path, "swapped", swap_media(samples, arguments.seed)))
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = Generator.from_path(arguments.model, arguments.dtype, device, arguments.tokenizer)
+    rows, lines = [], []
+    for path, media, samples in sets:
+        result = evaluate(generator, samples, decoding, arguments.batch_size, progress=True)
+        rows.append({"input": path.name, "media": media, **asdict(result.scores), "token_loss": result.token_loss})
+        lines += [
+            {"input": path.name, "media": media, "id": sample["id"], "generated": caption, "reference": sample["text"]}
+            for sample, caption in zip(samples, result.captions)
+        ]
+    if arguments.captions:
+        write(arguments.captions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if arguments.json:
+        write(arguments.json, json.dumps({"model": str(arguments.model), "rows": rows}, indent=2) + "\n")
+    return rows
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def print_table(rows: list[dict]) -> None:
+    """One line a file and kind of media."""
+    width = max(len("samples of"), *(len(row["input"]) for row in rows))
+    print(f"{'samples of':<{width}}  {'media':<8}{'count':>7}{'exact match':>13}{'CIDEr-D':>9}{'token loss':>12}")
+    for row in rows:
+        print(
+            f"{row['input']:<{width}}  {row['media']:<8}{row['samples']:>7}{row['exact_match']:>13.3f}"
+            f"{row['cider']:>9.3f}{row['token_loss']:>12.3f}"
+        )
+
+
+def main() -> int:
+    """0; 1 with the reason on stderr; 2 for usage."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        print_table(run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
