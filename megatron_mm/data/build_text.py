@@ -50,33 +50,18 @@ class _Worker:
 def _encode_block(block: LineBlock) -> list[TextBlock]:
     """Tokenises the lines of a block; runs in a worker."""
     texts: list[list[str]] = [[] for _ in _Worker.keys]
-    numbers: list[int] = []
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
         if not line or line.isspace():
             continue
         where = f"{block.path}, line {number}"
         record = parse_line(line, where)
-        numbers.append(number)
         for key, values in zip(_Worker.keys, texts):
             values.append(text_field(record, key, where))
     out = []
     for values in texts:
-        try:
-            ids, lengths = _Worker.encode(values)
-        except (UnicodeError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"{block.path}, {_unencodable(values, numbers)}") from error
+        ids, lengths = _Worker.encode(values)
         out.append(TextBlock(ids.astype(_Worker.dtype, copy=False), lengths))
     return out
-
-
-def _unencodable(texts: list[str], numbers: list[int]) -> str:
-    """Which line holds text that is not Unicode (half a surrogate pair from a JSON escape)."""
-    for text, number in zip(texts, numbers):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return f"line {number}: the text cannot be written as UTF-8 ({error.reason} at character {error.start})"
-    return f"lines {numbers[0]} to {numbers[-1]}: SentencePiece failed"
 
 
 def build_text(

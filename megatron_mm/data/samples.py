@@ -64,12 +64,16 @@ def parse_line(line: bytes, where: str) -> dict:
 
 
 def text_field(record: dict, key: str, where: str) -> str:
-    """The string field `key`. Raises DataError if it is missing or no string."""
+    """The string field `key`. Raises DataError if it is missing, no string, or no Unicode text."""
     if key not in record:
         raise DataError(f'{where}: lacks the field "{key}" (it has: {", ".join(map(str, record)) or "none"})')
     value = record[key]
     if not isinstance(value, str):
         raise DataError(f'{where}: field "{key}" must be a string, not {type(value).__name__}')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise DataError(f'{where}: field "{key}" is not UTF-8 ({error.reason} at character {error.start})') from error
     return value
 
 
@@ -104,11 +108,8 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
                 "there must be one placeholder a file"
             )
         media[kind] = [read_medium(kind, path, media_root, where, check) for path in paths]
-    try:
-        prompt_ids = tokenizer.encode(prompt) if prompt else []
-        text_ids = tokenizer.encode(text)
-    except (UnicodeEncodeError, RuntimeError) as error:
-        raise DataError(f"{where}: the text cannot be encoded as UTF-8 ({error})") from error
+    prompt_ids = tokenizer.encode(prompt) if prompt else []
+    text_ids = tokenizer.encode(text)
     tokens = [tokenizer.bos_id, *prompt_ids, *text_ids, tokenizer.eos_id]
     return Sample("" if name is None else str(name), tokens, 1 + len(prompt_ids), media)
 

@@ -1,0 +1,201 @@
+"""Text preprocessing: equal to the per-document loop, for any worker count, and clean after bad input."""
+
+from __future__ import annotations
+
+import filecmp
+import gzip
+import json
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megatron_mm.data.build_text import build_text
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.indexed import IndexedReader
+from megatron_mm.data.merge import merge_datasets
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.train_tokenizer import train_tokenizer
+from megatron_mm.data.word_cache import DirectEncoder, block_encoder, word_encoder
+
+ROOT = Path(__file__).parents[2]
+ODD = [
+    "", " ", "\n", "  two  spaces ", "tab\tand\r\nline", "日本語 の 文", "▁ literal", "a▁b", "<image>x <image> y<mask>",
+    "-" * 100, "aaaa" * 50, "☃\u00a0é e\u0301 ﬁ", "\x00 nul", "</s> <unk> <pad>", "٣ 𝕏 👩‍👩‍👧",
+]  # fmt: skip
+
+
+def real_texts() -> list[str]:
+    """Sources of the standard library in pieces of 30 lines, and inputs chosen to be awkward."""
+    import argparse
+    import asyncio.events
+    import pydoc_data.topics as topics
+
+    texts = list(ODD)
+    for module in (argparse, asyncio.events, topics):
+        lines = Path(module.__file__).read_text(encoding="utf-8").split("\n")
+        texts += ["\n".join(lines[i : i + 30]) for i in range(0, min(len(lines), 3000), 30)]
+    return texts
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "title": t[:5]}) + "\n" for t in real_texts()))
+    return path
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def model(request, tmp_path_factory, corpus) -> str:
+    path = str(tmp_path_factory.mktemp("model") / "t.model")
+    train_tokenizer([str(corpus)], path, 1500, request.param, num_threads=2)
+    return path
+
+
+@pytest.mark.parametrize("eod", [None, 3])
+def test_block_encoder_gives_sentencepiece_ids(model, eod):
+    tokenizer = Tokenizer(model)
+    encoder = block_encoder(tokenizer, eod)
+    texts = real_texts()
+    expected = [tokenizer.processor.encode(text) for text in texts]
+    for chunk in (texts, texts[::-1], texts):  # cold, warm, another order
+        ids, lengths = encoder(chunk)
+        want = expected if chunk is texts else expected[::-1]
+        want = [[*e, eod] if e and eod is not None else e for e in want]
+        assert lengths.tolist() == [len(e) for e in want]
+        assert ids.tolist() == list(chain.from_iterable(want))
+
+
+def test_word_encoder_only_where_words_are_independent(tmp_path, corpus):
+    """Unigram, pieces across spaces, and spaces as suffixes are left to SentencePiece; no dummy prefix is fine."""
+
+    def train(name: str, **options) -> Tokenizer:
+        lines = [text for text in real_texts() if text.strip()][:60]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for text in lines for line in text.split("\n")), vocab_size=600,
+            model_prefix=str(tmp_path / name), minloglevel=2, hard_vocab_limit=False, **options,
+        )  # fmt: skip
+        return Tokenizer(tmp_path / f"{name}.model", require_media=False)
+
+    assert word_encoder(train("unigram", model_type="unigram"), None) is None
+    assert word_encoder(train("across", model_type="bpe", split_by_whitespace=False), None) is None
+    assert word_encoder(train("suffix", model_type="bpe", treat_whitespace_as_suffix=True), None) is None
+    for name, options in {
+        "noprefix": {"add_dummy_prefix": False},
+        "spaces": {"remove_extra_whitespaces": False},
+        "identity": {"normalization_rule_name": "identity", "byte_fallback": True},
+    }.items():
+        tokenizer = train(name, model_type="bpe", **options)
+        encoder = word_encoder(tokenizer, None)
+        assert encoder is not None
+        ids, _ = encoder(real_texts())
+        expected = chain.from_iterable(map(tokenizer.processor.encode, real_texts()))
+        assert ids.tolist() == list(expected), name
+
+
+def test_word_cache_is_bounded(model, monkeypatch):
+    monkeypatch.setattr("megatron_mm.data.word_cache._MAX_WORDS", 50)
+    tokenizer = Tokenizer(model)
+    encoder = word_encoder(tokenizer, 3)
+    if encoder is None:
+        assert isinstance(block_encoder(tokenizer, 3), DirectEncoder)
+        return
+    for text in real_texts():
+        ids, _ = encoder([text])
+        assert ids.tolist() == [*tokenizer.encode(text), 3][: len(ids)]
+        assert len(encoder._index) < 50 + 2000
+
+
+def test_same_bytes_as_the_per_document_loop(tmp_path, corpus, model):
+    """The oracle is megatron-core's builder fed one document at a time, as Megatron's script does."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    builder = IndexedDatasetBuilder(str(tmp_path / "peer.bin"), dtype=DType.optimal_dtype(sp.get_piece_size()))
+    for line in corpus.read_text().splitlines():
+        ids = sp.encode(json.loads(line)["text"])
+        ids = [*ids, sp.eos_id()] if ids else []
+        builder.add_document(ids, [len(ids)] if ids else [])
+    builder.finalize(str(tmp_path / "peer.idx"))
+    packed = tmp_path / "c.jsonl.gz"
+    packed.write_bytes(gzip.compress(corpus.read_bytes()))
+    for source, workers in ((corpus, 0), (corpus, 3), (packed, 2)):
+        prefix = str(tmp_path / f"ours{workers}")
+        build_text([str(source)], prefix, model, append_eod=True, workers=workers, progress=False)
+        for suffix in (".bin", ".idx"):
+            assert filecmp.cmp(tmp_path / f"peer{suffix}", f"{prefix}_text_document{suffix}", shallow=False)
+
+
+def test_several_keys_no_eod_and_merge(tmp_path, corpus, model):
+    prefix = str(tmp_path / "k")
+    report = build_text([str(corpus)], prefix, model, json_keys=["text", "title"], workers=0, progress=False)
+    text, title = (IndexedReader(f"{prefix}_{key}_document") for key in ("text", "title"))
+    tokenizer = Tokenizer(model)
+    last = json.loads(corpus.read_text().splitlines()[-1])
+    assert text.document(len(text) - 1).tolist() == tokenizer.encode(last["text"])
+    assert title.document(len(title) - 1).tolist() == tokenizer.encode(last["title"])
+    assert report[f"{prefix}_text_document"]["tokens"] == text.data.size
+    merge_datasets([f"{prefix}_text_document", f"{prefix}_title_document"], str(tmp_path / "both"), progress=False)
+    both = IndexedReader(tmp_path / "both")
+    assert np.array_equal(both.data, np.concatenate([text.data, title.data]))
+    assert both.document_lengths().tolist() == [*text.document_lengths(), *title.document_lengths()]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{oops", "not JSON"),
+        (b'{"txt": "a"}', 'lacks the field "text"'),
+        (b'{"text": 3}', 'field "text" must be a string, not int'),
+        (b"[1]", "must be a JSON object, not list"),
+        (b'{"text": "\xff\xfe"}', "not UTF-8"),
+        (b'{"text": "half \\ud800 pair"}', "not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_line_is_named_and_nothing_is_left(tmp_path, model, line, message, workers):
+    path = tmp_path / "in" / "bad.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"text": "fine"}\n' * 4000 + b"\n" + line + b'\n{"text": "fine"}\n{no')
+    with pytest.raises(DataError, match=rf"bad\.jsonl, line 4002: .*{message}"):
+        build_text([str(path)], str(tmp_path / "out" / "p"), model, workers=workers, progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_long_line_damaged_gzip_and_existing_output(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("megatron_mm.data.build_text.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("megatron_mm.data.build_text._BLOCK_BYTES", 100)
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 3000}) + "\n")
+    with pytest.raises(DataError, match="line 2: longer than 1000 bytes"):
+        build_text([str(path)], str(tmp_path / "p"), model, workers=0, progress=False)
+    packed = tmp_path / "cut.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "a b c"}\n' * 5000)[:-20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: damaged gzip"):
+        build_text([str(packed)], str(tmp_path / "p"), model, workers=0, progress=False)
+    path.write_text('{"text": "a"}\n')
+    build_text([str(path)], str(tmp_path / "p"), model, workers=0, progress=False)
+    with pytest.raises(DataError, match=r"exists already.*--overwrite"):
+        build_text([str(path)], str(tmp_path / "p"), model, workers=0, progress=False)
+    build_text([str(path)], str(tmp_path / "p"), model, workers=0, progress=False, overwrite=True)
+
+
+@pytest.mark.slow
+def test_tool_and_benchmark(tmp_path, corpus, model):
+    def run(*command):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+
+    tool = [str(ROOT / "tools/preprocess_data.py"), "--output-prefix", "p", "--tokenizer-model", model, "--append-eod"]
+    done = run(*tool, "--input", str(corpus), "--workers", "1", "--log-interval", "10")
+    assert done.returncode == 0 and "p_text_document.bin" in done.stdout, done.stderr
+    missing = run(*tool, "--input", "nothing.jsonl")
+    assert missing.returncode == 1 and missing.stderr.strip() == "error: nothing.jsonl: no such file"
+    bench = run(str(ROOT / "benchmarks/preprocess_data.py"), "--input", str(corpus), "--tokenizer-model", model,
+                "--repeats", "1", "--json", "r.json")  # fmt: skip
+    assert bench.returncode == 0, bench.stderr
+    (result,) = json.loads((tmp_path / "r.json").read_text())["preprocess_data"]
+    assert result["identical"] and result["ratio"] > 0
