@@ -87,6 +87,12 @@ def make_batch(config: SynapseConfig, seed: int = 0, rows: int = 3, length: int 
     )
 
 
+def fill(module: nn.Module, name: str = "node", seed: int = 7) -> nn.Module:
+    """The module, with the initial weights of a seed."""
+    initialize_module(module, name, seed)
+    return module
+
+
 def build(graph: Graph, seed: int = 7, tp_rank: int = 0, tp_size: int = 1) -> nn.ModuleDict:
     """Every node's module under its name (dots as slashes), with the initial weights of a seed."""
     modules = nn.ModuleDict()
@@ -106,10 +112,24 @@ def run(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> tuple[torch.
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         streams.update({stream.name: value for stream, value in zip(node.writes, outputs, strict=True)})
     total = sum(
-        loss.weight * loss.compute(*[streams[name] for name in loss.reads], context)
-        for loss in graph.losses
+        loss.weight * loss.compute(*[streams[name] for name in loss.reads], context) for loss in graph.losses
     )
     return total, streams
+
+
+def tower(graph: Graph, modules: nn.ModuleDict, batch: Microbatch, prefix: str) -> torch.Tensor:
+    """What the nodes of one tower write last."""
+    context, memory = ForwardContext(batch), []
+    for node in graph.nodes:
+        if node.name.startswith(prefix):
+            memory = [modules[node.name.replace(".", "/")](*memory, context)]
+    return memory[0]
+
+
+def logits_of(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> torch.Tensor:
+    """Logits [R, T, V] of one process, before the loss works on them in place."""
+    _, streams = run(Graph(graph.nodes, []), modules, batch)
+    return streams["logits"].view(*batch.tokens_RT.shape, -1)
 
 
 def gradients(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> tuple[float, dict[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.elementwise import rotary_qkv
 from megatron_mm.models.layers.sharding import gather_context, gathered_text, local_text
 
 
@@ -83,16 +84,6 @@ def document_mask(batch: Microbatch, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill(hidden, float("-inf"))[:, None]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the two halves of the last dimension (Llama's convention).
-
-    Args:
-        x: [R, L, …, D]; cos, sin: [R, L, 1…, D/2].
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class CoreAttention(nn.Module):
     """softmax(q·k/√d + mask)·v on [R, tokens, heads, D], with fewer heads in keys and values if queries are grouped."""
 
@@ -141,14 +132,13 @@ class SelfAttention(megatron_attention.SelfAttention):
         lead = mixed.shape[:2]
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         mixed = mixed.view(plan.rows, -1, groups, mixed.shape[-1] // width, width)
-        queries = mixed.shape[3] - 2
-        query_RLGQD, key_RLGD, value_RLGD = mixed.split((queries, 1, 1), dim=3)
-        key_RLGD, value_RLGD = key_RLGD.squeeze(3), value_RLGD.squeeze(3)
         if plan.cos is not None:
-            query_RLGQD = rotate(query_RLGQD, plan.cos[:, :, None], plan.sin[:, :, None])
-            key_RLGD = rotate(key_RLGD, plan.cos, plan.sin)
+            query_RLND, key_RLGD, value_RLGD = rotary_qkv(mixed, plan.cos, plan.sin)
+        else:
+            query_RLGQD, key_RLGD, value_RLGD = mixed.split((mixed.shape[3] - 2, 1, 1), dim=3)
+            query_RLND, key_RLGD, value_RLGD = query_RLGQD.flatten(2, 3), key_RLGD.squeeze(3), value_RLGD.squeeze(3)
         if plan.gather:
             both = gather_context(torch.stack((key_RLGD, value_RLGD), dim=2))
             key_RLGD, value_RLGD = both.unbind(2)
-        attended = self.core_attention(query_RLGQD.flatten(2, 3), key_RLGD, value_RLGD, plan.mask, plan.causal)
+        attended = self.core_attention(query_RLND, key_RLGD, value_RLGD, plan.mask, plan.causal)
         return self.linear_proj(attended.view(*lead, -1))

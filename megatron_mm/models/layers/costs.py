@@ -13,9 +13,9 @@ from megatron_mm.models.layers.settings import StackShape
 
 
 def copies(sizes: ParallelSizes, *, text: bool) -> int:
-    """How often a value that is not sharded over heads or columns is kept: by TP without sequence parallelism, …
+    """How many processes keep a value that is not sharded over heads or columns.
 
-    … and for a tower, which is whole on each context-parallel process, by CP too.
+    Text: TP without sequence parallelism. A tower, which is whole on every process: TP × CP.
     """
     if text:
         return 1 if sizes.sequence_parallel else sizes.tp

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.elementwise import rms_norm
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_gradient_over_tp
@@ -86,7 +87,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimension; `weight` is `self.weight` with its gradient summed over processes."""
-        return functional.rms_norm(heads, weight.shape, weight, self.eps)
+        return rms_norm(heads, weight, self.eps)
 
 
 class GatedCrossAttention(MegatronModule):

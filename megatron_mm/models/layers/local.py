@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from megatron_mm.models.layers.attention import CoreAttention, SelfAttention
+from megatron_mm.models.layers.elementwise import SwiGLU
+from megatron_mm.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_mm.models.layers.norms import Norm
 
 
@@ -31,7 +33,11 @@ def layer_submodules(*, causal: bool) -> TransformerLayerSubmodules:
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
         mlp=ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            module=MLP,
+            # megatron-core calls an activation module only where the configuration asks for one: for SwiGLU, here.
+            submodules=MLPSubmodules(
+                linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
+            ),
         ),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={
@@ -49,7 +55,8 @@ def norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
 def column_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
     """A linear layer whose output is sharded over tensor parallelism; called, it returns (output, None)."""
     return ColumnParallelLinear(
-        input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False
+        input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False,
+        tp_group=get_tensor_model_parallel_group(),
     )
 
 
@@ -63,6 +70,7 @@ def row_linear(config: TransformerConfig, input_size: int, output_size: int) -> 
         bias=False,
         input_is_parallel=True,
         skip_bias_add=True,
+        tp_group=get_tensor_model_parallel_group(),
     )
 
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.models.layers.elementwise import rms_norm
 from megatron_mm.models.layers.parameters import empty_parameter
 
 
@@ -32,5 +33,5 @@ class Norm(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as `hidden`."""
         if self.bias is None:
-            return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+            return rms_norm(hidden, self.weight, self.eps)
         return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)

@@ -39,11 +39,6 @@ class LayerSettings:
     device_type: Literal["cpu", "cuda"] = "cpu"
 
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's approximation of GELU: x · sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 @dataclass(frozen=True)
 class StackShape:
     """Sizes and kind of one stack of transformer layers.
@@ -109,6 +104,7 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
+        use_te_activation_func=shape.gated and not fused,  # an activation module of our own, see layers/local.py
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=fused and shape.normalization == "LayerNorm",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.linear import ColumnParallelLinear
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text
@@ -25,6 +27,7 @@ class TokenEmbedding(MegatronModule):
             init_method=config.init_method,
             config=config,
             reduce_scatter_embeddings=config.sequence_parallel,
+            tp_group=get_tensor_model_parallel_group(),
         )
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
@@ -48,6 +51,7 @@ class LanguageHead(MegatronModule):
             init_method=config.init_method,
             bias=False,
             gather_output=False,
+            tp_group=get_tensor_model_parallel_group(),
         )
 
     def forward(self, text: torch.Tensor, context: ForwardContext) -> torch.Tensor:

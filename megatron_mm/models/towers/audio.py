@@ -23,7 +23,7 @@ from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_
 from megatron_mm.models.layers.transformer import backend_of, stack_layer
 
 
-def sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
+def sinusoids(length: int, width: int, device: torch.device | int | str = "cpu") -> torch.Tensor:
     """Whisper's fixed positions [length, width]: sines, then cosines, of geometrically spaced time scales to 10,000."""
     step = math.log(10000) / (width // 2 - 1)
     scales = torch.exp(-step * torch.arange(width // 2, device=device))
@@ -38,13 +38,14 @@ class SpectrogramEmbedding(nn.Module):
         super().__init__()
         width, place = tower.hidden_size, {"dtype": settings.dtype, "device": torch.cuda.current_device()}
         self.conv1 = nn.utils.skip_init(nn.Conv1d, tower.num_mel_bins, width, 3, padding=1, **place)
+        positions = sinusoids(tower.tokens_per_sound, width, torch.cuda.current_device()).to(settings.dtype)
+        self.register_buffer("positions", positions, persistent=False)
         self.conv2 = nn.utils.skip_init(nn.Conv1d, width, width, 3, stride=2, padding=1, **place)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[A, frames / 2, C] of the microbatch's sounds."""
         hidden = functional.gelu(self.conv1(context.batch.sounds_AMF.to(self.conv1.weight.dtype)))
-        hidden = functional.gelu(self.conv2(hidden)).transpose(1, 2)
-        return hidden + sinusoids(hidden.shape[1], hidden.shape[2], hidden.device).to(hidden.dtype)
+        return functional.gelu(self.conv2(hidden)).transpose(1, 2) + self.positions
 
 
 class AudioOutput(nn.Module):
