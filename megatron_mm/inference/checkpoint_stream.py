@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -166,7 +167,8 @@ class _StreamingPlanner(SavePlanner):
             self._current = None
             self._current = (name, self._make(name))
         chunk = write_item.tensor_data.chunk
-        return self._current[1][chunk.offsets[0] : chunk.offsets[0] + chunk.sizes[0]].to(self._dtype).contiguous()
+        rows = self._current[1][chunk.offsets[0] : chunk.offsets[0] + chunk.sizes[0]]
+        return rows.to(self._dtype, copy=True)  # a view would keep the whole tensor until the next one is written
 
 
 def write_checkpoint_weights(
@@ -186,7 +188,9 @@ def write_checkpoint_weights(
     plan = [(key, shapes[name]) for key, name in by_key.items()]
     planner = _StreamingPlanner(plan, dtype, lambda key: make(by_key[key]))
     writer = dcp.FileSystemWriter(folder, thread_count=1)
-    dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     torch.save(common, folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     common_backend = {"common_backend": "torch", "common_backend_version": 1}
