@@ -3,6 +3,7 @@
     python pretrain_multimodal.py --config megatron_mm/recipes/synapse-tiny.yaml --train-iters 20
     torchrun --nproc-per-node 4 pretrain_multimodal.py --config … --tensor-model-parallel-size 2 \
         --pipeline-model-parallel-size 2
+    python pretrain_multimodal.py --config megatron_mm/recipes/synapse-70b.yaml --dry-run --world-size 256
 
 Every field of the recipe can be overridden (--help lists them), by its path or by Megatron's name.
 """
@@ -16,6 +17,12 @@ from megatron_mm.platform import setup
 def main() -> None:
     """Parses, trains, and reports an error once."""
     config = parse_command_line()
+    if config.dry_run:
+        with setup.reporting_errors():
+            from megatron_mm.planner.dry_run import run_from_command_line
+
+            run_from_command_line(config)
+        return
     setup.apply_platform()  # before anything of megatron-core is imported
     with setup.reporting_errors():
         from megatron_mm.training.loop import Trainer

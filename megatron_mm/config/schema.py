@@ -166,6 +166,8 @@ class ParallelConfig:
     """Activations to recompute in the backward pass: none, core attention, or whole layers."""
     pipeline_cuts: list[str] | None = None
     """Names of the nodes that begin chunks 2, 3, …; null lets the partitioner choose."""
+    world_size: Annotated[int | None, _megatron("world-size")] = None
+    """Processes that a dry run plans for; null: those it was started on. A real run has what torchrun starts."""
     distributed_timeout_minutes: Annotated[float, _megatron("distributed-timeout-minutes")] = 10.0
     """Minutes after which a hung collective ends the run with every rank's stacks."""
 
@@ -297,3 +299,7 @@ class Config:
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    dry_run: Annotated[bool, _megatron("dry-run")] = False
+    """Build and run one microbatch of every pipeline stage without data or devices, print its costs, and end."""
+    dry_run_json: str | None = None
+    """Also write the dry run's figures to this file."""

@@ -1,0 +1,311 @@
+"""A run at any world size without the machines: every distinct pipeline stage, built and run once on the meta device.
+
+Under a fake process group, as a rank of each stage in turn, the same chunks that would train are built on meta tensors
+and take one microbatch forward and backward. What they hold and do is counted: parameters, what autograd keeps, FLOPs
+(torch's counter), and the bytes of every collective (seen by a dispatch mode). Nothing reads a value, so nothing but
+speed and numerics is left out.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from megatron_mm.config.schema import Config
+from megatron_mm.config.validate import check, parallel_sizes
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.pipeline.partition import bottleneck
+from megatron_mm.planner.costs import node_times
+from megatron_mm.platform import cpu, setup
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one process of a pipeline stage holds and does; bytes and FLOPs are per process."""
+
+    stage: int
+    first_node: str
+    last_node: str
+    parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """Kept for the backward pass, over the microbatches in flight under 1F1B, with received payloads."""
+    flops: float
+    """One microbatch, forward and backward, with recomputation."""
+    communicated: dict[str, int]
+    """Bytes that one microbatch sends through each kind of collective, and gradients once a step."""
+    seconds: float
+    """Time the dry run took for this stage."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Everything a process must hold."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """All stages of a layout."""
+
+    sizes: ParallelSizes
+    stages: list[StageReport]
+    total_parameters: int
+    slowest_over_mean: float
+    """Of executed FLOPs."""
+    bottleneck: str
+
+    def to_json(self) -> dict:
+        """The same figures as plain values."""
+        stages = [{**asdict(stage), "memory_bytes": stage.memory_bytes} for stage in self.stages]
+        return {**asdict(self), "stages": stages}
+
+
+def dry_run(config: Config, world_size: int, report=lambda stage: None) -> DryRun:
+    """Builds and runs every distinct stage of a recipe's layout.
+
+    Args:
+        world_size: processes of the run that is planned.
+        report: called with each StageReport as it is done.
+
+    Raises:
+        ValueError: the configuration contradicts itself or does not fit the world size.
+    """
+    sizes = parallel_sizes(config, world_size)
+    check(config, sizes)
+    cpu.apply()
+    cpu.set_device("meta")
+    try:
+        return _dry_run(config, sizes, report)
+    finally:
+        cpu.set_device("cpu")
+
+
+def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_mm.models.systems import build_graph
+    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_settings
+
+    graph = build_graph(config.model, layer_settings(config, sizes, "cpu"))
+    cuts = choose_cuts(config, graph, sizes)
+    plan = full_plan(config)
+    stages = []
+    for stage in range(sizes.pp):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        rank = stage * sizes.world // sizes.pp  # tensor, context and data parallel rank 0
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world)
+        setup.initialize_groups(sizes, gloo=False)
+        setup.seed_dropout(config.training.seed)
+        stages.append(_run_stage(config, sizes, stage, cuts, graph, plan))
+        report(stages[-1])
+        gc.collect()
+    setup.shutdown()
+    recompute = config.parallel.recompute_granularity == "full"
+    times = node_times(graph, plan, recompute)
+    flops = [stage.flops for stage in stages]
+    return DryRun(
+        sizes=sizes,
+        stages=stages,
+        total_parameters=sum(node.cost(plan).parameters for node in graph.nodes),
+        slowest_over_mean=max(flops) * len(flops) / sum(flops),
+        bottleneck=bottleneck([node.name for node in graph.nodes], times, cuts),
+    )
+
+
+def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
+    """A microbatch of a plan on the meta device: shapes without values."""
+    vision, audio = config.model.vision, config.model.audio
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    rows, length = plan.num_rows, plan.row_length
+    return Microbatch(
+        plan=plan,
+        document_ids_RT=whole(rows, length),
+        position_ids_RT=whole(rows, length),
+        loss_mask_RT=torch.empty(rows, length, device="meta"),
+        image_slots_RK=whole(rows, plan.image_slots),
+        image_slot_documents_RK=whole(rows, plan.image_slots),
+        sound_slots_RJ=whole(rows, plan.sound_slots),
+        sound_slot_documents_RJ=whole(rows, plan.sound_slots),
+        tokens_RT=whole(rows, length),
+        labels_RT=whole(rows, length),
+        images_ICHW=torch.empty(plan.num_images, 3, vision.image_size, vision.image_size, device="meta"),
+        image_frames_I=whole(plan.num_images),
+        sounds_AMF=torch.empty(plan.num_sounds, audio.num_mel_bins, audio.num_frames, device="meta"),
+    )
+
+
+def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
+    from megatron_mm.pipeline.payload import payload_layout, payload_rows
+    from megatron_mm.pipeline.schedule import pipeline_config
+    from megatron_mm.pipeline.stage import PipelineChunk, Terms
+    from megatron_mm.training.assembly import layer_dtype
+
+    began = time.perf_counter()
+    dtype, hidden_size = layer_dtype(config), config.model.decoder.hidden_size
+    pipeline = pipeline_config(sizes, hidden_size, dtype, batched_p2p=False)
+    recompute = config.parallel.recompute_granularity == "full"
+    layouts = [payload_layout(graph, cut, plan, sizes, dtype) for cut in cuts[1:-1]]
+    rows = payload_rows(layouts, hidden_size) if layouts else 0
+    batch = meta_microbatch(config, plan)
+    parameters: dict[int, torch.nn.Parameter] = {}
+    kept, executed = 0, _Executed()
+    in_flight = _microbatches_in_flight(config, sizes, stage)
+    for virtual in range(sizes.vpp):
+        with torch.device("meta"):
+            chunk = PipelineChunk(
+                pipeline, graph, cuts, virtual * sizes.pp + stage, sizes, seed=None, recompute_layers=recompute
+            )
+        parameters.update({id(parameter): parameter for parameter in chunk.parameters()})
+        counts = torch.ones(len(graph.losses), device="meta")
+        chunk.begin_step(rows, 1, counts)
+        saved = _Saved({parameter.untyped_storage()._cdata for parameter in chunk.parameters()})
+        with executed:
+            if not chunk.pre_process:
+                received = torch.empty(rows, 1, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+                chunk.set_input_tensor(received)
+                saved.pack(received)
+            with saved:
+                output = chunk(batch)
+                waiting = saved.held
+                if isinstance(output, Terms):
+                    output.total.backward()
+                else:
+                    output.backward(torch.empty_like(output))
+        kept += waiting * (in_flight - 1) + saved.peak
+    payload = rows * hidden_size * dtype.itemsize
+    executed.communicated["send/receive (pipeline)"] += payload * 2 * (sizes.vpp if sizes.pp > 1 else 0)
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    total = sum(p.numel() for p in parameters.values())
+    if trainable and sizes.dp * sizes.cp > 1:
+        executed.communicated["gradients, once a step (data parallel)"] += trainable * 4
+    shards = sizes.dp * sizes.cp if config.parallel.use_distributed_optimizer else 1
+    state = 12 if dtype == torch.bfloat16 else 8  # fp32 moments, and the fp32 master weight in mixed precision
+    return StageReport(
+        stage=stage,
+        first_node=graph.nodes[cuts[stage]].name,
+        last_node=graph.nodes[cuts[stage + (sizes.vpp - 1) * sizes.pp + 1] - 1].name,
+        parameters=total,
+        trainable_parameters=trainable,
+        weight_bytes=total * dtype.itemsize,
+        gradient_bytes=trainable * 4,
+        optimizer_bytes=trainable * state // shards,
+        activation_bytes=kept,
+        flops=executed.flops,
+        communicated=dict(executed.communicated),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _microbatches_in_flight(config: Config, sizes: ParallelSizes, stage: int) -> int:
+    """Forward passes of a chunk whose backward pass is still to come, at most, under 1F1B."""
+    microbatches = config.training.global_batch_size // (config.training.micro_batch_size * sizes.dp)
+    if sizes.vpp == 1:
+        return min(microbatches, sizes.pp - stage)
+    warm_up = (sizes.pp - stage - 1) * 2 + (sizes.vpp - 1) * sizes.pp + 1
+    return min(microbatches, -(-warm_up // sizes.vpp))
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes that autograd holds, weights aside: now (`held`) and at most (`peak`, with what recomputation holds)."""
+
+    def __init__(self, weights: set[int]) -> None:
+        self.weights, self.held, self.peak = weights, 0, 0
+        self._uses: dict[int, list] = {}
+        super().__init__(self.pack, self._unpack)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts a saved tensor once per storage, until its last use."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            use = self._uses.setdefault(storage._cdata, [0, storage])  # kept alive: its address must not be used again
+            if not use[0]:
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+            use[0] += 1
+        return tensor
+
+    def _unpack(self, tensor: torch.Tensor) -> torch.Tensor:
+        use = self._uses.get(tensor.untyped_storage()._cdata)
+        if use and use[0]:
+            use[0] -= 1
+            if not use[0]:
+                self.held -= use[1].nbytes()
+        return tensor
+
+
+class _Executed(TorchDispatchMode):
+    """FLOPs of the operators that run, by torch's formulas, and bytes that enter collectives, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+        self.communicated: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        namespace, _, name = function.name().partition("::")
+        if namespace == "c10d":
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+            self.communicated[name.strip("_")] += max(sizes, default=0)
+        elif function.overloadpacket not in flop_registry:
+            with self:
+                decomposed = function.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        result = function(*args, **kwargs)
+        if function.overloadpacket in flop_registry:
+            self.flops += flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+
+def table(result: DryRun) -> str:
+    """The stages as lines, with totals."""
+    gib = 2**30
+    lines = [
+        f"{'stage':>5} {'parameters':>14} {'weights':>8} {'grads':>7} {'optim':>7} {'activ.':>7} {'memory':>7} "
+        f"{'TFLOP':>8}  nodes (GiB and TFLOP a microbatch, per process)"
+    ]
+    for s in result.stages:
+        sizes = (s.weight_bytes, s.gradient_bytes, s.optimizer_bytes, s.activation_bytes, s.memory_bytes)
+        weights, grads, optim, activ, memory = (f"{size / gib:7.2f}" for size in sizes)
+        lines.append(
+            f"{s.stage:5} {s.parameters:14,} {weights:>8} {grads} {optim} {activ} {memory} {s.flops / 1e12:8.2f}  "
+            f"{s.first_node} … {s.last_node}"
+        )
+        sent = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in s.communicated.items())
+        lines.append(f"      communicated a microbatch: {sent or 'nothing'}")
+    lines.append(f"{result.total_parameters / 1e9:.1f}B parameters in all ({result.total_parameters:,})")
+    lines.append(f"slowest stage over the mean: {result.slowest_over_mean:.3f}; {result.bottleneck}")
+    return "\n".join(lines)
+
+
+def run_from_command_line(config: Config) -> None:
+    """`pretrain_multimodal.py --dry-run`: prints the table, and writes it where asked."""
+    began = time.perf_counter()
+    world_size = config.parallel.world_size or setup.world_size()
+    print(f"dry run of {config.parallel.pipeline_model_parallel_size} pipeline stages of {world_size} processes")
+    result = dry_run(config, world_size, lambda stage: print(f"stage {stage.stage}: {stage.seconds:.1f} s", flush=True))
+    print(table(result))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"took {time.perf_counter() - began:.0f} s and {resident:.2f} GiB")
+    if config.dry_run_json:
+        Path(config.dry_run_json).write_text(json.dumps(result.to_json(), indent=1))
