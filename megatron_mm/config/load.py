@@ -75,7 +75,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
         fail(str(error), status=2)
     if recipe is None and not {"-h", "--help"} & set(rest):
         fail("--config RECIPE.yaml is missing; recipes are in megatron_mm/recipes", status=2)
-    description = "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe; every field can be overridden:"
+    description = "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe; any field can be overridden:"
     return tyro.cli(
         Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
     )

@@ -299,7 +299,7 @@ class Config:
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    dry_run: Annotated[bool, _megatron("dry-run")] = False
+    dry_run: bool = False
     """Build and run one microbatch of every pipeline stage without data or devices, print its costs, and end."""
     dry_run_json: str | None = None
     """Also write the dry run's figures to this file."""

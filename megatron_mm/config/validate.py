@@ -62,7 +62,8 @@ def _batch(config: Config, sizes: ParallelSizes):
                 f"global_batch_size {training.global_batch_size} makes {microbatches}"
             )
     length = config.data.seq_length
-    yield from _divides("data.seq_length", length, "2 x parallel.context_parallel_size", 2 * sizes.cp if sizes.cp > 1 else 1)
+    if sizes.cp > 1:
+        yield from _divides("data.seq_length", length, "2 x parallel.context_parallel_size", 2 * sizes.cp)
     if sizes.sequence_parallel:
         tokens = length * training.micro_batch_size // sizes.cp
         yield from _divides("tokens of a microbatch on one process", tokens, "tensor_model_parallel_size", sizes.tp)
@@ -96,8 +97,9 @@ def _towers(config: Config, sizes: ParallelSizes):
         yield from _divides(f"model.{label}.ffn_hidden_size", tower.ffn_hidden_size, name, sizes.tp)
     vision = config.model.vision
     yield from _divides("model.vision.image_size", vision.image_size, "model.vision.patch_size", vision.patch_size)
-    if config.data.frames_per_video > vision.max_frames:
-        yield f"data.frames_per_video is {config.data.frames_per_video}, above model.vision.max_frames {vision.max_frames}"
+    frames = config.data.frames_per_video
+    if frames > vision.max_frames:
+        yield f"data.frames_per_video is {frames}, above model.vision.max_frames {vision.max_frames}"
 
 
 def _values(config: Config):
