@@ -12,6 +12,7 @@ back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from array import array
@@ -95,8 +96,9 @@ class IndexedWriter:
         self.num_items += reader.data.size
 
     def close(self) -> None:
-        """Closes `.bin` without an index (after a failure)."""
-        self._file.close()
+        """Closes `.bin` without an index (after a failure, which a full disk would repeat here)."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def finalize(self) -> None:
         """Flushes `.bin` to the disk and writes `.idx`."""

@@ -37,6 +37,8 @@ class MicrobatchPlan:
     """No row has a second document: causal attention then needs no mask."""
     max_document_length: int
     """Tokens of the longest document."""
+    max_documents_per_row: int | None = None
+    """Documents of the row that has most; None where it was not counted (at most one a token, then)."""
 
 
 @dataclass

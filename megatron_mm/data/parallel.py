@@ -7,6 +7,7 @@ costs far less than one a document.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -79,6 +80,14 @@ def _read_line(stream: BinaryIO, max_line: int, where: str) -> bytes:
     return line
 
 
+def _start_worker(initializer: Callable[..., None] | None, initargs: tuple) -> None:
+    """Leaves interrupts to the parent, which cancels the work and cleans up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if initializer:
+        initializer(*initargs)
+
+
 def ordered_map(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
@@ -102,7 +111,7 @@ def ordered_map(
             yield task, function(task)
         return
     executor = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context(), initializer=initializer, initargs=initargs
+        workers, mp_context=multiprocessing.get_context(), initializer=_start_worker, initargs=(initializer, initargs)
     )
     pending: deque = deque()
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,38 @@ def test_tool_exit_status_no_check_and_media_root(source, tmp_path, tokenizer_pa
     assert "1 damaged records" in run.stdout and "a red ball" in run.stdout
     (figures,) = json.loads((tmp_path / "i.json").read_text())["datasets"]
     assert figures["documents"] == 60 and len(figures["problems"]) == 1
+
+
+@pytest.mark.parametrize("tool", ["preprocess_multimodal", "preprocess_data"])
+def test_disk_full_leaves_nothing(samples, tmp_path, tokenizer_path, tool):
+    """A limit on the size of files stands in for the full disk: writes fail in the middle in the same way."""
+    out = tmp_path / "out"
+    out.mkdir()
+    name = "--output" if tool == "preprocess_multimodal" else "--output-prefix"
+    run = subprocess.run(
+        [sys.executable, str(TOOLS / f"{tool}.py"), "--input", str(samples), name, str(out / "x"), "--tokenizer-model",
+         tokenizer_path, "--workers", "0"],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)),
+    )  # fmt: skip
+    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_terminated_leaves_nothing(source, tmp_path, tokenizer_path):
+    path = source / "many.jsonl"
+    path.write_text((source / "samples.jsonl").read_text() * 200)
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(path), "--output"]
+    command += [str(out / "x"), "--tokenizer-model", tokenizer_path]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not any(out.iterdir()) and run.poll() is None:
+        time.sleep(0.01)
+    run.terminate()
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr, stderr
+    assert list(out.iterdir()) == []
 
 
 def test_merge_equals_building_together(tmp_path, samples, folder, tokenizer_path):
