@@ -21,6 +21,7 @@ from megatron_mm.config.schema import (
     SynapseConfig,
     VisionTowerConfig,
 )
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.inference.checkpoint_stream import write_checkpoint_weights
 from megatron_mm.inference.convert import hf_config
 from megatron_mm.inference.hf.configuration_synapse import SynapseConfig as HFConfig
@@ -45,6 +46,16 @@ def tiny_recipe(vocab_size: int = 320) -> Config:
         ),
     )  # fmt: skip
     return Config(model=model, data=DataConfig(seq_length=64, frames_per_video=3))
+
+
+def training_recipe() -> Config:
+    """The tiny recipe in fp32, towers trained too, with open gates."""
+    config = tiny_recipe()
+    config.model.vision.frozen = False
+    config.model.cross_attention.gate_init = 0.6
+    config.training.precision, config.training.global_batch_size = "fp32", 4
+    config.optimizer.lr, config.optimizer.lr_warmup_iters, config.training.train_iters = 1e-2, 0, 10
+    return config
 
 
 def random_weights(config: SynapseConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -97,22 +108,61 @@ def write_training_folder(root: Path, recipe: Config, weights: dict[str, torch.T
     return checkpoint_folder.finish(part, {"iteration": 7})
 
 
-def media_batch(model: SynapseForCausalLM, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Four rows: image and sound, neither, two images, sound; of different lengths, padded on the left."""
-    c, generator = model.config, torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, c.vocab_size, (4, 9), generator=generator)
+def media_batch(model: SynapseForCausalLM | SynapseConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Four rows: image and sound, neither, two frames, sound; of different lengths, padded on the left."""
+    if isinstance(model, SynapseConfig):
+        vocab_size, size = model.decoder.vocab_size, model.vision.image_size
+        mels, frames = model.audio.num_mel_bins, model.audio.num_frames
+    else:
+        vocab_size, size = model.config.vocab_size, model.config.vision_image_size
+        mels, frames = model.config.audio_num_mel_bins, model.config.audio_frames
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, vocab_size, (4, 9), generator=generator)
     mask = torch.ones_like(ids)
     for row, pads in enumerate((0, 3, 5, 2)):
         mask[row, :pads] = 0
     return {
         "input_ids": ids * mask,
         "attention_mask": mask,
-        "pixel_values": torch.randn(4, 2, 3, c.vision_image_size, c.vision_image_size, generator=generator),
+        "pixel_values": torch.randn(4, 2, 3, size, size, generator=generator),
         "image_mask": torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0]]).bool(),
         "image_frames": torch.tensor([[-1, -1], [-1, -1], [0, 1], [-1, -1]]),
-        "input_features": torch.randn(4, 1, c.audio_num_mel_bins, c.audio_frames, generator=generator),
+        "input_features": torch.randn(4, 1, mels, frames, generator=generator),
         "sound_mask": torch.tensor([[1], [0], [0], [1]]).bool(),
     }
+
+
+def training_microbatch(inputs: dict[str, torch.Tensor]) -> Microbatch:
+    """`media_batch` as training sees it: one document a row, padded on the right, media listed once."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    rows, length = ids.shape
+    tokens, documents, positions = torch.zeros_like(ids), torch.full_like(ids, -1), torch.zeros_like(ids)
+    for row in range(rows):
+        count = int(mask[row].sum())
+        tokens[row, :count], documents[row, :count] = ids[row, mask[row]], 0
+        positions[row, :count] = torch.arange(count)
+    labels, loss_mask = torch.zeros_like(ids), torch.zeros(rows, length)
+    labels[:, :-1] = tokens[:, 1:]
+    loss_mask[:, :-1] = (documents[:, 1:] == 0).float()
+
+    def slots(filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = (filled.flatten().cumsum(0) - 1).view(filled.shape)
+        return numbers.masked_fill(~filled, -1), torch.zeros_like(numbers).masked_fill(~filled, -2)
+
+    image_slots, image_documents = slots(inputs["image_mask"])
+    sound_slots, sound_documents = slots(inputs["sound_mask"])
+    images, sounds = inputs["pixel_values"][inputs["image_mask"]], inputs["input_features"][inputs["sound_mask"]]
+    plan = MicrobatchPlan(
+        num_rows=rows, row_length=length, num_images=len(images), num_sounds=len(sounds),
+        image_slots=image_slots.shape[1], sound_slots=sound_slots.shape[1], one_document_per_row=False,
+        max_document_length=length,
+    )  # fmt: skip
+    return Microbatch(
+        plan=plan, document_ids_RT=documents, position_ids_RT=positions, loss_mask_RT=loss_mask,
+        image_slots_RK=image_slots, image_slot_documents_RK=image_documents, sound_slots_RJ=sound_slots,
+        sound_slot_documents_RJ=sound_documents, tokens_RT=tokens, labels_RT=labels, images_ICHW=images,
+        image_frames_I=inputs["image_frames"][inputs["image_mask"]], sounds_AMF=sounds,
+    )  # fmt: skip
 
 
 def one_row(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
