@@ -35,7 +35,7 @@ def test_unknown_system_is_named():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", ["--tp 2 --sequence-parallel", "--tp 2 --selective", "--cp 2"], ids=["tp2_sp", "tp2_selective", "cp2"]
+    "options", ["--tp 2 --sequence-parallel --selective", "--cp 2"], ids=["tp2_sp_selective", "cp2"]
 )
 def test_layout_equals_one_process(options: str):
     script = Path(case.__file__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -23,6 +23,7 @@ from torch.nn import functional
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.elementwise import rotary_qkv
+from megatron_mm.models.layers.packing import Segments, causal_segments
 from megatron_mm.models.layers.sharding import gather_context, gathered_text, local_text
 
 
@@ -33,8 +34,9 @@ class AttentionPlan:
     Attributes:
         rows: independent sequences in the tensor.
         cos, sin: rotary factors [R, L, 1, D/2], or None for attention without positions.
-        mask: added to the scores, [R or 1, 1, L, T]; None: all of a row is seen, or `causal` says what.
+        mask: added to the scores, [R or 1, 1, L, T]; None: all of a row is seen, or `causal` or `segments` says what.
         causal: lower triangular, without a mask.
+        segments: documents, for a backend of variable-length kernels, in place of a mask.
         gather: keys and values come from all context-parallel processes.
     """
 
@@ -43,19 +45,30 @@ class AttentionPlan:
     sin: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     causal: bool = False
+    segments: tuple[Segments, ...] = ()
     gather: bool = False
 
 
 def text_plan(
-    context: ForwardContext, *, head_dim: int, rotary_base: float, dtype: torch.dtype, cp_size: int
+    context: ForwardContext, *, head_dim: int, rotary_base: float, dtype: torch.dtype, packed: bool
 ) -> AttentionPlan:
-    """Plan of causal attention within documents, made once per microbatch and chunk."""
+    """Plan of causal attention within documents, made once per microbatch and chunk.
+
+    Args:
+        packed: the backend takes segments, not masks.
+    """
+    cp_size = parallel_state.get_context_parallel_world_size()
+    cp_rank = parallel_state.get_context_parallel_rank()
 
     def make(batch: Microbatch) -> AttentionPlan:
         cos, sin = rotary_factors(local_text(batch.position_ids_RT), head_dim, rotary_base, dtype)
-        causal = batch.plan.one_document_per_row and cp_size == 1
-        mask = None if causal else document_mask(batch, dtype)
-        return AttentionPlan(batch.plan.num_rows, cos, sin, mask, causal, gather=cp_size > 1)
+        rows, gather = batch.plan.num_rows, cp_size > 1
+        if packed:
+            return AttentionPlan(
+                rows, cos, sin, segments=causal_segments(batch, cp_size, cp_rank), gather=gather
+            )
+        causal = batch.plan.one_document_per_row and not gather
+        return AttentionPlan(rows, cos, sin, None if causal else document_mask(batch, dtype), causal, gather=gather)
 
     return context.derived(f"text_plan/{head_dim}/{rotary_base}/{dtype}", make)
 
@@ -94,18 +107,18 @@ class CoreAttention(nn.Module):
         self.checkpoint = config.recompute_granularity == "selective"
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
-        """[R, L, N, D] -> [R, L, N·D]."""
+        """[R, L, N, D], [R, T, G, D] -> [R, L, N·D]."""
 
         def attend(query, key, value):
             return functional.scaled_dot_product_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
-                attn_mask=mask,
+                attn_mask=plan.mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=causal,
+                is_causal=plan.causal,
                 enable_gqa=query.shape[2] != key.shape[2],
             ).transpose(1, 2)
 
@@ -138,7 +151,7 @@ class SelfAttention(megatron_attention.SelfAttention):
             query_RLGQD, key_RLGD, value_RLGD = mixed.split((mixed.shape[3] - 2, 1, 1), dim=3)
             query_RLND, key_RLGD, value_RLGD = query_RLGQD.flatten(2, 3), key_RLGD.squeeze(3), value_RLGD.squeeze(3)
         if plan.gather:
-            both = gather_context(torch.stack((key_RLGD, value_RLGD), dim=2))
+            both = gather_context(torch.stack((key_RLGD, value_RLGD), dim=2), in_order=bool(plan.segments))
             key_RLGD, value_RLGD = both.unbind(2)
-        attended = self.core_attention(query_RLND, key_RLGD, value_RLGD, plan.mask, plan.causal)
+        attended = self.core_attention(query_RLND, key_RLGD, value_RLGD, plan)
         return self.linear_proj(attended.view(*lead, -1))

@@ -18,12 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.elementwise import rms_norm
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
@@ -33,44 +35,78 @@ from megatron_mm.models.layers.transformer import backend_of, dropout_region
 
 @dataclass(frozen=True)
 class CrossPlan:
-    """Which media each row holds and which of their positions each token sees.
+    """Which positions of the media each token sees.
+
+    Attributes:
+        visible: [s, 1, 1] for this process's shard of the text: 1 where the document has media.
+        keys: what the backend's core attention made of the slots.
+    """
+
+    visible: torch.Tensor
+    keys: object
+
+
+@dataclass(frozen=True)
+class SlotKeys:
+    """Keys of the local core: the media of each row's slots, all of them, under a mask.
 
     Attributes:
         image_index, sound_index: [R·K], [R·J] media of the slots; an empty slot names medium 0 and is hidden.
-        mask: [R, 1, L, E], added to the scores; all zero where nothing is visible, so that softmax stays finite.
-        visible: [s, 1, 1] for this process's shard of the text: 1 where the document has media.
+        plan: its mask [R, 1, L, E] is zero where nothing is visible, so that softmax stays finite.
     """
 
     image_index: torch.Tensor
     sound_index: torch.Tensor
-    mask: torch.Tensor
-    visible: torch.Tensor
+    plan: AttentionPlan
 
 
-def cross_plan(
-    context: ForwardContext, *, image_tokens: int, sound_tokens: int, dtype: torch.dtype, sequence_parallel: bool
-) -> CrossPlan:
-    """The plan of this microbatch, made once per chunk."""
+def seen_slots(batch: Microbatch) -> torch.Tensor:
+    """[R, L, K + J]: whether a token's document owns a slot, images before sounds."""
+    slots_R1K = torch.cat((batch.image_slot_documents_RK, batch.sound_slot_documents_RJ), dim=1)[:, None]
+    return local_text(batch.document_ids_RT)[:, :, None] == slots_R1K  # an empty slot is -2, padding -1: never equal
 
-    def make(batch: Microbatch) -> CrossPlan:
-        documents_RL1 = local_text(batch.document_ids_RT)[:, :, None]
-        slots_R1K = torch.cat((batch.image_slot_documents_RK, batch.sound_slot_documents_RJ), dim=1)[:, None]
-        seen_RLK = documents_RL1 == slots_R1K  # an empty slot is -2 and padding -1: they never meet
-        visible_RL = seen_RLK.any(dim=-1)
-        hidden_RLK = ~seen_RLK & visible_RL[:, :, None]
+
+class MediaAttention(CoreAttention):
+    """The local core: each row attends to the media of its slots under a mask."""
+
+    @staticmethod
+    def keys(
+        batch: Microbatch, image_tokens: int, sound_tokens: int, dtype: torch.dtype, cp_size: int, cp_rank: int
+    ) -> SlotKeys:
+        """The part of a cross plan that this core needs."""
+        seen_RLK = seen_slots(batch)
+        hidden_RLK = ~seen_RLK & seen_RLK.any(dim=-1, keepdim=True)
         mask_RLK = torch.zeros(hidden_RLK.shape, dtype=dtype, device=hidden_RLK.device)
         mask_RLK = mask_RLK.masked_fill(hidden_RLK, float("-inf"))
         images, sounds = mask_RLK.split((batch.plan.image_slots, batch.plan.sound_slots), dim=-1)
         mask_RLE = torch.cat((_repeat(images, image_tokens), _repeat(sounds, sound_tokens)), dim=-1)
-        visible = visible_RL.to(dtype).reshape(-1, 1, 1)
-        return CrossPlan(
+        return SlotKeys(
             batch.image_slots_RK.clamp(min=0).flatten(),
             batch.sound_slots_RJ.clamp(min=0).flatten(),
-            mask_RLE[:, None],
-            sequence_parallel_slice(visible) if sequence_parallel else visible,
+            AttentionPlan(batch.plan.num_rows, mask=mask_RLE[:, None]),
         )
 
-    return context.derived(f"cross_plan/{image_tokens}/{sound_tokens}/{dtype}", make)
+    def forward(
+        self,
+        query: torch.Tensor,
+        images: tuple[torch.Tensor, torch.Tensor],
+        sounds: tuple[torch.Tensor, torch.Tensor],
+        keys: SlotKeys,
+    ) -> torch.Tensor:
+        """Queries [R, L, N, D]; keys and values of all media, [I, M, G, D] -> [R, L, N·D]."""
+        rows = keys.plan.rows
+        key_REGD, value_REGD = (
+            _pick(rows, (image, keys.image_index), (sound, keys.sound_index))
+            for image, sound in zip(images, sounds)
+        )
+        return super().forward(query, key_REGD, value_REGD, keys.plan)
+
+
+def _pick(rows: int, *media: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The media of each row's slots, one after another: [I, M, G, D] -> [R, E, G, D]."""
+    return torch.cat(
+        [values.index_select(0, index).view(rows, -1, *values.shape[2:]) for values, index in media], dim=1
+    )
 
 
 def _repeat(values: torch.Tensor, times: int) -> torch.Tensor:
@@ -130,13 +166,7 @@ class GatedCrossAttention(MegatronModule):
         self, text: torch.Tensor, image_memory: torch.Tensor, audio_memory: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
         """text [s, 1, H], image_memory [I, M, C], audio_memory [A, M', C'] -> text."""
-        plan = cross_plan(
-            context,
-            image_tokens=self.image_tokens,
-            sound_tokens=self.sound_tokens,
-            dtype=text.dtype,
-            sequence_parallel=self.config.sequence_parallel,
-        )
+        plan = self._plan(context, text.dtype)
         rows = context.batch.plan.num_rows
         query, _ = self.linear_q(self.input_layernorm(text))
         query_RLND = query.view(rows, -1, query.shape[-1] // self.width, self.width)
@@ -144,16 +174,33 @@ class GatedCrossAttention(MegatronModule):
         if self.q_layernorm is not None:
             query_RLND = self.q_layernorm(query_RLND, sum_gradient_over_tp(self.q_layernorm.weight))
             key_weight = sum_gradient_over_tp(self.k_layernorm.weight)
-        image_key, image_value = self._project(self.linear_kv_image, image_memory, key_weight)
-        sound_key, sound_value = self._project(self.linear_kv_audio, audio_memory, key_weight)
-        key_REGD = _pick(rows, (image_key, plan.image_index), (sound_key, plan.sound_index))
-        value_REGD = _pick(rows, (image_value, plan.image_index), (sound_value, plan.sound_index))
-        attended = self.core_attention(query_RLND, key_REGD, value_REGD, plan.mask, False)
+        images = self._project(self.linear_kv_image, image_memory, key_weight)
+        sounds = self._project(self.linear_kv_audio, audio_memory, key_weight)
+        attended = self.core_attention(query_RLND, images, sounds, plan.keys)
         output, _ = self.linear_proj(attended.view(query.shape))
         scale = torch.tanh(self.gate) * plan.visible
         with dropout_region(self.config, self.training):
             dropped = functional.dropout(output, self.config.hidden_dropout, self.training)
         return torch.addcmul(text, dropped, scale)
+
+    def _plan(self, context: ForwardContext, dtype: torch.dtype) -> CrossPlan:
+        """Made once per microbatch and chunk: all sublayers share it."""
+
+        def make(batch: Microbatch) -> CrossPlan:
+            visible = seen_slots(batch).any(dim=-1).to(dtype).reshape(-1, 1, 1)
+            return CrossPlan(
+                sequence_parallel_slice(visible) if self.config.sequence_parallel else visible,
+                self.core_attention.keys(
+                    batch,
+                    self.image_tokens,
+                    self.sound_tokens,
+                    dtype,
+                    parallel_state.get_context_parallel_world_size(),
+                    parallel_state.get_context_parallel_rank(),
+                ),
+            )
+
+        return context.derived(f"cross_plan/{self.image_tokens}/{self.sound_tokens}/{dtype}", make)
 
     def _project(
         self, linear: nn.Module, memory: torch.Tensor, key_weight: torch.Tensor | None
@@ -162,13 +209,6 @@ class GatedCrossAttention(MegatronModule):
         both, _ = linear(memory)
         key, value = both.view(*memory.shape[:2], -1, 2, self.width).unbind(3)
         return (key if key_weight is None else self.k_layernorm(key, key_weight)), value
-
-
-def _pick(rows: int, *media: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The media of each row's slots, one after another: [I, M, G, D] -> [R, E, G, D]."""
-    return torch.cat(
-        [values.index_select(0, index).view(rows, -1, *values.shape[2:]) for values, index in media], dim=1
-    )
 
 
 def gated_cross_attention(

@@ -12,9 +12,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from megatron_mm.models.layers.attention import CoreAttention, SelfAttention
+from megatron_mm.models.layers.cross_attention import MediaAttention
 from megatron_mm.models.layers.elementwise import SwiGLU
 from megatron_mm.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_mm.models.layers.norms import Norm
+
+#: Text plans hold masks.
+PACKED = False
 
 
 def layer_submodules(*, causal: bool) -> TransformerLayerSubmodules:
@@ -75,5 +79,5 @@ def row_linear(config: TransformerConfig, input_size: int, output_size: int) -> 
 
 
 def cross_core_attention(config: TransformerConfig) -> nn.Module:
-    """Attention of text to gathered media."""
-    return CoreAttention(config)
+    """Attention of text to media."""
+    return MediaAttention(config)

@@ -103,7 +103,8 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
         autocast_dtype=settings.dtype,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        # megatron-core's fused GELU is the tanh approximation, and quick-GELU is ours: only SwiGLU is fused.
+        bias_activation_fusion=fused and shape.gated,
         use_te_activation_func=shape.gated and not fused,  # an activation module of our own, see layers/local.py
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,

@@ -76,10 +76,19 @@ class _GatherContext(torch.autograd.Function):
         return local, None
 
 
-def gather_context(local: torch.Tensor) -> torch.Tensor:
-    """Keys or values of all positions, [R, L, …] -> [R, T, …], process by process (see `gathered_text`)."""
+def gather_context(local: torch.Tensor, in_order: bool = False) -> torch.Tensor:
+    """Keys or values of all positions, [R, L, …] -> [R, T, …].
+
+    Process by process (see `gathered_text`), which is cheaper and enough where a mask says what is seen, or in order.
+    """
     group = parallel_state.get_context_parallel_group()
-    return local if group.size() == 1 else _GatherContext.apply(local, group)
+    if group.size() == 1:
+        return local
+    gathered = _GatherContext.apply(local, group)
+    if not in_order:
+        return gathered
+    chunks = gathered.unflatten(1, (2 * group.size(), -1)).unbind(1)
+    return torch.cat(chunks[::2] + chunks[::-2], dim=1)
 
 
 class _SumGradient(torch.autograd.Function):

@@ -21,7 +21,7 @@ from megatron_mm.models.layers.costs import cross_cost, embedding_cost, head_cos
 from megatron_mm.models.layers.cross_attention import gated_cross_attention
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.text_ends import language_head, token_embedding
-from megatron_mm.models.layers.transformer import stack_layer
+from megatron_mm.models.layers.transformer import backend_of, stack_layer
 from megatron_mm.models.towers.audio import audio_nodes
 from megatron_mm.models.towers.vision import vision_nodes
 from megatron_mm.objectives.causal_lm import causal_lm_loss
@@ -63,7 +63,7 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
             head_dim=shape.head_dim,
             rotary_base=decoder.rotary_base,
             dtype=settings.dtype,
-            cp_size=settings.sizes.cp,
+            packed=backend_of(settings).PACKED,
         )
 
     def cross_layer_cost(plan: MicrobatchPlan) -> NodeCost:
