@@ -1,0 +1,107 @@
+"""Recipes, overrides, and what is refused by name before anything is built."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
+from megatron_mm.config.validate import check, parallel_sizes
+from tests.recipes import small_config
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_sound(recipe, tmp_path):
+    config = load_config(recipe)
+    check(config, parallel_sizes(config, config.parallel.world_size or 1))
+    dump_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_synapse_70b_pins_what_its_document_states():
+    config = load_config(RECIPES / "synapse-70b.yaml")
+    model, optimizer, data, training = config.model, config.optimizer, config.data, config.training
+    assert (model.decoder.num_layers, model.decoder.num_attention_heads, model.decoder.hidden_size) == (80, 64, 8192)
+    assert model.decoder.vocab_size == 128000 and data.seq_length == 4096
+    vision = model.vision
+    assert (vision.num_layers, vision.hidden_size, vision.num_attention_heads, vision.patch_size) == (24, 1024, 16, 14)
+    assert vision.frozen and vision.image_size == 224 and data.random_crop
+    assert training.global_batch_size * data.seq_length == 4 * 2**20 and training.precision == "bf16"
+    assert (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps) == (0.9, 0.95, 1e-6)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.lr_warmup_iters, optimizer.clip_grad) == (3e-5, 1e-6, 2000, 1.0)
+    assert config.parallel.recompute_granularity == "full" and config.parallel.world_size == 256
+
+
+def test_synapse_70b_has_70_billion_parameters():
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()
+    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.models.systems import build_graph
+    from megatron_mm.planner.costs import total_parameters
+    from megatron_mm.training.assembly import full_plan, layer_settings
+
+    config = load_config(RECIPES / "synapse-70b.yaml")
+    graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
+    total = total_parameters(graph, full_plan(config))
+    assert f"{total / 1e9:.1f}" == "70.4" and abs(total / 70e9 - 1) < 0.01
+
+
+def test_the_command_line_overrides_by_path_and_by_megatrons_name():
+    words = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--tensor-model-parallel-size", "2"]
+    config = parse_command_line([*words, "--model.decoder.num-layers", "6", "--sequence-parallel", "--lr", "0.5"])
+    assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
+    assert config.model.decoder.num_layers == 6 and config.optimizer.lr == 0.5
+
+
+def test_mistakes_in_a_recipe_are_named_by_path(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {decoder: {num_layer: 3}}\ntraining: {micro_batch_size: many}\n")
+    with pytest.raises(ValueError) as caught:
+        load_config(recipe)
+    message = str(caught.value)
+    assert "model.decoder.num_layer: there is no such field" in message
+    assert "training.micro_batch_size:" in message and "'many'" in message
+    with pytest.raises(ValueError, match=r"there is no recipe .*; megatron_mm/recipes has .*synapse-tiny"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "world", "message"),
+    [
+        (lambda c: setattr(c.parallel, "tensor_model_parallel_size", 5), 5, "num_attention_heads is 4, which does not"),
+        (lambda c: setattr(c.parallel, "pipeline_model_parallel_size", 3), 4, "4 processes do not divide by"),
+        (lambda c: setattr(c.parallel, "context_parallel_size", 3), 3, "data.seq_length is 32, which does not divide"),
+        (lambda c: setattr(c.training, "global_batch_size", 7), 1, "not a multiple of micro_batch_size 2"),
+        (lambda c: setattr(c.model.vision, "patch_size", 7), 1, "model.vision.image_size is 16"),
+        (lambda c: setattr(c.optimizer, "lr_warmup_iters", 9), 1, "lr_warmup_iters is 9, not below"),
+        (lambda c: setattr(c.optimizer, "min_lr", 1.0), 1, "min_lr 1.0 is above"),
+        (lambda c: setattr(c.model.cross_attention, "num_query_groups", 3), 1, "cross_attention.num_query_groups = 3"),
+        (lambda c: setattr(c.parallel, "virtual_pipeline_model_parallel_size", 2), 1, "needs pipeline_model_parallel"),
+    ],
+)
+def test_contradictions_are_refused_by_name(change, world, message):
+    config = small_config()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        check(config, parallel_sizes(config, world))
+
+
+def test_interleaving_needs_enough_microbatches():
+    config = small_config()
+    config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size = 4, 2
+    config.training.global_batch_size = 6
+    with pytest.raises(ValueError, match="multiples of pipeline_model_parallel_size 4"):
+        check(config, parallel_sizes(config, 4))
+
+
+def test_usage_errors_exit_with_2_and_help_with_0():
+    def run(*words):
+        command = [sys.executable, "pretrain_multimodal.py", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run().returncode == 2
+    wrong = run("--config", str(RECIPES / "synapse-tiny.yaml"), "--trainn-iters", "3")
+    assert wrong.returncode == 2 and "train-iters" in wrong.stdout + wrong.stderr
+    shown = run("--help")
+    assert shown.returncode == 0 and "--tensor-model-parallel-size" in shown.stdout
