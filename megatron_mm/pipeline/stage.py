@@ -154,6 +154,8 @@ class PipelineChunk(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint entries under `node name.parameter`, whatever the layout."""
         entries: dict = {}
+        group = parallel_state.get_tensor_model_parallel_group()
         for node, module in zip(self.nodes, self.node_modules):
-            entries.update(sharded_state_dict_default(module, f"{prefix}{node.name}.", sharded_offsets, metadata))
+            name = f"{prefix}{node.name}."
+            entries.update(sharded_state_dict_default(module, name, sharded_offsets, metadata, tp_group=group))
         return entries

@@ -11,6 +11,7 @@ A layout is written as in `TP2·CP2·PP2+SP`: sizes joined by `x` or `·` (VPP a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -219,7 +220,8 @@ class Comparison:
 
 def compare(layout: Layout, measured: dict, reference: dict) -> Comparison:
     """Measures differences; a parameter that only one side has counts as infinite."""
-    loss = max(abs(a - b) / abs(b) for a, b in zip(measured["losses"], reference["losses"], strict=True))
+    pairs = zip(measured["losses"], reference["losses"], strict=True)
+    loss = max(abs(a - b) / abs(b) if math.isfinite(a) else float("inf") for a, b in pairs)
     worst, where = 0.0, ""
     for key in measured["gradients"].keys() | reference["gradients"].keys():
         a, b = measured["gradients"].get(key), reference["gradients"].get(key)
@@ -228,7 +230,8 @@ def compare(layout: Layout, measured: dict, reference: dict) -> Comparison:
         else:
             norm = reference["norms"][int(key.split("/")[0])]
             difference = float((a - b).norm() / max(float(b.norm()), GRADIENT_FLOOR * norm))
-        if not difference <= worst:  # NaN is worse than anything
+            difference = float("inf") if math.isnan(difference) else difference
+        if difference > worst:
             worst, where = difference, key.partition("/")[2].removeprefix("gradient.")
     return Comparison(layout.name, layout.world_size, loss, worst, where)
 

@@ -1,0 +1,72 @@
+"""The layout never changes the result: small recipe, three layouts that between them use every kind of parallelism.
+
+Truth is one process. Bounds are DESIGN's: loss 1e-5 a step, gradient 1e-4 a parameter, fp32.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_mm.training.layouts import compare, for_layout, launch, parse_layout
+from tests.recipes import small_config
+
+pytestmark = pytest.mark.slow
+SIZES = {"iterations": 4, "pool": 4, "global_batch": 16}
+
+
+def measured(frozen: bool):
+    """The small recipe and one process's figures."""
+    config = small_config()
+    config.model.vision.frozen = frozen
+    one = parse_layout("DP1")
+    return config, launch(for_layout(config, one, **SIZES), one)
+
+
+@pytest.fixture(scope="module")
+def trainable():
+    return measured(frozen=False)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return measured(frozen=True)
+
+
+@pytest.mark.parametrize("name", ["TP2xCP2+SP", "PP2xVPP2xDP2"])
+def test_layout_equals_one_process(trainable, name):
+    config, reference = trainable
+    layout = parse_layout(name)
+    result = compare(layout, launch(for_layout(config, layout, **SIZES), layout), reference)
+    assert result.passed, result
+    assert any("vision.layers" in key for key in reference["gradients"])
+    assert len(reference["gradients"]) > 2 * 40  # every parameter, at two steps
+
+
+def test_layout_with_a_frozen_tower_and_recomputation_equals_one_process(frozen):
+    config, reference = frozen
+    layout = parse_layout("TP2xPP2xDP2+SP+distopt+full")
+    result = compare(layout, launch(for_layout(config, layout, **SIZES), layout), reference)
+    assert result.passed, result
+    assert not any("vision.layers" in key for key in reference["gradients"])
+    assert any("vision.temporal" in key for key in reference["gradients"])
+
+
+def test_a_wrong_gradient_is_found(trainable):
+    """The comparison itself can fail: one parameter off by a thousandth, one missing, one loss off."""
+    _, reference = trainable
+    layout = parse_layout("TP2")
+    assert compare(layout, reference, reference).passed
+    key = next(key for key in reference["gradients"] if "linear_qkv.weight" in key)
+    wrong = copy.deepcopy(reference)
+    wrong["gradients"][key] *= 1.001
+    assert not compare(layout, wrong, reference).passed
+    missing = copy.deepcopy(reference)
+    del missing["gradients"][key]
+    assert not compare(layout, missing, reference).passed
+    nan = copy.deepcopy(reference)
+    nan["gradients"][key] = torch.full_like(nan["gradients"][key], float("nan"))
+    assert not compare(layout, nan, reference).passed
+    loss = copy.deepcopy(reference)
+    loss["losses"][-1] *= 1.0001
+    assert not compare(layout, loss, reference).passed
