@@ -1,7 +1,6 @@
 """Every test of models runs in a process group of one, with megatron-core's groups of size 1."""
 
 import pytest
-import synapse_case  # noqa: F401  (makes megatron_mm's platform known before megatron-core)
 
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import setup

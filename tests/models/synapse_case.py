@@ -1,16 +1,9 @@
-"""A small Synapse and small microbatches for the tests of layers: built on one process or in a layout, run once.
-
-Run as a script under torchrun it compares a layout with one process (see `test_layouts.py`):
-    torchrun --nproc-per-node 2 tests/models/synapse_case.py --tp 2 --sequence-parallel
-"""
+"""A small Synapse and small microbatches for the tests of layers: built on one process and run once."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from megatron_mm.config.schema import (
     AudioTowerConfig,
@@ -20,11 +13,8 @@ from megatron_mm.config.schema import (
     VisionTowerConfig,
 )
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
+from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
-from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems import build_graph
-from megatron_mm.platform import setup
 
 
 def tiny_config(**changes: object) -> SynapseConfig:
@@ -93,12 +83,12 @@ def fill(module: nn.Module, name: str = "node", seed: int = 7) -> nn.Module:
     return module
 
 
-def build(graph: Graph, seed: int = 7, tp_rank: int = 0, tp_size: int = 1) -> nn.ModuleDict:
+def build(graph: Graph, seed: int = 7) -> nn.ModuleDict:
     """Every node's module under its name (dots as slashes), with the initial weights of a seed."""
     modules = nn.ModuleDict()
     for node in graph.nodes:
         module = node.build()
-        initialize_module(module, node.name, seed, tp_rank, tp_size)
+        initialize_module(module, node.name, seed)
         modules[node.name.replace(".", "/")] = module
     return modules
 
@@ -133,65 +123,7 @@ def logits_of(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> torch.
 
 
 def gradients(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and whole gradients by logical parameter name, in any layout without pipeline or data parallelism."""
-    from megatron.core import parallel_state
-
-    tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+    """Loss, and gradients by parameter name."""
     loss, _ = run(graph, modules, batch)
     loss.backward()
-    total = loss.detach().clone()
-    distributed.all_reduce(total, group=cp)
-    whole = {}
-    for name, parameter in modules.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        distributed.all_reduce(gradient, group=cp)
-        if getattr(parameter, "sequence_parallel", False):
-            distributed.all_reduce(gradient, group=tp)
-        if parameter.tensor_model_parallel and tp.size() > 1:
-            pieces = [torch.empty_like(gradient) for _ in range(tp.size())]
-            distributed.all_gather(pieces, gradient, group=tp)
-            parts = parameter.init.parts
-            split = [piece.chunk(parts, dim=parameter.partition_dim) for piece in pieces]
-            gradient = torch.cat([split[r][p] for p in range(parts) for r in range(tp.size())], parameter.partition_dim)
-        whole[name.replace("/", ".")] = gradient
-    return total.item(), whole
-
-
-def compare_with_one_process() -> None:
-    """Runs a layout and one process (its groups all of size 1, on every rank) and compares loss and gradients."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--cp", type=int, default=1)
-    parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--selective", action="store_true")
-    options = parser.parse_args()
-    from megatron.core import parallel_state
-
-    sizes = ParallelSizes(tp=options.tp, cp=options.cp, sequence_parallel=options.sequence_parallel)
-    setup.initialize(sizes, seed=1)
-    config = tiny_config()
-    batch = make_batch(config)
-    settings = LayerSettings(sizes=sizes, recompute="selective" if options.selective else "none")
-    graph = build_graph(config, settings)
-    modules = build(graph, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=options.tp)
-    loss, found = gradients(graph, modules, batch)
-    setup.initialize_groups(ParallelSizes(dp=sizes.world))
-    graph = build_graph(config, LayerSettings())
-    expected_loss, expected = gradients(graph, build(graph), batch)
-    norm = torch.stack([value.norm() for value in expected.values()]).norm()
-    worst = max(
-        ((found[name] - value).norm() / max(value.norm(), 1e-6 * norm)).item() for name, value in expected.items()
-    )
-    if distributed.get_rank() == 0:
-        for name, value in expected.items():
-            error = ((found[name] - value).norm() / max(value.norm(), 1e-6 * norm)).item()
-            if error > 1e-5:
-                print(f"{name}: {error:.1e}")
-        print(f"loss {loss:.6f} against {expected_loss:.6f}; largest relative gradient difference {worst:.1e}")
-    distributed.barrier()
-    if abs(loss - expected_loss) > 1e-5 * abs(expected_loss) or worst > 1e-5 or sorted(found) != sorted(expected):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    compare_with_one_process()
+    return loss.item(), {name.replace("/", "."): parameter.grad.clone() for name, parameter in modules.named_parameters()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import synapse_case as case
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +10,7 @@ from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
+from tests.models import synapse_case as case
 
 
 def test_parameters_and_flops_of_every_node():

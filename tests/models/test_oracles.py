@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import synapse_case as case
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, WhisperConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
@@ -20,6 +19,7 @@ from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
+from tests.models import synapse_case as case
 
 Get = Callable[[str], torch.Tensor]
 

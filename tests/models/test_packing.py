@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import synapse_case as case
 import torch
 
 from megatron_mm.models.layers.attention import document_mask
@@ -14,6 +13,7 @@ from megatron_mm.models.layers.packing import Segments, causal_segments, media_k
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.models.layers.sharding import zigzag_slice
 from megatron_mm.models.systems.synapse import decoder_shape
+from tests.models import synapse_case as case
 
 
 def variable_length(query, key, value, call: Segments, causal: bool) -> torch.Tensor:

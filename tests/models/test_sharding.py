@@ -1,19 +1,14 @@
-"""Context-parallel slices, and small layouts against one process."""
+"""Context-parallel slices, and checkpoint keys. (Layouts against one process: tests/training/test_layouts.py.)"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import synapse_case as case
 import torch
 
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.layers.sharding import zigzag_slice
 from megatron_mm.models.systems import build_graph
+from tests.models import synapse_case as case
 
 
 def test_zigzag_slices_cover_each_row_once_and_cost_the_same():
@@ -31,19 +26,6 @@ def test_unknown_system_is_named():
     object.__setattr__(config, "system", "sinapse")
     with pytest.raises(ValueError, match="'sinapse'; known systems: synapse"):
         build_graph(config, LayerSettings())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", ["--tp 2 --sequence-parallel --selective", "--cp 2"], ids=["tp2_sp_selective", "cp2"]
-)
-def test_layout_equals_one_process(options: str):
-    script = Path(case.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(
-        command + options.split(), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
 
 
 def test_checkpoint_keys_are_those_of_fused_norms():

@@ -55,7 +55,7 @@ def describe(
         owner, _, kind = name.rpartition(".")
         owner = owner.rpartition(".")[2]
         norm = "layernorm" in owner or kind.startswith("layer_norm_")
-        parts = 2 if owner in gated else 1
+        parts = 2 if owner in gated and not norm else 1
         dim = None
         if not norm and owner in column:
             dim = 0

@@ -75,8 +75,14 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
 
     Weights are left uninitialised (`perform_initialization=False`) on the platform's current device, which is meta in a
     dry run, so no process ever holds a full matrix; `models/initialization.py` fills them.
+
+    Raises:
+        ValueError: tensor parallelism would split a head.
     """
     sizes = settings.sizes
+    for heads, kind in ((shape.num_attention_heads, "attention"), (shape.num_query_groups, "key-value")):
+        if heads % sizes.tp:
+            raise ValueError(f"{heads} {kind} heads do not divide over tensor parallel size {sizes.tp}")
     fused = settings.backend == "transformer_engine"
     selective = settings.recompute == "selective"
     return TransformerConfig(

@@ -156,7 +156,10 @@ def layer_submodules(*, causal: bool) -> TransformerLayerSubmodules:
 
 def norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
     """The norm that the configuration names."""
-    return TENorm(config, hidden_size, config.layernorm_epsilon)
+    module = TENorm(config, hidden_size, config.layernorm_epsilon)
+    for parameter in module.parameters():  # on meta, Transformer Engine puts this off until it fills the weights
+        parameter.sequence_parallel = config.sequence_parallel
+    return module
 
 
 def column_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
