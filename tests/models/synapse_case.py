@@ -126,4 +126,5 @@ def gradients(graph: Graph, modules: nn.ModuleDict, batch: Microbatch) -> tuple[
     """Loss, and gradients by parameter name."""
     loss, _ = run(graph, modules, batch)
     loss.backward()
-    return loss.item(), {name.replace("/", "."): parameter.grad.clone() for name, parameter in modules.named_parameters()}
+    found = {name.replace("/", "."): parameter.grad.clone() for name, parameter in modules.named_parameters()}
+    return loss.item(), found
