@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
@@ -70,8 +71,9 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
     _raise_together(_lacks_space(state, root), part)
     try:
         dist_checkpointing.save(state, str(part), validate_access_integrity=False)
-    except Exception as error:  # any failure of storage: the run goes on, and says so
-        problem = f"{type(error).__name__}: {error}"
+    except (Exception, CheckpointException) as error:  # whatever storage does, the run goes on and says so
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        problem = f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
     _raise_together(problem, part)
     if dist.get_rank() == 0:
         try:

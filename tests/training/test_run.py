@@ -1,0 +1,200 @@
+"""Whole runs of pretrain_multimodal.py on a small real corpus: killed, stopped, damaged, and resumed elsewhere.
+
+Truth is the uninterrupted run: its loss curve and its sample ids.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config.load import dump_config
+from megatron_mm.training import checkpoint_folder
+from tests.corpus import build_corpus, corpus_config
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def recipe(corpus, output: Path, **training) -> Path:
+    """Writes a recipe for a run into `output` and returns its path."""
+    config = corpus_config(*corpus, output)
+    config.training.train_iters = STEPS
+    config.checkpoint.save_interval, config.checkpoint.keep_last = 4, 0
+    config.optimizer.lr_decay_iters = STEPS
+    for key, value in training.items():
+        setattr(config.training, key, value)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "recipe.yaml"
+    dump_config(config, path)
+    return path
+
+
+def command(path: Path, processes: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = launcher if processes > 1 else [sys.executable]
+    return [*launcher, "pretrain_multimodal.py", "--config", str(path), *words]
+
+
+def run(path: Path, processes: int = 1, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(path, processes, *words), capture_output=True, text=True, check=False)
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    done = run(recipe(corpus, output))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def assert_same_history(output: Path, uninterrupted: Path) -> None:
+    ours, theirs = metrics(output), metrics(uninterrupted)
+    assert [line["iteration"] for line in ours] == list(range(1, STEPS + 1))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["iteration"]
+        assert a["sample_ids"] == b["sample_ids"] and a["consumed_samples"] == b["consumed_samples"]
+        assert a["learning_rate"] == pytest.approx(b["learning_rate"], rel=1e-12)
+
+
+def test_loss_falls_and_every_figure_is_there(uninterrupted):
+    lines = metrics(uninterrupted)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    wanted = {"iteration", "consumed_samples", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert wanted | {"iteration_time", "sample_ids"} <= lines[0].keys()
+
+
+def test_killed_and_resumed_in_another_layout(corpus, uninterrupted, tmp_path):
+    """kill -9 after the first checkpoint; then TP2 x DP2 with the distributed optimizer instead of PP2."""
+    path = recipe(corpus, tmp_path)
+    process = subprocess.Popen(
+        command(path, 2, "--pipeline-model-parallel-size", "2", "--save-interval", "3"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "checkpoints" / checkpoint_folder.TRACKER).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # somewhere between two checkpoints
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    words = ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--micro-batch-size", "1"]
+    done = run(path, 4, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed from" in done.stdout
+    assert_same_history(tmp_path, uninterrupted)
+
+
+def test_from_the_distributed_optimizer_to_one_process_with_a_damaged_checkpoint(corpus, uninterrupted, tmp_path):
+    path = recipe(corpus, tmp_path)
+    first = run(path, 2, "--use-distributed-optimizer", "--micro-batch-size", "1", "--train-iters", "8")
+    assert first.returncode == 0, first.stderr[-2000:]
+    newest = tmp_path / "checkpoints" / "iter_0000008"
+    shard = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    second = run(path)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "a damaged checkpoint is passed over" in second.stderr and shard.name in second.stderr
+    assert "resumed from" in second.stdout and "iter_0000004" in second.stdout
+    assert_same_history(tmp_path, uninterrupted)
+
+
+def test_sigterm_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path):
+    path = recipe(corpus, tmp_path)
+    process = subprocess.Popen(command(path, 1, "--save-interval", "0"), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("iteration 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "stopped by a signal" in rest
+    assert run(path).returncode == 0
+    assert_same_history(tmp_path, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
+    """A weight of a checkpoint is NaN: the run names rank, stage and samples, and saves nothing on top."""
+    path = recipe(corpus, tmp_path)
+    done = run(path, 2, "--pipeline-model-parallel-size", "2", "--optimizer.lr", "1e30", "--clip-grad", "0")
+    assert done.returncode == 1
+    message = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert "first seen on rank" in message and "pipeline stage" in message and "discs/s" in message
+    assert done.stderr.count("error: iteration") == 1
+    assert all(line["loss"] < 1e9 for line in metrics(tmp_path))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(corpus, uninterrupted, tmp_path):
+    """A limit on file size makes writing fail as a full disk does; the checkpoint before stays whole."""
+    path = recipe(corpus, tmp_path)
+    assert run(path, 1, "--train-iters", "4").returncode == 0
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "limited", *command(path, 1, "--train-iters", "9")]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warning: checkpoint" in done.stdout and "earlier checkpoints are whole" in done.stdout
+    folder, problems = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
+    assert folder.name == "iter_0000004" and not problems
+    assert run(path).returncode == 0
+    assert_same_history(tmp_path, uninterrupted)
+
+
+def test_a_hung_collective_leaves_the_stacks_of_every_rank(corpus, tmp_path):
+    """One rank stops (SIGSTOP); the others' watchdog leaves stacks and ends the run."""
+    path = recipe(corpus, tmp_path, train_iters=10_000)
+    words = ["--distributed-timeout-minutes", "0.15", "--save-interval", "0", "--lr-decay-iters", "20000"]
+    process = subprocess.Popen(
+        command(path, 2, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("iteration 3/"):
+            break
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    children = [int(word) for word in found.stdout.split()]
+    os.kill(children[-1], signal.SIGSTOP)
+    try:
+        process.wait(timeout=120)
+    finally:
+        for child in children:
+            if Path(f"/proc/{child}").exists():
+                os.kill(child, signal.SIGKILL)
+    stacks = [file.read_text() for file in (tmp_path / "stacks").glob("rank_*.txt")]
+    assert stacks and "made no progress for 9 s in iteration" in stacks[0] and "run_batch" in stacks[0]
+    assert process.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tensor-model-parallel-size", "2"], "1 processes do not divide by tensor 2"),
+        (["--model.decoder.vocab-size", "200"], "vocab"),
+        (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
+        (["--checkpoint.load", "nowhere"], "nowhere holds no whole checkpoint"),
+    ],
+)
+def test_usage_that_cannot_work_is_refused(corpus, tmp_path, words, message):
+    done = run(recipe(corpus, tmp_path), 1, *words)
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused(corpus, uninterrupted, tmp_path):
+    path = recipe(corpus, tmp_path)
+    shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    done = run(path, 1, "--model.decoder.ffn-hidden-size", "128")
+    assert done.returncode == 1 and "mlp.linear_fc1.weight is (192, 64) where this model needs" in done.stderr
