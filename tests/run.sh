@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The tests, from nothing: makes the environment if it is missing, checks style, runs pytest.
+#
+#   tests/run.sh            everything (under half an hour on two cores)
+#   tests/run.sh --fast     what one runs while working: no whole runs, no layouts, no quick start
+#   tests/run.sh PATH …     any other words go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+selection=()
+if [ "${1:-}" = --fast ]; then
+    selection=(-m "not slow")
+    shift
+fi
+
+echo "environment"
+. tools/setup_env.sh
+
+echo "style"
+ruff check .
+find . -name '*.sh' -not -path './.venv*' -not -path '*/node_modules/*' -print0 | xargs -0 -n1 bash -n
+for script in examples/*/*.slurm; do bash -n "$script"; done
+
+echo "tests"
+exec python -m pytest -q --durations=10 ${selection[@]+"${selection[@]}"} "$@"
