@@ -17,13 +17,13 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 PICTURE_SIZE = 64
 #: Categories of emoji-datasource that are things one can see and name; flags, signs and letters are left out.
 CATEGORIES = ("Food & Drink", "Animals & Nature", "Objects", "Travel & Places", "Activities", "Smileys & Emotion")
 #: Names that describe a drawing's style or one of a series rather than a thing.
-UNWANTED = re.compile(r"\b(clock face|symbol|sign|sun behind|mark|button|heavy|medium|hand)\b")
+UNWANTED = re.compile(r"\b(clock face|symbol|sign|sun behind|mark|button|heavy|medium|hand|left|right)\b")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _without_selectors(code: str) -> str:
 
 
 def draw(source: Path, target: Path, variant: int) -> None:
-    """Writes one RGB picture of PICTURE_SIZE: variant 0 on white, others on a colour, turned and shifted a little.
+    """Writes one RGB picture of PICTURE_SIZE: variant 0 as it is on white, others `restyle`d on a light colour.
 
     Args:
         source: picture with transparency.
@@ -163,10 +163,31 @@ def draw(source: Path, target: Path, variant: int) -> None:
     if variant:
         chance = random.Random(f"{source.stem}/{variant}")
         background = tuple(chance.randint(120, 255) for _ in range(3))
-        side = round(PICTURE_SIZE * chance.uniform(0.75, 1.0))
-        turned = picture.rotate(chance.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side))
-        picture = Image.new("RGBA", (PICTURE_SIZE, PICTURE_SIZE))
-        picture.paste(turned, tuple(chance.randint(0, PICTURE_SIZE - side) for _ in range(2)))
+        picture = restyle(picture, chance)
     canvas = Image.new("RGBA", picture.size, (*background, 255))
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.alpha_composite(canvas, picture).convert("RGB").save(target)
+
+
+def restyle(picture: Image.Image, chance: random.Random) -> Image.Image:
+    """The same thing as another vendor might draw it: turned, shifted, mirrored, in somewhat other colours.
+
+    Args:
+        picture: RGBA.
+        chance: source of every choice.
+
+    Returns:
+        RGBA of the same size.
+    """
+    colours, alpha = picture.convert("RGB"), picture.getchannel("A")
+    for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
+        colours = enhance(colours).enhance(chance.uniform(0.6, 1.4))
+    colours.putalpha(alpha)
+    if chance.random() < 0.5:  # no chosen name says left or right
+        colours = ImageOps.mirror(colours)
+    size = picture.width
+    side = round(size * chance.uniform(0.7, 1.0))
+    turned = colours.rotate(chance.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side))
+    restyled = Image.new("RGBA", (size, size))
+    restyled.paste(turned, tuple(chance.randint(0, size - side) for _ in range(2)))
+    return restyled

@@ -30,7 +30,9 @@ TRAIN_VENDORS = ("google", "fluent")
 HELDOUT_VENDOR = "twitter"
 TRAIN_VOICES = ("en-us", "en-gb-x-rp+f2", "en-gb+m3", "en-029+f4", "en-us-nyc+m7", "en-us+f5")
 HELDOUT_VOICE = "en-gb-scotland+f3"
-WORDS_PER_MINUTE = 240
+#: Words per minute of training recordings, and of the held-out voice's.
+TRAIN_SPEEDS = (210, 260)
+HELDOUT_SPEED = 240
 
 
 @dataclass
@@ -41,9 +43,9 @@ class Arguments:
     """Folder to write."""
     cache: Path | None = None
     """Folder of downloaded packages; default: OUTPUT/packages."""
-    names: int = 480
+    names: int = 256
     """Names to learn; 0 takes all (about 840)."""
-    variants: int = 4
+    variants: int = 8
     """Pictures made of each training drawing: one on white, the others on colours, turned and shifted."""
     seed: int = 1
     """Seed of the pairs in samples with two media."""
@@ -62,12 +64,13 @@ def training_samples(emoji: list[Emoji], variants: int, seed: int) -> list[dict]
     """
     chance = random.Random(seed)
     samples = []
+    recordings = [(voice, speed) for voice in TRAIN_VOICES for speed in TRAIN_SPEEDS]
     for e in emoji:
         pictures = [(v, k) for v in TRAIN_VENDORS for k in range(variants)]
         other = chance.choice(emoji)
         samples += [_sample(f"image/{v}/{k}/{e.code}", e.name, [picture_path(e, v, k)], []) for v, k in pictures]
-        samples += [_sample(f"sound/{v}/{e.code}", e.name, [], [sound_path(e, v)]) for v in TRAIN_VOICES]
-        seen, heard = picture_path(e, *chance.choice(pictures)), sound_path(e, chance.choice(TRAIN_VOICES))
+        samples += [_sample(f"sound/{v}/{s}/{e.code}", e.name, [], [sound_path(e, v, s)]) for v, s in recordings]
+        seen, heard = picture_path(e, *chance.choice(pictures)), sound_path(e, *chance.choice(recordings))
         samples.append(_sample(f"both/{e.code}", e.name, [seen], [heard]))
         two = [picture_path(e, *chance.choice(pictures)), picture_path(other, *chance.choice(pictures))]
         samples.append(_sample(f"two/{e.code}", f"{e.name} and {other.name}", two, []))
@@ -82,7 +85,8 @@ def heldout_samples(emoji: list[Emoji]) -> dict[str, list[dict]]:
             _sample(f"image/{HELDOUT_VENDOR}/{e.code}", e.name, [picture_path(e, HELDOUT_VENDOR, 0)], []) for e in emoji
         ],
         "sound": [
-            _sample(f"sound/{HELDOUT_VOICE}/{e.code}", e.name, [], [sound_path(e, HELDOUT_VOICE)]) for e in emoji
+            _sample(f"sound/{HELDOUT_VOICE}/{e.code}", e.name, [], [sound_path(e, HELDOUT_VOICE, HELDOUT_SPEED)])
+            for e in emoji
         ],
     }
 
@@ -97,9 +101,9 @@ def picture_path(emoji: Emoji, vendor: str, variant: int) -> str:
     return f"images/{vendor}/{emoji.code}-{variant}.png"
 
 
-def sound_path(emoji: Emoji, voice: str) -> str:
+def sound_path(emoji: Emoji, voice: str, speed: int) -> str:
     """Path of a recording relative to the output folder."""
-    return f"sounds/{voice}/{emoji.name.replace(' ', '_')}.wav"
+    return f"sounds/{voice}-{speed}/{emoji.name.replace(' ', '_')}.wav"
 
 
 def _draw_if_missing(job: tuple[Path, Path, int]) -> None:
@@ -121,10 +125,9 @@ def make_media(emoji: list[Emoji], variants: int, output: Path) -> float:
         for k in range(variants)
     ]
     drawings += [(e.pictures[HELDOUT_VENDOR], output / picture_path(e, HELDOUT_VENDOR, 0), 0) for e in emoji]
+    recordings = [(voice, speed) for voice in TRAIN_VOICES for speed in TRAIN_SPEEDS] + [(HELDOUT_VOICE, HELDOUT_SPEED)]
     sentences = [
-        (e.name, voice, WORDS_PER_MINUTE, output / sound_path(e, voice))
-        for e in emoji
-        for voice in (*TRAIN_VOICES, HELDOUT_VOICE)
+        (e.name, voice, speed, output / sound_path(e, voice, speed)) for e in emoji for voice, speed in recordings
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and espeak-ng's process both release the lock
         drawn = pool.map(_draw_if_missing, drawings)

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# From nothing to captions: trains synapse-tiny on emoji art and spoken names, and shows that it looks and listens.
+#
+#   examples/quickstart/run.sh            about a quarter of an hour on two cores, everything included
+#   examples/quickstart/run.sh --smoke    the same steps on a few samples, to see that they work
+#
+# Options: --output DIR (default outputs/quickstart), --recipe FILE (default megatron_mm/recipes/synapse-tiny.yaml).
+# Needs Python 3.10 or later and npm; installs espeak-ng with apt-get where it is missing. Downloads are kept in
+# DIR/data, everything else in DIR is made again on each run.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+output=outputs/quickstart
+recipe=megatron_mm/recipes/synapse-tiny.yaml
+smoke=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --smoke) smoke=1 ;;
+    --output) output=${2:?--output needs a folder} && shift ;;
+    --recipe) recipe=${2:?--recipe needs a file} && shift ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) echo "run.sh: unknown option $1 (see --help)" >&2 && exit 2 ;;
+    esac
+    shift
+done
+
+heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+# Iterations of the run, the one at which it is stopped and resumed, and what is prepared and evaluated.
+if [ $smoke ]; then
+    iterations=8 stop=4 names=24 limit=16
+    training="--optimizer.lr-warmup-iters 2 --training.eval-interval 0"
+else
+    iterations=$(sed -n 's/^ *train_iters: *\([0-9]*\).*/\1/p' "$recipe")
+    stop=$((iterations / 2)) names=256 limit=0
+    training=
+fi
+
+heading "Environment"
+. tools/setup_env.sh
+rm -rf "$output"/{shards,run,untrained,exported,exported_untrained,tokenizer.model,results.json,loss.png}
+mkdir -p "$output"
+
+heading "Data: emoji art (npm) and spoken names (espeak-ng)"
+python examples/quickstart/prepare.py --output "$output/data" --names $names
+
+heading "Tokenizer"
+python tools/train_tokenizer.py --input "$output/data/names.txt" --vocab-size 1024 --model-type bpe \
+    --output "$output/tokenizer.model"
+
+heading "Shards"
+python tools/preprocess_multimodal.py --input "$output/data/train.jsonl" --output "$output/shards" \
+    --tokenizer-model "$output/tokenizer.model" --overwrite
+
+pretrain() { # FOLDER PROCESSES [options]: the quick start's data, in the given layout
+    local folder=$1 processes=$2
+    shift 2
+    torchrun --nproc-per-node "$processes" pretrain_multimodal.py --config "$recipe" --logging.output "$folder" \
+        --data.datasets.0.path "$output/shards" --data.tokenizer "$output/tokenizer.model" \
+        --lr-decay-iters "$iterations" $training "$@"
+}
+
+heading "Pretraining on 4 processes, tensor parallel 2 x pipeline parallel 2, to iteration $stop of $iterations"
+pretrain "$output/run" 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-iters "$stop"
+
+heading "Resuming in another layout: pipeline parallel 2 x data parallel 2, to iteration $iterations"
+pretrain "$output/run" 4 --pipeline-model-parallel-size 2 --train-iters "$iterations"
+
+heading "Converting to a Hugging Face folder"
+python tools/convert_checkpoint.py export --checkpoint "$output/run" --output "$output/exported" --overwrite
+
+heading "The untrained model, to compare with: the same seed, one step with a learning rate of zero"
+pretrain "$output/untrained" 1 --train-iters 1 --lr 0 --min-lr 0 --training.eval-interval 0 >"$output/untrained.log"
+python tools/convert_checkpoint.py export --checkpoint "$output/untrained" --output "$output/exported_untrained" \
+    --overwrite
+
+heading "Evaluating on held-out pairs: an unseen vendor's art, an unseen voice"
+heldout=("$output/data/heldout_image.jsonl" "$output/data/heldout_sound.jsonl")
+evaluate() { python tools/evaluate.py --input "${heldout[@]}" --limit $limit --max-new-tokens 16 --batch-size 64 "$@"; }
+evaluate --model "$output/exported" --swap-media --json "$output/trained.json" --captions "$output/captions.jsonl"
+evaluate --model "$output/exported_untrained" --json "$output/untrained.json"
+
+heading "Generating five captions"
+python examples/quickstart/report.py prompts --data "$output/data" --output "$output/prompts.jsonl"
+python tools/generate.py --model "$output/exported" --input "$output/prompts.jsonl" --output "$output/answers.jsonl" \
+    --media-root "$output/data" --max-new-tokens 16 >/dev/null
+
+heading "Report"
+python examples/quickstart/report.py show --folder "$output" --seconds $SECONDS ${smoke:+--no-require}
+printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
