@@ -33,5 +33,5 @@ done
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --node-rank "$NODE_RANK" \
     --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     pretrain_multimodal.py --config "$RECIPE" \
-    --data.datasets.0.path "${DATA:?a dataset folder}" --data.tokenizer "${TOKENIZER:?a SentencePiece model}" \
+    --data-path "${DATA:?a dataset folder}" --data.tokenizer "${TOKENIZER:?a SentencePiece model}" \
     --logging.output "${OUTPUT:-outputs/synapse-70b}" ${CLIP:+--checkpoint.pretrained "$CLIP"} "$@"

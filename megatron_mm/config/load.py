@@ -17,7 +17,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_mm.config.schema import Config
+from megatron_mm.config.schema import Config, DatasetConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -58,7 +58,8 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     recipe = default_recipe
-    rest = []
+    rest: list[str] = []
+    blend: list[str] = []
     position = 0
     while position < len(arguments):
         word = arguments[position]
@@ -66,19 +67,51 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
             recipe, position = arguments[position + 1], position + 2
         elif word.startswith("--config="):
             recipe, position = word.partition("=")[2], position + 1
+        elif word == "--data-path":
+            end = next((at for at in range(position + 1, len(arguments)) if arguments[at].startswith("--")), None)
+            blend = arguments[position + 1 : end]
+            position += 1 + len(blend)
         else:
             rest.append(word)
             position += 1
     try:
         config = load_config(recipe) if recipe else Config()
+        if blend:
+            config.data.datasets = parse_blend(blend)
     except ValueError as error:
         fail(str(error), status=2)
     if recipe is None and not {"-h", "--help"} & set(rest):
         fail("--config RECIPE.yaml is missing; recipes are in megatron_mm/recipes", status=2)
-    description = "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe; any field can be overridden:"
+    description = (
+        "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe, --data-path [WEIGHT] PATH … its datasets "
+        "(Megatron's form); any other field can be overridden:"
+    )
     return tyro.cli(
         Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
     )
+
+
+def parse_blend(words: Sequence[str]) -> list[DatasetConfig]:
+    """Megatron's `--data-path`: one or more paths, or weights and paths in turn.
+
+    Raises:
+        ValueError: a weight without a path, or what should be a weight is no number.
+    """
+
+    def weight(word: str) -> float | None:
+        try:
+            return float(word)
+        except ValueError:
+            return None
+
+    if weight(words[0]) is None:
+        return [DatasetConfig(path=word) for word in words]
+    if len(words) % 2:
+        raise ValueError(f"--data-path: weights and paths come in pairs, not {' '.join(words)}")
+    weights = [weight(word) for word in words[::2]]
+    if None in weights:
+        raise ValueError(f"--data-path: {words[2 * weights.index(None)]!r} stands where a weight should")
+    return [DatasetConfig(path=path, weight=value) for value, path in zip(weights, words[1::2])]
 
 
 def fail(message: str, status: int = 1) -> None:

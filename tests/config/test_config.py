@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
+from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_blend, parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
 from tests.recipes import small_config
 
@@ -52,6 +52,17 @@ def test_the_command_line_overrides_by_path_and_by_megatrons_name():
     config = parse_command_line([*words, "--model.decoder.num-layers", "6", "--sequence-parallel", "--lr", "0.5"])
     assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
     assert config.model.decoder.num_layers == 6 and config.optimizer.lr == 0.5
+
+
+def test_the_blend_in_megatrons_form():
+    words = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--data-path"]
+    config = parse_command_line([*words, "3", "a", "1.5", "b", "--seed", "4"])
+    assert [(d.path, d.weight) for d in config.data.datasets] == [("a", 3.0), ("b", 1.5)] and config.training.seed == 4
+    assert [d.path for d in parse_command_line([*words, "a", "b"]).data.datasets] == ["a", "b"]
+    with pytest.raises(ValueError, match="'b' stands where a weight should"):
+        parse_blend(["3", "a", "b", "c"])
+    with pytest.raises(ValueError, match="come in pairs"):
+        parse_blend(["3", "a", "2"])
 
 
 def test_mistakes_in_a_recipe_are_named_by_path(tmp_path):
