@@ -83,8 +83,8 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
     if recipe is None and not {"-h", "--help"} & set(rest):
         fail("--config RECIPE.yaml is missing; recipes are in megatron_mm/recipes", status=2)
     description = (
-        "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe, --data-path [WEIGHT] PATH … its datasets "
-        "(Megatron's form); any other field can be overridden:"
+        "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe, --data-path [WEIGHT] PATH … the "
+        "datasets (Megatron's form); any other field can be overridden:"
     )
     return tyro.cli(
         Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
