@@ -1,0 +1,107 @@
+"""Swapped media, token loss against a sum over single samples, and tools/evaluate.py on an exported model."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mm.evaluation.evaluate import swap_media, token_loss
+from megatron_mm.inference.generation import Generator
+from megatron_mm.inference.hf.processing_synapse import SynapseProcessor
+from tests.inference.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def generator(tmp_path):
+    model = hf_model(tiny_recipe())
+    return Generator(model, SynapseProcessor(model.config, train_tokenizer(tmp_path / "tokenizer.model")))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    pictures = [str(draw(tmp_path / f"{i}.png", (30 + 9 * i, 40))) for i in range(3)]
+    sounds = [str(sing(tmp_path / f"{i}.wav", pitch=300.0 * (i + 1))) for i in range(2)]
+    return [
+        {"id": "a", "prompt": "<image>", "text": "a red dog", "images": pictures[:1]},
+        {"id": "b", "prompt": "<audio> what is this sound", "text": "the cat sings", "audios": sounds[:1]},
+        {"id": "c", "prompt": None, "text": "one two three"},
+        {"id": "d", "prompt": "<image><image>", "text": "green and blue <image>", "images": pictures},
+        {"id": "e", "prompt": "<audio>", "text": "dog", "audios": sounds[1:]},
+        {"id": "f", "prompt": "<image>", "text": "moon", "images": pictures[2:]},
+    ]
+
+
+def test_token_loss_is_the_mean_over_all_learned_tokens_however_batched(generator, samples):
+    total, count = 0.0, 0
+    processor = generator.processor
+    samples[3]["prompt"], samples[3]["text"] = "<image><image><image>", "green and blue"
+    for sample in samples:
+        inputs = processor([sample])
+        text = [*processor.tokenizer.encode(sample["text"]), processor.config.eos_token_id]
+        start = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([text])], dim=1)
+        inputs.pop("attention_mask")
+        with torch.no_grad():
+            log_probabilities = generator.model(**inputs, use_cache=False).logits[0].log_softmax(-1)
+        total -= sum(log_probabilities[start - 1 + i, token].item() for i, token in enumerate(text))
+        count += len(text)
+    for batch_size in (1, 4, 6):
+        assert token_loss(generator, samples, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_swapped_media_are_a_derangement_within_each_kind():
+    texts = ["dog", "cat", "dog", "moon", "sun", "cat", "tree"]
+    samples = [{"id": str(i), "text": text, "images": [f"{i}.png"]} for i, text in enumerate(texts)]
+    samples += [{"id": f"s{i}", "text": f"sound {i}", "audios": [f"{i}.wav"]} for i in range(2)]
+    samples += [{"id": "none", "text": "nothing"}]
+    owner = {f"{i}.png": text for i, text in enumerate(texts)}
+    for seed in range(20):
+        swapped = swap_media(samples, seed)
+        assert [s["id"] for s in swapped] == [s["id"] for s in samples]
+        given = [s["images"][0] for s in swapped[:7]]
+        assert sorted(given) == sorted(owner)
+        assert all(owner[picture] != sample["text"] for picture, sample in zip(given, swapped))
+        assert [s["audios"] for s in swapped[7:9]] == [["1.wav"], ["0.wav"]]
+        assert swapped[9] == samples[9]
+    assert samples[0]["images"] == ["0.png"], "the samples given are left alone"
+
+
+def test_media_that_cannot_be_swapped_are_refused():
+    samples = [{"text": text, "images": ["x.png"]} for text in ("dog", "dog", "dog", "cat")]
+    with pytest.raises(ValueError, match="of 4 samples with 1 images, 3 share a text"):
+        swap_media(samples)
+
+
+def test_a_sample_without_text_is_named(generator):
+    with pytest.raises(ValueError, match='sample 7: field "text"'):
+        token_loss(generator, [{"id": "7", "prompt": "<image>", "text": " "}])
+
+
+@pytest.mark.slow
+def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
+    folder = tmp_path / "exported"
+    generator.model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
+    samples = [s for s in samples if s["id"] in "aebf"]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", "--model", folder, "--input", tmp_path / "held.jsonl"]
+    options = ["--swap-media", "--max-new-tokens", "4", "--json", tmp_path / "scores.json"]
+    options += ["--captions", tmp_path / "captions.jsonl"]
+    done = subprocess.run([*map(str, command), *map(str, options)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert [row["media"] for row in rows] == ["true", "swapped"] and "exact match" in done.stdout
+    assert rows[0]["samples"] == 4 and math.isfinite(rows[0]["token_loss"])
+    assert rows[0]["token_loss"] == pytest.approx(token_loss(generator, samples), rel=1e-4)
+    assert rows[1]["token_loss"] == pytest.approx(token_loss(generator, swap_media(samples)), rel=1e-4)
+    assert abs(rows[0]["token_loss"] - rows[1]["token_loss"]) > 1e-4
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 8
+
+    done = subprocess.run([*map(str, command), "--limit", "1", "--swap-media"], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot be swapped" in done.stderr and "Traceback" not in done.stderr
