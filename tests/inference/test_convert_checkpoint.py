@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_case import hf_model, media_batch, random_weights, tiny_recipe, train_tokenizer, write_training_folder
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 from transformers import (
@@ -33,6 +32,14 @@ from megatron_mm.inference.convert import export, find_checkpoint, restore
 from megatron_mm.inference.names import Part, checkpoint_key, synapse_entries
 from megatron_mm.inference.pretrained import import_pretrained, resize_rows
 from megatron_mm.inference.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
+from tests.inference.export_case import (
+    hf_model,
+    media_batch,
+    random_weights,
+    tiny_recipe,
+    train_tokenizer,
+    write_training_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -303,7 +310,7 @@ assert not any(name == "megatron" or name.startswith(("megatron.", "megatron_mm.
 
 @pytest.mark.slow
 def test_export_loads_where_there_is_no_megatron(folders, tmp_path):
-    from export_case import draw, sing
+    from tests.inference.export_case import draw, sing
 
     _, recipe, _, _, exported = folders
     wanted = hf_model(recipe)

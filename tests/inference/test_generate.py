@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_case import (
+from transformers import WhisperFeatureExtractor
+
+from megatron_mm.data.media import decode_image, decode_sound, decode_video
+from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resample
+from megatron_mm.inference.convert import export
+from megatron_mm.inference.generation import Decoding, Generator
+from megatron_mm.inference.hf.processing_synapse import SynapseProcessor, log_mel
+from megatron_mm.inference.prompts import read_prompts
+from tests.inference.export_case import (
     draw,
     draw_animation,
     hf_model,
@@ -24,14 +32,6 @@ from export_case import (
     train_tokenizer,
     write_training_folder,
 )
-from transformers import WhisperFeatureExtractor
-
-from megatron_mm.data.media import decode_image, decode_sound, decode_video
-from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resample
-from megatron_mm.inference.convert import export
-from megatron_mm.inference.generation import Decoding, Generator
-from megatron_mm.inference.hf.processing_synapse import SynapseProcessor, log_mel
-from megatron_mm.inference.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from export_case import hf_model, media_batch, one_row, tiny_recipe
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -22,6 +21,7 @@ from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from megatron_mm.inference.hf.modeling_synapse import SynapseCache
+from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe
 
 
 @pytest.fixture(scope="module")

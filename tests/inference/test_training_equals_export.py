@@ -12,20 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_case import media_batch, train_tokenizer, training_recipe
 
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import export, find_checkpoint, restore
 from megatron_mm.inference.generation import Generator
 from megatron_mm.inference.names import synapse_entries
+from tests.inference.export_case import media_batch, train_tokenizer, training_recipe
 
-SCRIPT = Path(__file__).with_name("train_and_save.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(*arguments: object, processes: int = 1) -> None:
     """Run the training side; the test fails with its errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    command += ["-m", "tests.inference.train_and_save", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from export_case import media_batch, training_microbatch, training_recipe
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, ParallelSizes
@@ -21,6 +20,7 @@ from megatron_mm.training import checkpoint
 from megatron_mm.training.assembly import build_model
 from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.optimizer import Optimizer
+from tests.inference.export_case import media_batch, training_microbatch, training_recipe
 
 
 @torch.no_grad()
