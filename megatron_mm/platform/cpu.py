@@ -135,7 +135,8 @@ def _redirect_torch() -> None:
 
 
 def _redirect_megatron() -> None:
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    for category in (UserWarning, FutureWarning):  # of kernels that are missing here, and of its own use of torch
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import random
 

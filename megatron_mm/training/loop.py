@@ -57,11 +57,20 @@ class Trainer:
             dump_config(config, self.output / "config.yaml")
         self.watchdog = Watchdog(self.output, minutes)
         self.datasets = build_datasets(config, modalities=("image", "sound"))
+        self._check_vocabulary()
         self._say(*self.datasets.report_lines())
         self.pipeline = build_model(config, self.sizes, self.device, config.training.seed)
         self.optimizer = Optimizer(config, self.pipeline)
         self.position = self._restore()
         self._say(self._describe())
+
+    def _check_vocabulary(self) -> None:
+        tokenizer, rows = self.datasets.tokenizer, self.config.model.decoder.vocab_size
+        if tokenizer is not None and tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"model.decoder.vocab_size is {rows}, less than the {tokenizer.vocab_size} pieces of the tokenizer "
+                f"{self.config.data.tokenizer}"
+            )
 
     def _say(self, *lines: str) -> None:
         if self.first_rank:

@@ -183,7 +183,7 @@ def test_a_hung_collective_leaves_the_stacks_of_every_rank(corpus, tmp_path):
     ("words", "message"),
     [
         (["--tensor-model-parallel-size", "2"], "1 processes do not divide by tensor 2"),
-        (["--model.decoder.vocab-size", "200"], "vocab"),
+        (["--model.decoder.vocab-size", "200"], "vocab_size is 200, less than the 300 pieces"),
         (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
         (["--checkpoint.load", "nowhere"], "nowhere holds no whole checkpoint"),
     ],
@@ -197,4 +197,4 @@ def test_a_checkpoint_of_another_model_is_refused(corpus, uninterrupted, tmp_pat
     path = recipe(corpus, tmp_path)
     shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
     done = run(path, 1, "--model.decoder.ffn-hidden-size", "128")
-    assert done.returncode == 1 and "mlp.linear_fc1.weight is (192, 64) where this model needs" in done.stderr
+    assert done.returncode == 1 and "linear_fc2.weight is (64, 96) where this model needs (64, 128)" in done.stderr
