@@ -21,8 +21,8 @@ from megatron_mm.models.layers.norms import Norm
 PACKED = False
 
 
-def layer_submodules(*, causal: bool) -> TransformerLayerSubmodules:
-    """Parts of a pre-norm layer of self-attention and MLP; the attention plan, not `causal`, says what is seen here.
+def layer_submodules() -> TransformerLayerSubmodules:
+    """Parts of a pre-norm layer of self-attention and MLP.
 
     The key map gives a checkpoint the names that Transformer Engine's fused norms have, so both backends share it.
     """

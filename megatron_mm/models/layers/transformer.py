@@ -70,7 +70,7 @@ def stack_layer(
     """Layer `layer_number` (from 1) of a stack, its weights not yet filled."""
     backend = backend_of(settings)
     config = layer_config(settings, shape, text=text)
-    layer = StackLayer(config, backend.layer_submodules(causal=text), layer_number, plan)
+    layer = StackLayer(config, backend.layer_submodules(), layer_number, plan)
     gated = ("linear_fc1",) if shape.gated else ()
     return describe(
         layer,

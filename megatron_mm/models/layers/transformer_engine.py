@@ -132,7 +132,7 @@ def _by_document(images: torch.Tensor, sounds: torch.Tensor, order: torch.Tensor
     return torch.cat((images.flatten(0, 1), sounds.flatten(0, 1), nothing)).index_select(0, order)
 
 
-def layer_submodules(*, causal: bool) -> TransformerLayerSubmodules:
+def layer_submodules() -> TransformerLayerSubmodules:
     """Parts of a pre-norm layer of self-attention and MLP; norms live in the linear layers after them."""
     return TransformerLayerSubmodules(
         input_layernorm=IdentityOp,
