@@ -2,8 +2,8 @@
 
 Every parameter is drawn from the CPU generator keyed by (seed, logical name, part, block). A *part* is a logical matrix
 of a fused weight (gate and up of SwiGLU); a *block* is one of gcd(64, units) equal slices of the sharded dimension,
-where a unit is what tensor parallelism never splits (a head, a query group, a row). A process draws only the blocks that
-overlap its own slice, so no process ever holds a full matrix and every layout gets the same numbers.
+where a unit is what tensor parallelism never splits (a head, a query group, a row). A process draws only the blocks
+that overlap its own slice, so no process ever holds a full matrix and every layout gets the same numbers.
 """
 
 from __future__ import annotations
