@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
@@ -88,6 +90,30 @@ def _start_worker(initializer: Callable[..., None] | None, initargs: tuple) -> N
         initializer(*initargs)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delays interrupts: one raised during a fork is raised in a callback of the fork, where Python drops it.
+
+    A signal mask would not do: another thread (tqdm's monitor) takes the signal, and Python runs the handler here all
+    the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in arrived:
+        signal.raise_signal(number)
+
+
 def ordered_map(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
@@ -116,7 +142,8 @@ def ordered_map(
     pending: deque = deque()
     try:
         for task in tasks:
-            pending.append((task, executor.submit(function, task)))
+            with _interrupts_held():  # submitting starts the workers
+                pending.append((task, executor.submit(function, task)))
             if len(pending) >= 3 * workers:
                 first, future = pending.popleft()
                 yield first, future.result()
