@@ -229,6 +229,7 @@ class BlendedDataset:
             sound_slots=sound_slots.shape[1],
             one_document_per_row=all(len(pieces) <= 1 for pieces in samples),
             max_document_length=max(piece.length for pieces in samples for piece in pieces),
+            max_documents_per_row=max(len(pieces) for pieces in samples),
         )
         frames = [slot.frame for slot in flat_images] or [-1]
         return Microbatch(

@@ -95,6 +95,7 @@ class GeneratedRows:
             sound_slots=sound_slots.shape[1],
             one_document_per_row=all(len(row.lengths) == 1 for row in rows),
             max_document_length=max(size for row in rows for size in row.lengths),
+            max_documents_per_row=max(len(row.lengths) for row in rows),
         )
         no_image = np.zeros((1, 3, vision.image_size, vision.image_size), np.float32)
         no_sound = np.zeros((1, audio.num_mel_bins, audio.num_frames), np.float32)

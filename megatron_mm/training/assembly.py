@@ -50,6 +50,7 @@ def full_plan(config: Config) -> MicrobatchPlan:
         sound_slots=max(1, data.max_sounds_per_sample),
         one_document_per_row=False,
         max_document_length=data.seq_length,
+        max_documents_per_row=max(1, data.max_images_per_sample + data.max_sounds_per_sample),
     )
 
 

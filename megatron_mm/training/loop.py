@@ -22,11 +22,13 @@ from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.loader import MicrobatchLoader
 from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.models.systems import build_graph
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint, checkpoint_folder
-from megatron_mm.training.assembly import build_model
+from megatron_mm.training.assembly import build_model, layer_settings
 from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import NotFiniteError, StopSignal, Watchdog, explain_gradient, explain_loss
@@ -61,6 +63,8 @@ class Trainer:
         self._say(*self.datasets.report_lines())
         self.pipeline = build_model(config, self.sizes, self.device, config.training.seed)
         self.optimizer = Optimizer(config, self.pipeline)
+        # MFU counts useful work: the same nodes without what context and tensor parallel processes repeat.
+        self.plain_graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
         self.position = self._restore()
         self._say(self._describe())
 
@@ -186,7 +190,7 @@ class Trainer:
         }
         peak = peak_tflops(self.config)
         if peak:
-            flops = sum(model_flops(self.pipeline.graph, batch.plan) for batch in microbatches) * self.sizes.dp
+            flops = sum(model_flops(self.plain_graph, batch.plan) for batch in microbatches) * self.sizes.dp
             figures["mfu"] = flops / seconds / (peak * 1e12 * self.sizes.world)
         if self.config.data.log_sample_ids:
             figures["sample_ids"] = self._sample_ids(microbatches)
