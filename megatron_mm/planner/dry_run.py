@@ -191,7 +191,8 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
                     output.backward(torch.empty_like(output))
         kept += waiting * (in_flight - 1) + saved.peak
     payload = rows * hidden_size * dtype.itemsize
-    executed.communicated["send/receive (pipeline)"] += payload * 2 * (sizes.vpp if sizes.pp > 1 else 0)
+    if sizes.pp > 1:
+        executed.communicated["send/receive (pipeline)"] += payload * 2 * sizes.vpp
     trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     total = sum(p.numel() for p in parameters.values())
     if trainable and sizes.dp * sizes.cp > 1:
@@ -265,7 +266,9 @@ class _Executed(TorchDispatchMode):
         if namespace == "c10d":
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-            self.communicated[name.strip("_")] += max(sizes, default=0)
+            groups = [dist.ProcessGroup.unbox(arg) for arg in args if _is_group(arg)]
+            if all(group.size() > 1 for group in groups):
+                self.communicated[name.strip("_")] += max(sizes, default=0)
         elif function.overloadpacket not in flop_registry:
             with self:
                 decomposed = function.decompose(*args, **kwargs)
@@ -275,6 +278,10 @@ class _Executed(TorchDispatchMode):
         if function.overloadpacket in flop_registry:
             self.flops += flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
         return result
+
+
+def _is_group(value) -> bool:
+    return isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type())
 
 
 def table(result: DryRun) -> str:

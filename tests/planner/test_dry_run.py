@@ -1,0 +1,60 @@
+"""The dry run against what it predicts: parameters of built models, FLOPs of node costs, bytes that autograd keeps."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mm.config.load import RECIPES, dump_config
+from tests.recipes import small_config
+
+
+def run_dry(path, world_size: int, output, *words: str) -> dict:
+    command = [sys.executable, "pretrain_multimodal.py", "--config", str(path), "--dry-run"]
+    command += ["--world-size", str(world_size), "--dry-run-json", str(output), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(output.read_text())
+
+
+def test_small_model(tmp_path):
+    """One process against four: the same parameters in all, FLOPs that add up to the costs, and shards of them."""
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()
+    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.models.systems import build_graph
+    from megatron_mm.planner.costs import model_flops
+    from megatron_mm.training.assembly import full_plan, layer_settings
+
+    config = small_config()
+    dump_config(config, tmp_path / "r.yaml")
+    one = run_dry(tmp_path / "r.yaml", 1, tmp_path / "one.json")
+    graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
+    assert one["stages"][0]["parameters"] == one["total_parameters"]
+    assert one["stages"][0]["flops"] == pytest.approx(model_flops(graph, full_plan(config)), rel=0.05)
+    assert one["stages"][0]["communicated"] == {}
+
+    words = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    four = run_dry(tmp_path / "r.yaml", 4, tmp_path / "four.json", *words)
+    own = [stage["parameters"] for stage in four["stages"]]
+    assert one["total_parameters"] / 2 < sum(own) < one["total_parameters"]  # matrices are halved, norms are not
+    assert four["stages"][0]["communicated"]["send/receive (pipeline)"] > 0
+    assert any("reduce" in kind for kind in four["stages"][0]["communicated"])
+
+    full = run_dry(tmp_path / "r.yaml", 1, tmp_path / "full.json", "--recompute-granularity", "full")
+    assert full["stages"][0]["activation_bytes"] < one["stages"][0]["activation_bytes"]
+    assert full["stages"][0]["flops"] > 1.2 * one["stages"][0]["flops"]
+
+
+@pytest.mark.slow
+def test_synapse_70b_on_256_processes(tmp_path):
+    """70.4B parameters; every stage under 80 GB; the slowest at most 1.10 x the mean; the stages' shards add up."""
+    result = run_dry(RECIPES / "synapse-70b.yaml", 256, tmp_path / "70b.json")
+    assert f"{result['total_parameters'] / 1e9:.1f}" == "70.4"
+    assert len(result["stages"]) == 8
+    assert all(stage["memory_bytes"] < 80e9 for stage in result["stages"])
+    assert result["slowest_over_mean"] <= 1.10 and "in chunk" in result["bottleneck"]
+    sharded = sum(stage["parameters"] for stage in result["stages"]) * 8
+    assert sharded == pytest.approx(result["total_parameters"], rel=1e-3)

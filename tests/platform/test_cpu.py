@@ -1,0 +1,54 @@
+"""The CPU platform: refuses a release it does not know, and tells messages of two directions apart."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mm.platform import cpu
+
+
+def test_an_unknown_release_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "_device", None)
+    monkeypatch.setattr(cpu.importlib.metadata, "version", lambda name: "0.99.0")
+    with pytest.raises(RuntimeError, match=r"not tried with megatron-core 0\.99\.0; install one of: 0\.16\.1"):
+        cpu.apply()
+
+
+def test_every_redirection_says_why():
+    assert all(len(reason) > 10 for reason in cpu.REDIRECTIONS.values())
+
+
+def test_nothing_else_patches_torch_or_megatron():
+    """Assignments to attributes of torch or megatron modules stand in platform/cpu.py only."""
+    import ast
+    from pathlib import Path
+
+    def root(node):
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        return node.id if isinstance(node, ast.Name) else None
+
+    package = Path(cpu.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        if path == Path(cpu.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            patched = [t for t in targets if isinstance(t, ast.Attribute) and root(t) in ("torch", "megatron")]
+            assert not patched, f"{path}:{patched[0].lineno if patched else ''}"
+
+
+def test_factories_and_types_behave_as_megatron_expects():
+    script = (
+        "from megatron_mm.platform import setup, cpu\n"
+        "device = setup.apply_platform()\n"
+        "import torch\n"
+        "assert torch.zeros(2, device='cuda').device == device == torch.cuda.current_device()\n"
+        "assert torch.empty_like(torch.zeros(2), device=0).device.type == 'cpu'\n"
+        "assert torch.zeros(2).type() == 'torch.cuda.FloatTensor' and torch.zeros(2).cuda().device.type == 'cpu'\n"
+        "cpu.set_device('meta')\n"
+        "assert torch.ones(3, device=torch.cuda.current_device()).is_meta\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
