@@ -32,6 +32,7 @@ setup(
         "evaluation": ["pycocoevalcap"],  # CIDEr (needs a Java runtime for its tokenizer)
         "plot": ["matplotlib"],  # loss curves
         "wandb": ["wandb"],  # experiment tracking
-        "test": ["pytest", "ruff", "scipy", "pycocoevalcap", "matplotlib"],
+        "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr
+        "test": ["pytest", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib"],
     },
 )

@@ -1,6 +1,6 @@
-"""Emoji art of three vendors from npm, as small RGB pictures with an English name each.
+"""Emoji art of five vendors from npm, as small RGB pictures with an English name each.
 
-npm's own client fetches three packages once into a folder; `choose_names` picks base emoji that all vendors drew and
+npm's own client fetches the packages once into a folder; `choose_names` picks base emoji that all vendors drew and
 whose name is plain short English; `draw` composites one drawing onto a background. What is held out later is a vendor,
 so the same names are in both splits but no picture is.
 """
@@ -8,6 +8,7 @@ so the same names are in both splits but no picture is.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -17,6 +18,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import resvg_py
 from PIL import Image, ImageEnhance, ImageOps
 
 PICTURE_SIZE = 64
@@ -49,6 +51,8 @@ VENDORS = {
             "Noto Emoji art by Google, Apache-2.0; emoji-datasource data, MIT",
         ),
         Vendor("fluent", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "Fluent Emoji 3D art by Microsoft, MIT"),
+        Vendor("flat", "@lobehub/fluent-emoji-flat", "1.1.0", "assets", "Fluent Emoji flat art by Microsoft, MIT"),
+        Vendor("openmoji", "openmoji", "17.0.0", "color/svg", "OpenMoji art by the OpenMoji project, CC-BY-SA-4.0"),
         Vendor(
             "twitter",
             "emoji-datasource-twitter",
@@ -109,7 +113,13 @@ def _is_wanted(member: tarfile.TarInfo, vendor: Vendor) -> bool:
     name = member.name.removeprefix("package/")
     if not member.isfile() or ".." in Path(name).parts or not member.name.startswith("package/"):
         return False
-    return name.startswith(f"{vendor.pictures}/") or name in ("emoji.json", "package.json", "LICENSE", "README.md")
+    return name.startswith(f"{vendor.pictures}/") or name in (
+        "emoji.json",
+        "package.json",
+        "LICENSE",
+        "LICENSE.txt",
+        "README.md",
+    )
 
 
 def choose_names(packages: dict[str, Path], count: int) -> list[Emoji]:
@@ -157,7 +167,10 @@ def draw(source: Path, target: Path, variant: int) -> None:
         target: PNG to write.
         variant: number of the variant; the same number and source give the same picture.
     """
-    with Image.open(source) as opened:
+    data = source.read_bytes()
+    if source.suffix == ".svg":
+        data = resvg_py.svg_to_bytes(svg_string=data.decode(), width=PICTURE_SIZE, height=PICTURE_SIZE)
+    with Image.open(io.BytesIO(data)) as opened:
         picture = opened.convert("RGBA").resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
     background = (255, 255, 255)
     if variant:

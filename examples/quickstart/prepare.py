@@ -5,8 +5,8 @@ Usage (run.sh does this):
     python examples/quickstart/prepare.py --output outputs/quickstart/data
 
 Writes into the output folder `train.jsonl`, `heldout_image.jsonl`, `heldout_sound.jsonl`, `names.txt` (text for the
-tokenizer), `LICENCES.txt`, and the pictures and sounds they name. Training has two vendors' art and several voices;
-held out are a third vendor's art and another voice, for the same names. A second run downloads and speaks nothing
+tokenizer), `LICENCES.txt`, and the pictures and sounds they name. Training has four vendors' art and several voices;
+held out are a fifth vendor's art and another voice, for the same names. A second run downloads and speaks nothing
 again. Samples are images alone, sounds alone, both together, two images, and text without media.
 """
 
@@ -26,7 +26,7 @@ import tyro
 from emoji_art import Emoji
 from tqdm import tqdm
 
-TRAIN_VENDORS = ("google", "fluent")
+TRAIN_VENDORS = ("google", "fluent", "flat", "openmoji")
 HELDOUT_VENDOR = "twitter"
 TRAIN_VOICES = ("en-us", "en-gb-x-rp+f2", "en-gb+m3", "en-029+f4", "en-us-nyc+m7", "en-us+f5")
 HELDOUT_VOICE = "en-gb-scotland+f3"
@@ -45,7 +45,7 @@ class Arguments:
     """Folder of downloaded packages; default: OUTPUT/packages."""
     names: int = 256
     """Names to learn; 0 takes all (about 840)."""
-    variants: int = 8
+    variants: int = 6
     """Pictures made of each training drawing: one on white, the others on colours, turned and shifted."""
     seed: int = 1
     """Seed of the pairs in samples with two media."""

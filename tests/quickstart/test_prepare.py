@@ -71,7 +71,8 @@ def test_samples_of_every_kind_name_as_many_files_as_placeholders(tmp_path):
     kinds = Counter((len(sample["images"]), len(sample["audios"])) for sample in train)
     voices = len(prepare.TRAIN_VOICES) * len(prepare.TRAIN_SPEEDS)
     each = len(emoji)
-    assert kinds == {(1, 0): 6 * each, (0, 1): voices * each, (1, 1): each, (2, 0): each, (0, 0): each}
+    alone = 3 * len(prepare.TRAIN_VENDORS)
+    assert kinds == {(1, 0): alone * each, (0, 1): voices * each, (1, 1): each, (2, 0): each, (0, 0): each}
     for sample in train:
         assert sample["prompt"].count("<image>") == len(sample["images"])
         assert sample["prompt"].count("<audio>") == len(sample["audios"])
