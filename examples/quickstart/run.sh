@@ -26,20 +26,22 @@ done
 
 heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-# Iterations of the run, the one at which it is stopped and resumed, and what is prepared and evaluated.
-if [ $smoke ]; then
-    iterations=8 stop=4 names=24 limit=16
-    training="--optimizer.lr-warmup-iters 2 --training.eval-interval 0"
-else
-    iterations=$(sed -n 's/^ *train_iters: *\([0-9]*\).*/\1/p' "$recipe")
-    stop=$((iterations / 2)) names=256 limit=0
-    training=
-fi
-
 heading "Environment"
 . tools/setup_env.sh
+export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
 rm -rf "$output"/{shards,run,untrained,exported,exported_untrained,tokenizer.model,results.json,loss.png}
 mkdir -p "$output"
+
+# Iterations of the run, the one at which it is stopped and resumed, and what is prepared and evaluated.
+if [ $smoke ]; then
+    iterations=8 names=24 limit=16
+    training="--optimizer.lr-warmup-iters 2 --training.eval-interval 0"
+else
+    iterations=$(python -c 'import sys; from megatron_mm.config.load import load_config
+print(load_config(sys.argv[1]).training.train_iters)' "$recipe")
+    names=256 limit=0 training=
+fi
+stop=$((iterations / 2))
 
 heading "Data: emoji art (npm) and spoken names (espeak-ng)"
 python examples/quickstart/prepare.py --output "$output/data" --names $names
