@@ -13,13 +13,16 @@ cd "$(dirname "$0")/../.."
 output=outputs/quickstart
 recipe=megatron_mm/recipes/synapse-tiny.yaml
 smoke=
+usage() { echo "run.sh: $1 (see --help)" >&2 && exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
     --smoke) smoke=1 ;;
-    --output) output=${2:?--output needs a folder} && shift ;;
-    --recipe) recipe=${2:?--recipe needs a file} && shift ;;
+    --output | --recipe)
+        [ $# -gt 1 ] || usage "$1 needs a value"
+        declare "${1#--}=$2" && shift
+        ;;
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) echo "run.sh: unknown option $1 (see --help)" >&2 && exit 2 ;;
+    *) usage "unknown option $1" ;;
     esac
     shift
 done
@@ -58,12 +61,14 @@ pretrain() { # FOLDER PROCESSES [options]: the quick start's data, in the given 
     local folder=$1 processes=$2
     shift 2
     torchrun --nproc-per-node "$processes" pretrain_multimodal.py --config "$recipe" --logging.output "$folder" \
-        --data.datasets.0.path "$output/shards" --data.tokenizer "$output/tokenizer.model" \
+        --data-path "$output/shards" --data.tokenizer "$output/tokenizer.model" \
         --lr-decay-iters "$iterations" $training "$@"
 }
 
 heading "Pretraining on 4 processes, tensor parallel 2 x pipeline parallel 2, to iteration $stop of $iterations"
-pretrain "$output/run" 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-iters "$stop"
+# One microbatch a step: on two cores a stage would wait for the other's processor anyway.
+pretrain "$output/run" 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-iters "$stop" \
+    --micro-batch-size 16
 
 heading "Resuming in another layout: pipeline parallel 2 x data parallel 2, to iteration $iterations"
 pretrain "$output/run" 4 --pipeline-model-parallel-size 2 --train-iters "$iterations"

@@ -18,7 +18,7 @@ def test_help_names_every_option_and_runs_nothing():
     assert all(word in done.stdout for word in ("--smoke", "--output", "--recipe")) and "==" not in done.stdout
 
 
-@pytest.mark.parametrize(("options", "message"), [(["--smok"], "--smok"), (["--output"], "--output needs a folder")])
+@pytest.mark.parametrize(("options", "message"), [(["--smok"], "--smok"), (["--output"], "--output needs a value")])
 def test_mistakes_are_named(options, message):
     done = run(*options)
-    assert done.returncode != 0 and message in done.stderr and "==" not in done.stdout
+    assert done.returncode == 2 and message in done.stderr and "==" not in done.stdout
