@@ -69,11 +69,15 @@ class Trainer:
         self._say(self._describe())
 
     def _check_vocabulary(self) -> None:
-        tokenizer, rows = self.datasets.tokenizer, self.config.model.decoder.vocab_size
-        if tokenizer is not None and tokenizer.vocab_size > rows:
+        """The embedding has a row for each piece, and at most what pads them to a multiple of 1024."""
+        if self.datasets.tokenizer is None:
+            return
+        pieces, rows = self.datasets.tokenizer.vocab_size, self.config.model.decoder.vocab_size
+        most = -(-pieces // 1024) * 1024
+        if not pieces <= rows <= most:
             raise ValueError(
-                f"model.decoder.vocab_size is {rows}, less than the {tokenizer.vocab_size} pieces of the tokenizer "
-                f"{self.config.data.tokenizer}"
+                f"model.decoder.vocab_size is {rows}; the {pieces} pieces of {self.config.data.tokenizer} need "
+                f"{pieces} to {most} (padded to a multiple of 1024)"
             )
 
     def _say(self, *lines: str) -> None:

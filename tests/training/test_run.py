@@ -117,6 +117,25 @@ def test_from_the_distributed_optimizer_to_one_process_with_a_damaged_checkpoint
     assert_same_history(tmp_path, uninterrupted)
 
 
+def test_bf16_trains_and_resumes_in_another_layout(corpus, tmp_path):
+    """Master weights and moments are fp32 and travel between layouts; bf16 rounding bounds the agreement.
+
+    Truth is fp32 in one process: bf16 has 8 bits, and losses of a few steps agree to a few hundredths.
+    """
+    words = ["--training.precision", "bf16", "--pipeline-model-parallel-size", "2"]
+    first = run(recipe(corpus, tmp_path / "a"), 2, *words, "--train-iters", "8")
+    assert first.returncode == 0, first.stderr[-2000:]
+    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+    words = ["--training.precision", "bf16", "--tensor-model-parallel-size", "2", "--use-distributed-optimizer"]
+    assert run(recipe(corpus, tmp_path / "a"), 2, "--pipeline-model-parallel-size", "2", *words[:2]).returncode == 0
+    second = run(recipe(corpus, tmp_path / "b"), 4, *words, "--micro-batch-size", "1")
+    assert second.returncode == 0, second.stderr[-2000:]
+    ours, theirs = metrics(tmp_path / "b"), metrics(tmp_path / "a")
+    assert [line["iteration"] for line in ours] == [9, 10, 11, 12]
+    for a, b in zip(ours, theirs[8:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["sample_ids"] == b["sample_ids"]
+
+
 def test_sigterm_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path):
     path = recipe(corpus, tmp_path)
     process = subprocess.Popen(command(path, 1, "--save-interval", "0"), stdout=subprocess.PIPE, text=True)
@@ -183,7 +202,8 @@ def test_a_hung_collective_leaves_the_stacks_of_every_rank(corpus, tmp_path):
     ("words", "message"),
     [
         (["--tensor-model-parallel-size", "2"], "1 processes do not divide by tensor 2"),
-        (["--model.decoder.vocab-size", "200"], "vocab_size is 200, less than the"),
+        (["--model.decoder.vocab-size", "200"], "model.decoder.vocab_size is 200; the"),
+        (["--model.decoder.vocab-size", "2048"], "model.decoder.vocab_size is 2048; the"),
         (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
         (["--checkpoint.load", "nowhere"], "nowhere holds no whole checkpoint"),
     ],
