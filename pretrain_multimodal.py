@@ -10,24 +10,29 @@ Every field of the recipe can be overridden (--help lists them), by its path or 
 
 from __future__ import annotations
 
-from megatron_mm.config.load import parse_command_line
+from megatron_mm.config.load import fail, parse_command_line
+from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
 
 
 def main() -> None:
     """Parses, trains, and reports an error once."""
     config = parse_command_line()
-    if config.dry_run:
-        with setup.reporting_errors():
+    try:
+        sizes = parallel_sizes(config, (config.dry_run and config.parallel.world_size) or setup.world_size())
+        check(config, sizes)
+    except ValueError as error:
+        fail(str(error), status=2)
+    with setup.reporting_errors():
+        if config.dry_run:
             from megatron_mm.planner.dry_run import run_from_command_line
 
             run_from_command_line(config)
-        return
-    setup.apply_platform()  # before anything of megatron-core is imported
-    with setup.reporting_errors():
+            return
+        setup.apply_platform()  # before anything of megatron-core is imported
         from megatron_mm.training.loop import Trainer
 
-        Trainer(config).run()
+        Trainer(config, sizes).run()
         setup.shutdown()
 
 

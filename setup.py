@@ -12,7 +12,7 @@ setup(
     install_requires=[
         "torch>=2.6",  # tensors, autograd, collectives
         "megatron-core>=0.16.1,<0.17",  # parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards
-        "psutil",  # dist_checkpointing imports it without declaring it
+        "psutil",  # dist_checkpointing imports it without declaring it; ending child processes
         "numpy",  # shards, spectrogram filters, sample order
         "pydantic>=2.7",  # typed recipes: errors that name the field
         "tyro>=1.0",  # command lines from the typed tree
@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7"],  # layers and attention on CUDA
-        "evaluation": ["pycocoevalcap"],  # CIDEr (needs a Java runtime for its tokenizer)
+        "evaluation": ["pycocoevalcap"],  # CIDEr
         "plot": ["matplotlib"],  # loss curves
         "wandb": ["wandb"],  # experiment tracking
         "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr

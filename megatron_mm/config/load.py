@@ -8,8 +8,11 @@ overrides any field, by its path or by Megatron's name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,9 +89,18 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
         "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe, --data-path [WEIGHT] PATH … the "
         "datasets (Megatron's form); any other field can be overridden:"
     )
-    return tyro.cli(
-        Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
-    )
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":  # rank 0 says what is wrong
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            return tyro.cli(
+                Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
+            )
+        except SystemExit:
+            leave_first_to_rank_zero()
+            raise
 
 
 def parse_blend(words: Sequence[str]) -> list[DatasetConfig]:
@@ -116,11 +128,16 @@ def parse_blend(words: Sequence[str]) -> list[DatasetConfig]:
 
 def fail(message: str, status: int = 1) -> None:
     """Prints an error once (on rank 0 of a torchrun job) and exits."""
-    import os
-
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
+    leave_first_to_rank_zero()
     raise SystemExit(status)
+
+
+def leave_first_to_rank_zero() -> None:
+    """Other ranks wait a little before they exit, because the launcher ends rank 0 as soon as one has."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5.0)
 
 
 def dump_config(config: Config, path: str | Path) -> None:

@@ -95,6 +95,13 @@ def _towers(config: Config, sizes: ParallelSizes):
         yield from _divides(f"model.{label}.hidden_size", tower.hidden_size, heads, tower.num_attention_heads)
         yield from _divides(heads, tower.num_attention_heads, name, sizes.tp)
         yield from _divides(f"model.{label}.ffn_hidden_size", tower.ffn_hidden_size, name, sizes.tp)
+    audio = config.model.audio
+    if audio.num_frames % 2 or audio.num_frames < 2:
+        yield f"model.audio.seconds is {audio.seconds}, {audio.num_frames} frames of 10 ms; it must make an even number"
+    yield from _divides("model.audio.hidden_size", audio.hidden_size, "4 (sines and cosines of positions)", 4)
+    decoder = config.model.decoder
+    if decoder.hidden_size // max(1, decoder.num_attention_heads) % 2:
+        yield "model.decoder: hidden_size / num_attention_heads must be even for rotary positions"
     vision = config.model.vision
     yield from _divides("model.vision.image_size", vision.image_size, "model.vision.patch_size", vision.patch_size)
     frames = config.data.frames_per_video
@@ -111,5 +118,5 @@ def _values(config: Config):
         yield f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}"
     if not any(dataset.weight > 0 for dataset in config.data.datasets) and config.data.datasets:
         yield "data.datasets: every weight is zero"
-    if config.parallel.use_distributed_optimizer and training.train_iters < 1:
+    if training.train_iters < 1:
         yield f"training.train_iters is {training.train_iters}; it must be at least 1"

@@ -125,8 +125,6 @@ class BatchResult:
     total: float
     """The weighted sum that was differentiated."""
     counts: dict[str, float]
-    per_microbatch: list[float] | None
-    """On the last stage: the sum of each microbatch's terms on this process, to find the one that is not finite."""
 
 
 def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_only: bool = False) -> BatchResult:
@@ -178,7 +176,6 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
         losses={loss.name: mean for loss, mean in zip(graph.losses, means)},
         total=sum(loss.weight * mean for loss, mean in zip(graph.losses, means)),
         counts={loss.name: count for loss, count in zip(graph.losses, counts.tolist())},
-        per_microbatch=[float(sums.sum()) for sums in done] if done else None,
     )
 
 

@@ -61,13 +61,13 @@ def apply() -> None:
     """Redirects torch and megatron-core to the CPU. A second call does nothing.
 
     Raises:
-        RuntimeError: a megatron-core release that was not tried.
+        ValueError: a megatron-core release that was not tried.
     """
     if is_applied():
         return
     release = importlib.metadata.version("megatron-core")
     if release not in KNOWN_RELEASES:
-        raise RuntimeError(
+        raise ValueError(
             f"the CPU platform was not tried with megatron-core {release}; install one of: {', '.join(KNOWN_RELEASES)}"
         )
     set_device("cpu")

@@ -7,14 +7,18 @@ a world of one), and creates the groups for a layout. Everything later asks mega
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_mm.config.load import leave_first_to_rank_zero
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import cpu
 
@@ -78,11 +82,18 @@ def initialize_groups(sizes: ParallelSizes, timeout_minutes: float = 10.0, gloo:
     )
 
 
-def seed_dropout(seed: int) -> None:
-    """Seeds the generators from which dropout draws (weights have their own, see models/initialization.py)."""
+def seed_dropout(seed: int, iteration: int = 0) -> None:
+    """Seeds the generators from which dropout draws (weights have their own, see models/initialization.py).
+
+    Called before each step, so that a resumed run draws what an uninterrupted one would in the same layout. Stages and
+    data-parallel processes differ; tensor-parallel ones agree outside the regions that megatron-core's tracker keeps.
+    """
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank())
+    key = hashlib.blake2b(f"{seed}/{iteration}/{place}".encode(), digest_size=4).digest()
+    model_parallel_cuda_manual_seed(int.from_bytes(key, "little") >> 2, force_reset_rng=True)
 
 
 def shutdown() -> None:
@@ -108,7 +119,33 @@ def reporting_errors() -> Iterator[None]:
         if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)  # other ranks may wait in a collective that an orderly exit would join
+        if not dist.is_initialized():
+            leave_first_to_rank_zero()
+        exit_at_once(1)
+    except RuntimeError:
+        # A collective fails when another rank has ended: that rank has said why.
+        time.sleep(0.5)
+        if os.environ.get("MEGATRON_MM_TRACEBACK") or not _another_failed():
+            raise
+        exit_at_once(1)
+
+
+def exit_at_once(status: int) -> None:
+    """Ends this process and what it started (readers, checkpoint writers), without joining any collective.
+
+    An orderly exit would wait for ranks that may themselves be waiting.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(status)
+
+
+def _another_failed() -> bool:
+    try:
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store().add("megatron_mm/failures", 0) > 0
+    except RuntimeError:  # the store ended with the launcher
+        return True
 
 
 def _is_first_to_fail() -> bool:

@@ -34,7 +34,6 @@ def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> La
         recompute=config.parallel.recompute_granularity,
         hidden_dropout=config.model.hidden_dropout,
         attention_dropout=config.model.attention_dropout,
-        device_type=device_type,
     )
 
 

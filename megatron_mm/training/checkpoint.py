@@ -37,7 +37,7 @@ class Position:
     consumed_samples: int = 0
 
 
-class SaveError(RuntimeError):
+class SaveError(OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
@@ -81,7 +81,7 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
             if config.data.tokenizer:
                 shutil.copyfile(config.data.tokenizer, part / "tokenizer.model")
             checkpoint_folder.finish(part, {"iteration": position.iteration})
-            checkpoint_folder.prune(root, config.checkpoint.keep_last)
+            checkpoint_folder.prune(root, config.checkpoint.keep_last, position.iteration)
         except OSError as error:
             problem = str(error)
     _raise_together(problem, part)
@@ -120,17 +120,30 @@ def _raise_together(problem: str | None, part: Path) -> None:
         raise SaveError(f"checkpoint {part.with_suffix('')} was not written: {found}")
 
 
-def find(root: Path) -> Path | None:
-    """The newest whole checkpoint under a folder, the same on every process; damaged ones are reported."""
+def find(path: Path) -> Path | None:
+    """The newest whole checkpoint under a folder, or the folder itself; the same on every process.
+
+    Damaged ones are passed over and reported.
+
+    Raises:
+        ValueError: there are checkpoints and none is whole, or `path` is one and is damaged.
+    """
     found: list = [None, []]
     if dist.get_rank() == 0:
-        found = list(checkpoint_folder.newest_whole(root))
-        for problem in found[1]:
-            logger.warning("a damaged checkpoint is passed over: %s", problem)
-        if found[0] is not None and found[1]:
-            logger.warning("resuming from the one before: %s", found[0])
+        if (path / checkpoint_folder.MANIFEST).exists():
+            problem = checkpoint_folder.verify(path)
+            found = [None, [problem]] if problem else [path, []]
+        else:
+            found = list(checkpoint_folder.newest_whole(path))
+            for problem in found[1] if found[0] is not None else ():
+                logger.warning("a damaged checkpoint is passed over: %s", problem)
+            if found[0] is not None and found[1]:
+                logger.warning("resuming from the one before: %s", found[0])
     dist.broadcast_object_list(found)
-    return found[0]
+    folder, problems = found
+    if folder is None and problems:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(problems)}; remove what is damaged to start anew")
+    return folder
 
 
 def load(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> Position:
@@ -166,14 +179,11 @@ def load_pretrained(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> l
     stored = _stored_shapes(folder)
     weights = {name: entry for name, entry in _weights(pipeline).items() if _key(entry) in stored}
     _check_shapes(folder, weights, stored)
-    some = torch.tensor(len(weights))
+    some = torch.tensor(len(weights), device=pipeline.device)
     dist.all_reduce(some)
     if int(some) == 0:
         raise ValueError(f"{folder} holds no weight of this model")
-    if weights:
-        loaded = dist_checkpointing.load(weights, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    else:
-        loaded = dist_checkpointing.load({}, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    loaded = dist_checkpointing.load(weights, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     _take_weights(pipeline, loaded)
     optimizer.reload_weights()
     return sorted(weights)

@@ -33,8 +33,14 @@ def finish(part: Path, facts: dict | None = None) -> Path:
     files = {str(path.relative_to(part)): path.stat().st_size for path in sorted(part.rglob("*")) if path.is_file()}
     (part / MANIFEST).write_text(json.dumps({**(facts or {}), "files": files}, indent=1))
     folder = part.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    if folder.exists():  # an abandoned branch's: set aside until the new one stands
+        aside = folder.with_suffix(".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        part.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        part.rename(folder)
     tracker = folder.parent / TRACKER
     temporary = tracker.with_suffix(".tmp")
     temporary.write_text(str(iteration_of(folder)))
@@ -103,8 +109,24 @@ def resolve(path: str | Path) -> Path:
     return folder
 
 
-def prune(root: str | Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints (0 keeps all)."""
+def prune(root: str | Path, keep: int, newest: int) -> None:
+    """Removes all but the newest `keep` whole checkpoints up to an iteration, the one just written (0 keeps all).
+
+    Later ones (of a branch that was left by loading an earlier checkpoint) and damaged ones are not counted or touched.
+    """
     if keep > 0:
-        for folder in checkpoints(root)[:-keep]:
+        whole = [folder for folder in checkpoints(root) if iteration_of(folder) <= newest and verify(folder) is None]
+        for folder in whole[:-keep]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside_later(root: str | Path, iteration: int) -> list[Path]:
+    """Renames checkpoints after an iteration to `iter_….abandoned`: a run goes on from that iteration instead."""
+    moved = []
+    for folder in checkpoints(root):
+        if iteration_of(folder) > iteration:
+            target = folder.with_suffix(".abandoned")
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+            moved.append(target)
+    return moved

@@ -18,7 +18,6 @@ from megatron.core import parallel_state
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
-from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.loader import MicrobatchLoader
 from megatron_mm.data.microbatch import Microbatch
@@ -40,14 +39,15 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """A run, from its configuration.
 
+    Args:
+        config: checked against `sizes`.
+
     Raises:
-        ValueError: the configuration, the data or a checkpoint is wrong; the message names it.
+        ValueError: the data or a checkpoint is wrong; the message names it.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.sizes = parallel_sizes(config, setup.world_size())
-        check(config, self.sizes)
+    def __init__(self, config: Config, sizes: ParallelSizes) -> None:
+        self.config, self.sizes = config, sizes
         minutes = config.parallel.distributed_timeout_minutes
         # The watchdog comes first: its stacks say more than a collective's own time-out.
         self.device = setup.initialize(self.sizes, config.training.seed, timeout_minutes=minutes * 2)
@@ -59,12 +59,14 @@ class Trainer:
             dump_config(config, self.output / "config.yaml")
         self.watchdog = Watchdog(self.output, minutes)
         self.datasets = build_datasets(config, modalities=("image", "sound"))
+        self.watchdog.beat("building the model")
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
         self.pipeline = build_model(config, self.sizes, self.device, config.training.seed)
         self.optimizer = Optimizer(config, self.pipeline)
         # MFU counts useful work: the same nodes without what context and tensor parallel processes repeat.
         self.plain_graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
+        self.watchdog.beat("loading weights")
         self.position = self._restore()
         self._say(self._describe())
 
@@ -95,9 +97,12 @@ class Trainer:
 
     def _restore(self) -> Position:
         load = Path(self.config.checkpoint.load) if self.config.checkpoint.load else self.root
-        folder = load if (load / checkpoint_folder.MANIFEST).exists() else checkpoint.find(load)
+        folder = checkpoint.find(load)
         if folder is not None:
             position = checkpoint.load(folder, self.pipeline, self.optimizer)
+            if self.first_rank:
+                for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
+                    print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
             self._say(f"resumed from {folder} at iteration {position.iteration}")
             return position
         if self.config.checkpoint.load:
@@ -128,6 +133,7 @@ class Trainer:
 
         Raises:
             NotFiniteError: a loss or gradient is NaN or infinite; the weights are those of the step before.
+            SaveError: the last checkpoint could not be written.
         """
         config, training, position = self.config, self.config.training, self.position
         if position.iteration >= training.train_iters:
@@ -148,7 +154,7 @@ class Trainer:
                 stopped = signals.agreed()
                 interval = config.checkpoint.save_interval
                 if last or stopped or (interval and position.iteration % interval == 0):
-                    self._save()
+                    self._save(final=last or stopped)
         finally:
             loader.close()
             tracker.close()
@@ -164,6 +170,8 @@ class Trainer:
         microbatches = [next(loader) for _ in range(loader.num_microbatches)]
         waited = time.perf_counter() - began
         iteration = position.iteration + 1
+        if self.config.model.hidden_dropout or self.config.model.attention_dropout:
+            setup.seed_dropout(training.seed, iteration)
         self.optimizer.zero_grad()
         result = run_batch(self.pipeline, microbatches)
         if not math.isfinite(result.total):
@@ -213,13 +221,13 @@ class Trainer:
         """Losses over `training.eval_iters` global batches of the validation split, always the same ones."""
         if self.datasets.valid is None or self.config.training.eval_iters < 1:
             return {}
-        self.watchdog.beat(f"validation after iteration {self.position.iteration}")
         for chunk in self.pipeline.chunks:
             chunk.eval()
         loader = self._loader(self.datasets.valid, 0, 0)
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for _ in range(self.config.training.eval_iters):
+        for number in range(self.config.training.eval_iters):
+            self.watchdog.beat(f"validation batch {number + 1} after iteration {self.position.iteration}")
             microbatches = [next(loader) for _ in range(loader.num_microbatches)]
             result = run_batch(self.pipeline, microbatches, forward_only=True)
             for name, mean in result.losses.items():
@@ -232,10 +240,12 @@ class Trainer:
         weights = {loss.name: loss.weight for loss in self.pipeline.graph.losses}
         return {"validation_loss": sum(weights[name] * mean for name, mean in means.items())}
 
-    def _save(self) -> None:
+    def _save(self, final: bool) -> None:
         self.watchdog.beat(f"saving iteration {self.position.iteration}")
         try:
             folder = checkpoint.save(self.config, self.root, self.pipeline, self.optimizer, self.position)
             self._say(f"saved {folder}")
         except checkpoint.SaveError as error:
+            if final:  # nothing will try again: whoever started the run must know
+                raise
             self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")

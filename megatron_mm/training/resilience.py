@@ -15,10 +15,14 @@ import torch.distributed as dist
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.pipeline.schedule import BatchResult, Pipeline
+from megatron_mm.platform.setup import exit_at_once
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT until the end of a step; a second one ends the process at once."""
+    """Remembers SIGTERM and SIGINT until the end of a step; a second SIGINT ends the process at once.
+
+    SIGTERM may come twice, from a scheduler and from the launcher that it told, so a second one changes nothing.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -26,7 +30,7 @@ class StopSignal:
             signal.signal(number, self._take)
 
     def _take(self, number: int, frame) -> None:
-        if self.received is not None:
+        if self.received is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
@@ -87,7 +91,7 @@ class Watchdog:
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         time.sleep(3.0)  # the other ranks' watchdogs write theirs before the launcher ends them
-        os._exit(1)
+        exit_at_once(1)
 
 
 class NotFiniteError(ValueError):
@@ -114,7 +118,7 @@ def explain_loss(pipeline: Pipeline, result: BatchResult, microbatches: list[Mic
         return f"iteration {iteration}: {values}"
     start, number, rank, nodes, ids = min(found)
     shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-    stage = next(i for i, cut in enumerate(pipeline.cuts) if cut == start)
+    stage = pipeline.cuts.index(start) % pipeline.sizes.pp
     return (
         f"iteration {iteration}: {values}; first seen on rank {rank}, pipeline stage {stage} ({nodes}), "
         f"microbatch {number}, samples {shown}"

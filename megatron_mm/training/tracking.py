@@ -94,7 +94,7 @@ class Tracker:
         last, step = self.config.training.train_iters, figures["iteration"]
         left = (time.monotonic() - self._started) / max(1, step - self._first) * (last - step)
         parts = [f"iteration {step}/{last}", f"loss {figures['loss']:.4f}"]
-        parts += [f"{key} {figures[key]:.4f}" for key in figures.get("objectives", ()) if key in figures]
+        parts += [f"{key[5:]} {value:.4f}" for key, value in figures.items() if key.startswith("loss_")]
         parts += [f"grad norm {figures['grad_norm']:.3f}", f"lr {figures['learning_rate']:.2e}"]
         parts += [f"{figures['tokens_per_second']:,.0f} tokens/s", f"{figures['iteration_time']:.3f} s/iteration"]
         if "mfu" in figures:

@@ -11,7 +11,7 @@ from megatron_mm.platform import cpu
 def test_an_unknown_release_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "_device", None)
     monkeypatch.setattr(cpu.importlib.metadata, "version", lambda name: "0.99.0")
-    with pytest.raises(RuntimeError, match=r"not tried with megatron-core 0\.99\.0; install one of: 0\.16\.1"):
+    with pytest.raises(ValueError, match=r"not tried with megatron-core 0\.99\.0; install one of: 0\.16\.1"):
         cpu.apply()
 
 

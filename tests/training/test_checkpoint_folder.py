@@ -33,10 +33,22 @@ def test_a_cut_off_folder_is_passed_over_and_named(tmp_path):
 def test_old_ones_are_removed(tmp_path):
     for iteration in (1, 2, 3, 10):
         write(tmp_path, iteration)
-    checkpoint_folder.prune(tmp_path, keep=2)
+    checkpoint_folder.prune(tmp_path, keep=2, newest=10)
     assert [folder.name for folder in checkpoint_folder.checkpoints(tmp_path)] == ["iter_0000003", "iter_0000010"]
-    checkpoint_folder.prune(tmp_path, keep=0)
+    checkpoint_folder.prune(tmp_path, keep=0, newest=10)
     assert len(checkpoint_folder.checkpoints(tmp_path)) == 2
+
+
+def test_the_one_just_written_stays_whatever_else_is_there(tmp_path):
+    """Later checkpoints of an abandoned branch and damaged ones do not count."""
+    for iteration in (3, 4, 9):
+        write(tmp_path, iteration)
+    (checkpoint_folder.folder_of(tmp_path, 3) / "shard.distcp").write_bytes(b"")
+    checkpoint_folder.prune(tmp_path, keep=1, newest=4)
+    left = [checkpoint_folder.iteration_of(folder) for folder in checkpoint_folder.checkpoints(tmp_path)]
+    assert left == [3, 4, 9]
+    assert [path.name for path in checkpoint_folder.set_aside_later(tmp_path, 4)] == ["iter_0000009.abandoned"]
+    assert checkpoint_folder.newest_whole(tmp_path)[0].name == "iter_0000004"
 
 
 def test_nothing_to_resolve_is_an_error(tmp_path):

@@ -166,8 +166,9 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(corpus, uninterrupted, 
     assert run(path, 1, "--train-iters", "4").returncode == 0
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "limited", *command(path, 1, "--train-iters", "9")]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "warning: checkpoint" in done.stdout and "earlier checkpoints are whole" in done.stdout
+    assert "warning: checkpoint" in done.stdout and "earlier checkpoints are whole" in done.stdout  # at iteration 8
+    assert done.returncode == 1 and "error: checkpoint" in done.stderr  # the last one: nothing will try again
+    assert "Traceback" not in done.stderr
     folder, problems = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
     assert folder.name == "iter_0000004" and not problems
     assert run(path).returncode == 0
@@ -206,11 +207,36 @@ def test_a_hung_collective_leaves_the_stacks_of_every_rank(corpus, tmp_path):
         (["--model.decoder.vocab-size", "2048"], "model.decoder.vocab_size is 2048; the"),
         (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
         (["--checkpoint.load", "nowhere"], "nowhere holds no whole checkpoint"),
+        (["--model.audio.seconds", "0.25"], "model.audio.seconds is 0.25, 25 frames"),
     ],
 )
 def test_usage_that_cannot_work_is_refused(corpus, tmp_path, words, message):
     done = run(recipe(corpus, tmp_path), 1, *words)
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_overwritten(corpus, uninterrupted, tmp_path):
+    path = recipe(corpus, tmp_path)
+    shutil.copytree(uninterrupted / "checkpoints" / "iter_0000004", tmp_path / "checkpoints" / "iter_0000004")
+    shutil.copy(uninterrupted / "metrics.jsonl", tmp_path)
+    (tmp_path / "checkpoints" / "iter_0000004" / ".metadata").write_bytes(b"")
+    done = run(path)
+    assert done.returncode == 1 and "no checkpoint is whole" in done.stderr and ".metadata" in done.stderr
+    assert len(metrics(tmp_path)) == STEPS
+
+
+def test_an_error_on_one_rank_is_printed_once(corpus, tmp_path):
+    """A damaged image that only the first stage reads: one line, no traceback of the ranks that wait for it."""
+    dataset = tmp_path / "damaged"
+    shutil.copytree(corpus[0], dataset)
+    images = dataset / "images.bin"
+    images.write_bytes(bytes(images.stat().st_size))
+    words = ["--data-path", str(dataset), "--pipeline-model-parallel-size", "2"]
+    done = run(recipe(corpus, tmp_path), 2, *words)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if line.startswith("error:")]) == 1 and "images" in done.stderr
+    assert not any("pretrain_multimodal.py" in line and "File" in line for line in lines)
 
 
 def test_a_checkpoint_of_another_model_is_refused(corpus, uninterrupted, tmp_path):

@@ -176,7 +176,8 @@ class GatedCrossAttention(MegatronModule):
             key_weight = sum_gradient_over_tp(self.k_layernorm.weight)
         images = self._project(self.linear_kv_image, image_memory, key_weight)
         sounds = self._project(self.linear_kv_audio, audio_memory, key_weight)
-        attended = self.core_attention(query_RLND, images, sounds, plan.keys)
+        with dropout_region(self.config, self.training):  # heads differ between tensor-parallel processes
+            attended = self.core_attention(query_RLND, images, sounds, plan.keys)
         output, _ = self.linear_proj(attended.view(query.shape))
         scale = torch.tanh(self.gate) * plan.visible
         with dropout_region(self.config, self.training):

@@ -27,7 +27,6 @@ class LayerSettings:
         dtype: precision of weights and activations in the layers.
         recompute: `selective` recomputes core attention in the backward pass; `full` belongs to the pipeline stage,
             which recomputes whole nodes.
-        device_type: `cpu` or `cuda`.
     """
 
     sizes: ParallelSizes = field(default_factory=ParallelSizes)
@@ -36,7 +35,6 @@ class LayerSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
-    device_type: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)

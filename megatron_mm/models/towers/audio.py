@@ -105,7 +105,7 @@ def audio_nodes(tower: AudioTowerConfig, settings: LayerSettings, init_std: floa
 
     learns = not tower.frozen
     nodes = [
-        Node("audio.embeddings", embeddings, (), (memory,), embeddings_cost, frozenset({"sounds_AMF"}), learns, True)
+        Node("audio.embeddings", embeddings, (), (memory,), embeddings_cost, frozenset({"sounds_AMF"}), learns)
     ]
     for index in range(tower.num_layers):
         nodes.append(

@@ -103,9 +103,7 @@ def vision_nodes(tower: VisionTowerConfig, settings: LayerSettings, init_std: fl
 
     learns = not tower.frozen
     nodes = [
-        Node(
-            "vision.embeddings", embeddings, (), (memory,), embeddings_cost, frozenset({"images_ICHW"}), learns, True
-        )
+        Node("vision.embeddings", embeddings, (), (memory,), embeddings_cost, frozenset({"images_ICHW"}), learns)
     ]
     for index in range(tower.num_layers):
         nodes.append(
