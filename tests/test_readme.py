@@ -1,5 +1,6 @@
 """Every command of the README runs, in its order, in one folder; what takes long runs through its `--smoke` option."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -41,7 +42,9 @@ def test_every_command_runs(tmp_path):
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
         elif words[0] == "python":
             words[0] = sys.executable
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # scripts call plain `python`
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
 
