@@ -1,4 +1,4 @@
-"""The layout never changes the result: small recipe, three layouts that between them use every kind of parallelism.
+"""The layout never changes the result: small recipe, layouts that between them use every kind of parallelism.
 
 Truth is one process. Bounds are DESIGN's: loss 1e-5 a step, gradient 1e-4 a parameter, fp32.
 """
@@ -33,7 +33,7 @@ def frozen():
     return measured(frozen=True)
 
 
-@pytest.mark.parametrize("name", ["TP2xCP2+SP", "PP2xVPP2xDP2"])
+@pytest.mark.parametrize("name", ["TP2xCP2xPP2+SP", "PP4xVPP2", "PP2xVPP2xDP2"])
 def test_layout_equals_one_process(trainable, name):
     config, reference = trainable
     layout = parse_layout(name)
