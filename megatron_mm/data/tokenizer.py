@@ -75,10 +75,6 @@ class Tokenizer:
         """Token ids of `text`, without BOS and EOS."""
         return self.processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, in the calling thread."""
-        return self.processor.encode(list(texts), num_threads=1)
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; control tokens (pad, BOS, EOS) vanish, placeholders stay as written."""
         return self.processor.decode([int(i) for i in ids])
