@@ -3,7 +3,7 @@
     python tools/convert_checkpoint.py export --checkpoint outputs/run --output exported
     python tools/convert_checkpoint.py restore --hf exported --output checkpoints
     python tools/convert_checkpoint.py import-pretrained --config RECIPE.yaml --clip clip-vit-large-patch14 \\
-        --output pretrained            # then: pretrain_multimodal.py … --checkpoint.pretrained pretrained
+        --output pretrained            # then: pretrain_multimodal.py … --init-from pretrained
 
 Weights stream through one tensor at a time, so memory stays under twice the largest tensor.
 """
@@ -47,7 +47,7 @@ class Export:
 
 @dataclass
 class Restore:
-    """Exported folder back to a training checkpoint (OUTPUT/iter_0000000), for --checkpoint.pretrained."""
+    """Exported folder back to a training checkpoint (OUTPUT/iter_0000000), for --init-from."""
 
     hf: Path
     """Folder that export wrote."""
@@ -68,7 +68,7 @@ class Restore:
 
 @dataclass
 class ImportPretrained:
-    """Pretrained CLIP, Whisper or Llama weights into a recipe's towers and decoder, for --checkpoint.pretrained."""
+    """Pretrained CLIP, Whisper or Llama weights into a recipe's towers and decoder, for --init-from."""
 
     config: Path
     """Recipe whose model the weights enter."""

@@ -34,4 +34,4 @@ exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --node-rank "$
     --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     pretrain_multimodal.py --config "$RECIPE" \
     --data-path "${DATA:?a dataset folder}" --data.tokenizer "${TOKENIZER:?a SentencePiece model}" \
-    --logging.output "${OUTPUT:-outputs/synapse-70b}" ${CLIP:+--checkpoint.pretrained "$CLIP"} "$@"
+    --logging.output "${OUTPUT:-outputs/synapse-70b}" ${CLIP:+--init-from "$CLIP"} "$@"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -18,9 +19,12 @@ from pathlib import Path
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config, DatasetConfig
+from megatron_mm.config.section import section
+from megatron_mm.config.systems import SECTIONS, SynapseConfig, SystemConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -41,11 +45,33 @@ def load_config(path: str | Path) -> Config:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold sections such as model, data and training")
+    return config_from_tree(tree, path)
+
+
+def config_from_tree(tree: dict, source: str | Path) -> Config:
+    """Parsed YAML or JSON as a Config, its plugins loaded.
+
+    Raises:
+        ValueError: an unknown system or field, or a value of the wrong type; source and fields are named.
+    """
+    for plugin in tree.get("plugins") or ():
+        load_plugin(plugin, Path(source).parent)
+    model = tree.get("model")
+    name = model.get("system", "synapse") if isinstance(model, dict) else "synapse"
+    if name not in SECTIONS:
+        raise ValueError(f"{source}:\n  model.system: there is no {name!r}; known: {', '.join(SECTIONS)}")
     try:
-        return TypeAdapter(Config).validate_python(tree)
+        return TypeAdapter(config_type(SECTIONS[name])).validate_python(tree)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {_say(item)}" for item in error.errors()]
-        raise ValueError(f"{path}:\n  " + "\n  ".join(lines)) from None
+        raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+@functools.cache
+def config_type(model: type[SystemConfig]) -> type[Config]:
+    """The settings tree whose `model` is the section of one system."""
+    fields = {"__annotations__": {"model": model}, "model": Field(default_factory=model), "__doc__": Config.__doc__}
+    return section(type("Config", (Config,), {**fields, "__module__": Config.__module__}))
 
 
 def _say(item: dict) -> str:
@@ -78,7 +104,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
             rest.append(word)
             position += 1
     try:
-        config = load_config(recipe) if recipe else Config()
+        config = load_config(recipe) if recipe else config_type(SynapseConfig)()
         if blend:
             config.data.datasets = parse_blend(blend)
     except ValueError as error:
@@ -96,7 +122,11 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         try:
             return tyro.cli(
-                Config, default=config, args=rest, description=description, config=(tyro.conf.HelptextFromCommentsOff,)
+                type(config),
+                default=config,
+                args=rest,
+                description=description,
+                config=(tyro.conf.HelptextFromCommentsOff,),
             )
         except SystemExit:
             leave_first_to_rank_zero()

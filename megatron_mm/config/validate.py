@@ -6,6 +6,7 @@ Each check names the fields, their values and what would be right. All problems 
 from __future__ import annotations
 
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import divides
 from megatron_mm.models.graph import ParallelSizes
 
 
@@ -33,14 +34,9 @@ def parallel_sizes(config: Config, world_size: int) -> ParallelSizes:
 
 def check(config: Config, sizes: ParallelSizes) -> None:
     """Raises ValueError with every contradiction found."""
-    problems = [*_batch(config, sizes), *_decoder(config, sizes), *_towers(config, sizes), *_values(config)]
+    problems = [*_batch(config, sizes), *config.model.problems(config, sizes), *_values(config)]
     if problems:
         raise ValueError("\n  ".join(["the configuration contradicts itself:", *problems]))
-
-
-def _divides(name: str, value: int, by_name: str, by: int):
-    if by < 1 or value % by:
-        yield f"{name} is {value}, which does not divide by {by_name} = {by}"
 
 
 def _batch(config: Config, sizes: ParallelSizes):
@@ -63,50 +59,10 @@ def _batch(config: Config, sizes: ParallelSizes):
             )
     length = config.data.seq_length
     if sizes.cp > 1:
-        yield from _divides("data.seq_length", length, "2 x parallel.context_parallel_size", 2 * sizes.cp)
+        yield from divides("data.seq_length", length, "2 x parallel.context_parallel_size", 2 * sizes.cp)
     if sizes.sequence_parallel:
         tokens = length * training.micro_batch_size // sizes.cp
-        yield from _divides("tokens of a microbatch on one process", tokens, "tensor_model_parallel_size", sizes.tp)
-
-
-def _decoder(config: Config, sizes: ParallelSizes):
-    decoder, cross = config.model.decoder, config.model.cross_attention
-    heads, name = decoder.num_attention_heads, "parallel.tensor_model_parallel_size"
-    yield from _divides("model.decoder.hidden_size", decoder.hidden_size, "model.decoder.num_attention_heads", heads)
-    yield from _divides("model.decoder.num_attention_heads", heads, name, sizes.tp)
-    yield from _divides(
-        "model.decoder.num_attention_heads", heads, "model.decoder.num_query_groups", decoder.num_query_groups
-    )
-    yield from _divides("model.decoder.num_query_groups", decoder.num_query_groups, name, sizes.tp)
-    yield from _divides("model.decoder.ffn_hidden_size", decoder.ffn_hidden_size, name, sizes.tp)
-    yield from _divides("model.decoder.vocab_size", decoder.vocab_size, name, sizes.tp)
-    yield from _divides(
-        "model.decoder.num_attention_heads", heads, "model.cross_attention.num_query_groups", cross.num_query_groups
-    )
-    yield from _divides("model.cross_attention.num_query_groups", cross.num_query_groups, name, sizes.tp)
-    if cross.every < 1:
-        yield f"model.cross_attention.every is {cross.every}; it must be at least 1"
-
-
-def _towers(config: Config, sizes: ParallelSizes):
-    name = "parallel.tensor_model_parallel_size"
-    for label, tower in (("vision", config.model.vision), ("audio", config.model.audio)):
-        heads = f"model.{label}.num_attention_heads"
-        yield from _divides(f"model.{label}.hidden_size", tower.hidden_size, heads, tower.num_attention_heads)
-        yield from _divides(heads, tower.num_attention_heads, name, sizes.tp)
-        yield from _divides(f"model.{label}.ffn_hidden_size", tower.ffn_hidden_size, name, sizes.tp)
-    audio = config.model.audio
-    if audio.num_frames % 2 or audio.num_frames < 2:
-        yield f"model.audio.seconds is {audio.seconds}, {audio.num_frames} frames of 10 ms; it must make an even number"
-    yield from _divides("model.audio.hidden_size", audio.hidden_size, "4 (sines and cosines of positions)", 4)
-    decoder = config.model.decoder
-    if decoder.hidden_size // max(1, decoder.num_attention_heads) % 2:
-        yield "model.decoder: hidden_size / num_attention_heads must be even for rotary positions"
-    vision = config.model.vision
-    yield from _divides("model.vision.image_size", vision.image_size, "model.vision.patch_size", vision.patch_size)
-    frames = config.data.frames_per_video
-    if frames > vision.max_frames:
-        yield f"data.frames_per_video is {frames}, above model.vision.max_frames {vision.max_frames}"
+        yield from divides("tokens of a microbatch on one process", tokens, "tensor_model_parallel_size", sizes.tp)
 
 
 def _values(config: Config):

@@ -1,11 +1,12 @@
 """What one microbatch is: Python values that every pipeline stage knows, and tensors that only some stages read.
 
-A microbatch is `num_rows` samples of `row_length` tokens. A sample (row) is a pack of whole documents; a document is
-a text with its media. Text attends to its own document and that document's media only, and no document crosses a row.
-Media of the whole microbatch are listed once, in order of rows, and rows name them by slot.
+A microbatch is `num_rows` samples of `row_length` tokens. A sample (row) is a pack of whole documents, or one document
+where the system does not pack (InputFormat.packed); a document is a text with its media. Text attends to its own
+document and that document's media only, and no document crosses a row. Media of the whole microbatch are listed once,
+in order of rows, and rows name them by slot.
 
-Shape suffixes: R rows, T tokens of a row, I images and frames of the microbatch, K image slots of a row,
-A sounds of the microbatch, J sound slots of a row.
+Shape suffixes: R rows, T tokens of a row, I images and frames of the microbatch, K image slots of a row, V video clips,
+F frames of a clip, A sounds of the microbatch, J sound slots of a row, N samples of a waveform, P patches of an image.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 
 #: Fields that every stage has; the others are read only by the chunks whose nodes consume them.
 ALWAYS_READ = frozenset({"position_ids_RT", "document_ids_RT", "image_slots_RK", "image_slot_documents_RK",
-                         "sound_slots_RJ", "sound_slot_documents_RJ", "loss_mask_RT"})
+                         "sound_slots_RJ", "sound_slot_documents_RJ", "loss_mask_RT", "clip_slots_R",
+                         "masked_loss_mask_RT", "sample_numbers_R"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class MicrobatchPlan:
     """Tokens of the longest document."""
     max_documents_per_row: int | None = None
     """Documents of the row that has most; None where it was not counted (at most one a token, then)."""
+    num_clips: int = 0
+    """Video clips in `clips`; may be 0, without a stand-in."""
+    clip_frames: int = 0
+    """F: frames of each clip."""
+    task: str = ""
+    """Which of InputFormat.tasks this microbatch learns; empty: all objectives."""
 
 
 @dataclass
@@ -58,6 +66,12 @@ class Microbatch:
     """Document of each slot; -2 for an empty slot. int64."""
     sound_slots_RJ: torch.Tensor
     sound_slot_documents_RJ: torch.Tensor
+    clip_slots_R: torch.Tensor | None = None
+    """Clip of each row, where the system reads clips; -1 for none. int64."""
+    masked_loss_mask_RT: torch.Tensor | None = None
+    """1 where a token of `masked_tokens_RT` is to be found again, where the format masks. float32."""
+    sample_numbers_R: torch.Tensor | None = None
+    """Global sample number of each row: what randomness within a forward pass is keyed by. int64."""
     tokens_RT: torch.Tensor | None = None
     """int64."""
     labels_RT: torch.Tensor | None = None
@@ -68,6 +82,16 @@ class Microbatch:
     """Frame number within its video, from 0; -1 for a still image. int64."""
     sounds_AMF: torch.Tensor | None = None
     """Log-mel spectrograms, float32, [A, num_mel_bins, num_frames]."""
+    masked_tokens_RT: torch.Tensor | None = None
+    """`tokens_RT` with some hidden, replaced or kept to be predicted (BERT's 80/10/10). int64."""
+    masked_labels_RT: torch.Tensor | None = None
+    """`tokens_RT` where `masked_loss_mask_RT` is 1, 0 elsewhere. int64."""
+    clips_VFCHW: torch.Tensor | None = None
+    """Normalised frames of each clip, float32, [V, F, 3, image_size, image_size]."""
+    waveforms_AN: torch.Tensor | None = None
+    """Waveforms of mean 0 and deviation 1 over their own samples, zero after their end, float32."""
+    patch_noise_IP: torch.Tensor | None = None
+    """Uniform noise of each patch; a random mask hides those with the largest. float32."""
     sample_ids: list[str] = field(default_factory=list)
     """Ids of the documents, for reports. Never read by a forward pass."""
 

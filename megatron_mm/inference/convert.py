@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from megatron_mm.config.load import dump_config, load_config
-from megatron_mm.config.schema import Config, SynapseConfig
+from megatron_mm.config.load import config_from_tree, dump_config, load_config
+from megatron_mm.config.schema import Config
+from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.inference.checkpoint_stream import CheckpointReader, write_checkpoint_weights
 from megatron_mm.inference.names import Entry, Part, synapse_entries
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder, SafetensorsWriter
@@ -123,16 +123,7 @@ def config_from_hf(fields: dict, source: Path) -> Config:
         model = {"decoder": decoder, "cross_attention": cross, "init_std": get("initializer_range"), **towers}
     except KeyError as error:
         raise ValueError(f"{source}: lacks the field {error}") from error
-    return read_config_tree({"model": model, "data": data}, source)
-
-
-def read_config_tree(tree: object, source: Path) -> Config:
-    """A `Config` from parsed JSON; ValueError naming the file and the fields."""
-    try:
-        return TypeAdapter(Config).validate_python(tree)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{source}: {problems}") from error
+    return config_from_tree({"model": model, "data": data}, source)
 
 
 # ------------------------------------------------------------------------------------------------------------ folders

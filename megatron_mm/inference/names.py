@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.config.schema import SynapseConfig
+from megatron_mm.config.systems import SynapseConfig
 
 Shape = tuple[int, ...]
 

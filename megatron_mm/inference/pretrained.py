@@ -213,7 +213,7 @@ def import_pretrained(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Pretrained folders -> a checkpoint that holds the nodes they fill, for `checkpoint.pretrained`.
+    """Pretrained folders -> a checkpoint that holds the nodes they fill, for `checkpoint.init_from`.
 
     Args:
         config: recipe whose model the weights enter.

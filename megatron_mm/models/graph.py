@@ -8,7 +8,7 @@ nodes (`Graph.carries_gradient`). Nothing here knows about processes or about an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,6 +114,8 @@ class Node:
         fields: fields of Microbatch that the module reads beyond those that every stage has.
         trainable: False freezes it: no gradients, evaluation mode, outside DDP and optimizer.
         recomputable: a layer that full recomputation runs again in the backward pass.
+        ties: parameters of this node (names within its module) that are the same weight as another node's, by its
+            checkpoint key: initialised alike, gradients summed, counted and saved once. `cost` leaves them out.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Node:
     fields: frozenset[str] = frozenset()
     trainable: bool = True
     recomputable: bool = False
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ class Loss:
             microbatch, as a scalar; it is divided by the count of the whole global batch elsewhere.
         count: number of things (tokens, pairs, patches) of a microbatch on one process's rows, as a float tensor.
         sharded: each context-parallel process returns its part of the sum (True) or all of it (False).
+        tasks: tasks of microbatches (MicrobatchPlan.task) that learn this term; None: all.
+        whole_batch: the term compares samples of the whole global batch: `compute` is called once a step, with each
+            stream as the list of its values in all microbatches (see pipeline/whole_batch.py).
     """
 
     name: str
@@ -144,6 +150,12 @@ class Loss:
     weight: float = 1.0
     sharded: bool = True
     fields: frozenset[str] = frozenset()
+    tasks: frozenset[str] | None = None
+    whole_batch: bool = False
+
+    def applies(self, plan: MicrobatchPlan) -> bool:
+        """Whether a microbatch learns this term."""
+        return self.tasks is None or plan.task in self.tasks
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, ParallelSizes
 
 _ALIGNMENT = 64
+#: H of every payload: streams lie in it flattened, so it is no width of a model.
+PAYLOAD_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,16 @@ def payload_layout(
     return PayloadLayout(tuple(slots), offset)
 
 
-def payload_rows(layouts: Sequence[PayloadLayout], hidden_size: int) -> int:
-    """S, the rows of `hidden_size` that hold the largest of the cuts."""
-    return -(-max(layout.elements for layout in layouts) // hidden_size)
+def payload_rows(layouts: Sequence[PayloadLayout]) -> int:
+    """S, the rows that hold the largest of the cuts."""
+    return -(-max(layout.elements for layout in layouts) // PAYLOAD_WIDTH)
 
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, layout, rows, hidden_size, dtype, *tensors):
+    def forward(ctx, anchor, layout, rows, dtype, *tensors):
         ctx.layout = layout
-        payload = torch.zeros(rows, 1, hidden_size, dtype=dtype, device=anchor.device)
+        payload = torch.zeros(rows, 1, PAYLOAD_WIDTH, dtype=dtype, device=anchor.device)
         flat = payload.view(-1)
         for slot, tensor in zip(layout.slots, tensors):
             slot.write(flat, tensor)
@@ -88,7 +90,7 @@ class _Pack(torch.autograd.Function):
     def backward(ctx, gradient):
         flat = gradient.reshape(-1)
         gradients = [slot.read(flat) if slot.carries_gradient else None for slot in ctx.layout.slots]
-        return gradient.new_zeros(0, dtype=torch.float32), None, None, None, None, *gradients
+        return gradient.new_zeros(0, dtype=torch.float32), None, None, None, *gradients
 
 
 class _Unpack(torch.autograd.Function):
@@ -121,11 +123,10 @@ def pack(
     anchor: torch.Tensor,
     layout: PayloadLayout,
     rows: int,
-    hidden_size: int,
     dtype: torch.dtype,
     streams: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Payload [rows, 1, hidden_size] of the streams that a layout names.
+    """Payload [rows, 1, PAYLOAD_WIDTH] of the streams that a layout names.
 
     Raises:
         ValueError: a stream has another shape or dtype than its node declared.
@@ -136,7 +137,7 @@ def pack(
             raise ValueError(
                 f"stream {slot.name} is {tuple(value.shape)} {value.dtype} where {slot.shape} {slot.dtype} was declared"
             )
-    return _Pack.apply(anchor, layout, rows, hidden_size, dtype, *(streams[slot.name] for slot in layout.slots))
+    return _Pack.apply(anchor, layout, rows, dtype, *(streams[slot.name] for slot in layout.slots))
 
 
 def unpack(payload: torch.Tensor, layout: PayloadLayout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import Graph, ParallelSizes
-from megatron_mm.pipeline.payload import payload_layout, payload_rows
+from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
 from megatron_mm.pipeline.stage import PipelineChunk, Terms
 
 
@@ -51,18 +51,15 @@ class Pipeline:
         return entries
 
 
-def pipeline_config(
-    sizes: ParallelSizes, hidden_size: int, dtype: torch.dtype, batched_p2p: bool
-) -> TransformerConfig:
+def pipeline_config(sizes: ParallelSizes, dtype: torch.dtype, batched_p2p: bool) -> TransformerConfig:
     """What megatron-core's schedules, DDP and optimizer ask of a model's configuration.
 
     Args:
-        hidden_size: width of a payload row.
         batched_p2p: send and receive in one NCCL batch; gloo takes messages one by one.
     """
     return TransformerConfig(
         num_layers=sizes.chunks,
-        hidden_size=hidden_size,
+        hidden_size=PAYLOAD_WIDTH,
         num_attention_heads=sizes.tp,  # the pipeline has no heads; megatron-core wants a multiple of TP
         tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
@@ -85,7 +82,6 @@ def build_pipeline(
     cuts: list[int],
     sizes: ParallelSizes,
     *,
-    hidden_size: int,
     dtype: torch.dtype,
     device: torch.device,
     seed: int | None,
@@ -98,7 +94,7 @@ def build_pipeline(
         cuts: chunk beginnings and end, as from partition.balance.
         seed: initial weights; None leaves them unset.
     """
-    config = pipeline_config(sizes, hidden_size, dtype, batched_p2p=device.type == "cuda")
+    config = pipeline_config(sizes, dtype, batched_p2p=device.type == "cuda")
     stage = parallel_state.get_pipeline_model_parallel_rank()
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -145,7 +141,7 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
             for cut in interior
             for batch in microbatches
         ]
-        rows = payload_rows(layouts, config.hidden_size)
+        rows = payload_rows(layouts)
     divisors = counts.clamp(min=1).float()
     for chunk in pipeline.bare_chunks:
         chunk.begin_step(rows, len(microbatches), divisors)

@@ -37,7 +37,7 @@ class PipelineChunk(MegatronModule):
     """Nodes start … stop-1 of a graph.
 
     Args:
-        config: megatron-core's configuration of the pipeline (sizes, dtype, hidden size of the payload).
+        config: megatron-core's configuration of the pipeline (sizes, dtype).
         chunk: number of the chunk in pipeline order, 0 … sizes.chunks-1.
         seed: initial weights; None leaves them uninitialised (meta device, or a checkpoint follows).
         recompute_layers: run recomputable nodes again in the backward pass instead of keeping activations.
@@ -127,8 +127,7 @@ class PipelineChunk(MegatronModule):
             return terms
         leaving = [stream.name for stream in self.graph.live(self.stop)]
         self.finite.append(torch.stack([torch.isfinite(streams[name].detach()).all() for name in leaving]).all())
-        hidden_size, dtype = self.config.hidden_size, self.config.pipeline_dtype
-        return pack(anchor, self.layout(self.stop, batch), self.payload_rows, hidden_size, dtype, streams)
+        return pack(anchor, self.layout(self.stop, batch), self.payload_rows, self.config.pipeline_dtype, streams)
 
     def _run(self, node, module, inputs, context):
         learns = any(tensor.requires_grad for tensor in inputs)

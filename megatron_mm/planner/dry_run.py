@@ -153,17 +153,17 @@ def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
 
 
 def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
-    from megatron_mm.pipeline.payload import payload_layout, payload_rows
+    from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
     from megatron_mm.pipeline.schedule import pipeline_config
     from megatron_mm.pipeline.stage import PipelineChunk, Terms
     from megatron_mm.training.assembly import layer_dtype
 
     began = time.perf_counter()
-    dtype, hidden_size = layer_dtype(config), config.model.decoder.hidden_size
-    pipeline = pipeline_config(sizes, hidden_size, dtype, batched_p2p=False)
+    dtype = layer_dtype(config)
+    pipeline = pipeline_config(sizes, dtype, batched_p2p=False)
     recompute = config.parallel.recompute_granularity == "full"
     layouts = [payload_layout(graph, cut, plan, sizes, dtype) for cut in cuts[1:-1]]
-    rows = payload_rows(layouts, hidden_size) if layouts else 0
+    rows = payload_rows(layouts) if layouts else 0
     batch = meta_microbatch(config, plan)
     parameters: dict[int, torch.nn.Parameter] = {}
     kept, executed = 0, _Executed()
@@ -179,7 +179,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
         saved = _Saved({parameter.untyped_storage()._cdata for parameter in chunk.parameters()})
         with executed:
             if not chunk.pre_process:
-                received = torch.empty(rows, 1, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+                received = torch.empty(rows, 1, PAYLOAD_WIDTH, dtype=dtype, device="meta", requires_grad=True)
                 chunk.set_input_tensor(received)
                 saved.pack(received)
             with saved:
@@ -190,7 +190,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
                 else:
                     output.backward(torch.empty_like(output))
         kept += waiting * (in_flight - 1) + saved.peak
-    payload = rows * hidden_size * dtype.itemsize
+    payload = rows * PAYLOAD_WIDTH * dtype.itemsize
     if sizes.pp > 1:
         executed.communicated["send/receive (pipeline)"] += payload * 2 * sizes.vpp
     trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)

@@ -76,7 +76,6 @@ def build_model(config: Config, sizes: ParallelSizes, device: torch.device, seed
         graph,
         choose_cuts(config, graph, sizes),
         sizes,
-        hidden_size=config.model.decoder.hidden_size,
         dtype=layer_dtype(config),
         device=device,
         seed=seed,

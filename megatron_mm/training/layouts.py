@@ -207,7 +207,7 @@ class Comparison:
     loss: float
     """Largest relative difference of the loss of any step."""
     gradient: float
-    """Largest ‖Δg‖ / max(‖g‖, floor · global norm) of any parameter at any step."""
+    """Largest ‖Δg‖ / max(‖g‖, floor · global norm) of any parameter, over all steps."""
     parameter: str
     """Whose gradient that is."""
     error: str | None = None
@@ -219,20 +219,28 @@ class Comparison:
 
 
 def compare(layout: Layout, measured: dict, reference: dict) -> Comparison:
-    """Measures differences; a parameter that only one side has counts as infinite."""
+    """Measures differences; a parameter that only one side has counts as infinite.
+
+    A parameter's gradients of all steps count as one vector: the gradient of a scalar, such as a gate, passes through
+    zero between steps, and there a relative difference would measure rounding alone.
+    """
     pairs = zip(measured["losses"], reference["losses"], strict=True)
     loss = max(abs(a - b) / abs(b) if math.isfinite(a) else float("inf") for a, b in pairs)
-    worst, where = 0.0, ""
+    squares: dict[str, list[float]] = {}
     for key in measured["gradients"].keys() | reference["gradients"].keys():
         a, b = measured["gradients"].get(key), reference["gradients"].get(key)
-        if a is None or b is None or a.shape != b.shape:
-            difference = float("inf")
+        total = squares.setdefault(key.partition("/")[2], [0.0, 0.0])
+        if a is None or b is None or a.shape != b.shape or not torch.isfinite(a).all():
+            total[0] = float("inf")
         else:
-            norm = reference["norms"][int(key.split("/")[0])]
-            difference = float((a - b).norm() / max(float(b.norm()), GRADIENT_FLOOR * norm))
-            difference = float("inf") if math.isnan(difference) else difference
-        if difference > worst:
-            worst, where = difference, key.partition("/")[2].removeprefix("gradient.")
+            total[0] += float((a - b).double().square().sum())
+            total[1] += float(b.double().square().sum())
+    floor = GRADIENT_FLOOR**2 * sum(norm**2 for norm in reference["norms"])
+    worst, where = 0.0, ""
+    for name, (difference, size) in squares.items():
+        relative = math.sqrt(difference / max(size, floor)) if math.isfinite(difference) else float("inf")
+        if relative > worst:
+            worst, where = relative, name.removeprefix("gradient.")
     return Comparison(layout.name, layout.world_size, loss, worst, where)
 
 

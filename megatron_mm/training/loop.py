@@ -74,11 +74,11 @@ class Trainer:
         """The embedding has a row for each piece, and at most what pads them to a multiple of 1024."""
         if self.datasets.tokenizer is None:
             return
-        pieces, rows = self.datasets.tokenizer.vocab_size, self.config.model.decoder.vocab_size
+        pieces, rows = self.datasets.tokenizer.vocab_size, self.config.model.inputs.vocab_size
         most = -(-pieces // 1024) * 1024
         if not pieces <= rows <= most:
             raise ValueError(
-                f"model.decoder.vocab_size is {rows}; the {pieces} pieces of {self.config.data.tokenizer} need "
+                f"the model's vocab_size is {rows}; the {pieces} pieces of {self.config.data.tokenizer} need "
                 f"{pieces} to {most} (padded to a multiple of 1024)"
             )
 
@@ -107,8 +107,8 @@ class Trainer:
             return position
         if self.config.checkpoint.load:
             raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
-        if self.config.checkpoint.pretrained:
-            source = checkpoint_folder.resolve(self.config.checkpoint.pretrained)
+        if self.config.checkpoint.init_from:
+            source = checkpoint_folder.resolve(self.config.checkpoint.init_from)
             loaded = checkpoint.load_pretrained(source, self.pipeline, self.optimizer)
             nodes = sorted({name.rsplit(".", 1)[0] for name in loaded})
             logger.info("rank %d took %d weights from %s: %s", dist.get_rank(), len(loaded), source, nodes)

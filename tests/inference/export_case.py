@@ -12,15 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from megatron_mm.config.load import dump_config
-from megatron_mm.config.schema import (
-    AudioTowerConfig,
-    Config,
-    CrossAttentionConfig,
-    DataConfig,
-    DecoderConfig,
-    SynapseConfig,
-    VisionTowerConfig,
-)
+from megatron_mm.config.schema import Config, DataConfig
+from megatron_mm.config.systems import SynapseConfig
+from megatron_mm.config.towers import AudioTowerConfig, CrossAttentionConfig, DecoderConfig, VisionTowerConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.inference.checkpoint_stream import write_checkpoint_weights
 from megatron_mm.inference.convert import hf_config

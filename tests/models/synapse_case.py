@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_mm.config.schema import (
-    AudioTowerConfig,
-    CrossAttentionConfig,
-    DecoderConfig,
-    SynapseConfig,
-    VisionTowerConfig,
-)
+from megatron_mm.config.systems import SynapseConfig
+from megatron_mm.config.towers import AudioTowerConfig, CrossAttentionConfig, DecoderConfig, VisionTowerConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module

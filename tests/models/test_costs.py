@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config.schema import SynapseConfig
+from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings

@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, Node, NodeCost, ParallelSizes, Stream
-from megatron_mm.pipeline.payload import new_anchor, pack, payload_layout, payload_rows, unpack
+from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, new_anchor, pack, payload_layout, payload_rows, unpack
 
 PLAN = MicrobatchPlan(2, 8, 1, 1, 1, 1, False, 8)
 
@@ -30,15 +30,15 @@ def graph() -> Graph:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_streams_and_gradients_are_exact(dtype):
     layout = payload_layout(graph(), 2, PLAN, ParallelSizes(), dtype)
-    rows = payload_rows([layout], 8)
+    rows = payload_rows([layout])
     torch.manual_seed(0)
     values = {
         "frozen": torch.randn(5, 3).to(dtype),
         "exact": torch.randn(7, requires_grad=True),
         "text": torch.randn(4, 1, 6).to(dtype).requires_grad_(),
     }
-    sent = pack(new_anchor(torch.device("cpu")), layout, rows, 8, dtype, values)
-    assert sent.shape == (rows, 1, 8) and sent.dtype == dtype
+    sent = pack(new_anchor(torch.device("cpu")), layout, rows, dtype, values)
+    assert sent.shape == (rows, 1, PAYLOAD_WIDTH) and sent.dtype == dtype
     received = sent.detach().clone().requires_grad_()
     anchor, streams = unpack(received, layout)
     for name, value in values.items():
@@ -56,17 +56,17 @@ def test_streams_and_gradients_are_exact(dtype):
 def test_a_payload_gets_a_gradient_even_if_nothing_learns_from_it():
     """The schedules send the gradient of every payload that they received."""
     layout = payload_layout(graph(), 1, PLAN, ParallelSizes(), torch.float32)
-    received = torch.zeros(payload_rows([layout], 8), 1, 8, requires_grad=True)
+    received = torch.zeros(payload_rows([layout]), 1, 8, requires_grad=True)
     anchor, streams = unpack(received, layout)
     assert list(streams) == ["frozen"]
-    onward = pack(anchor, layout, received.shape[0], 8, torch.float32, streams)
+    onward = pack(anchor, layout, received.shape[0], torch.float32, streams)
     onward.sum().backward()
     assert torch.count_nonzero(received.grad) == 0
 
 
 def test_gradients_of_several_readers_add_up():
     layout = payload_layout(graph(), 2, PLAN, ParallelSizes(), torch.float32)
-    received = torch.zeros(payload_rows([layout], 8), 1, 8, requires_grad=True)
+    received = torch.zeros(payload_rows([layout]), 1, 8, requires_grad=True)
     _, streams = unpack(received, layout)
     (2 * streams["exact"].sum() + 3 * streams["exact"].sum()).backward()
     slot = next(slot for slot in layout.slots if slot.name == "exact")
@@ -76,4 +76,4 @@ def test_gradients_of_several_readers_add_up():
 def test_a_stream_of_another_shape_is_refused():
     layout = payload_layout(graph(), 1, PLAN, ParallelSizes(), torch.float32)
     with pytest.raises(ValueError, match=r"stream frozen is \(5, 4\)"):
-        pack(new_anchor(torch.device("cpu")), layout, 9, 8, torch.float32, {"frozen": torch.zeros(5, 4)})
+        pack(new_anchor(torch.device("cpu")), layout, 9, torch.float32, {"frozen": torch.zeros(5, 4)})

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from megatron_mm.config.schema import SynapseConfig
+from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan, text_plan

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_mm.config.schema import VisionTowerConfig
+from megatron_mm.config.towers import VisionTowerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan

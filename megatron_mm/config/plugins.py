@@ -1,0 +1,38 @@
+"""A user's own code, named by a recipe: Python files or modules that register systems when they are imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def load_plugin(name: str, folder: Path) -> ModuleType:
+    """Imports a plugin once.
+
+    Args:
+        name: path of a Python file (from the working directory, or from the recipe's folder), or a module's name.
+        folder: of the recipe.
+
+    Raises:
+        ValueError: there is no such file or module.
+    """
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"plugins: there is no module {name!r} ({error})") from None
+    path = next((p.resolve() for p in (Path(name), folder / name) if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"plugins: there is no file {name}, neither here nor in {folder}")
+    module_name = f"megatron_mm_plugin_{path.stem}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
