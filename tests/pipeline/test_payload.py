@@ -56,7 +56,7 @@ def test_streams_and_gradients_are_exact(dtype):
 def test_a_payload_gets_a_gradient_even_if_nothing_learns_from_it():
     """The schedules send the gradient of every payload that they received."""
     layout = payload_layout(graph(), 1, PLAN, ParallelSizes(), torch.float32)
-    received = torch.zeros(payload_rows([layout]), 1, 8, requires_grad=True)
+    received = torch.zeros(payload_rows([layout]), 1, PAYLOAD_WIDTH, requires_grad=True)
     anchor, streams = unpack(received, layout)
     assert list(streams) == ["frozen"]
     onward = pack(anchor, layout, received.shape[0], torch.float32, streams)
@@ -66,7 +66,7 @@ def test_a_payload_gets_a_gradient_even_if_nothing_learns_from_it():
 
 def test_gradients_of_several_readers_add_up():
     layout = payload_layout(graph(), 2, PLAN, ParallelSizes(), torch.float32)
-    received = torch.zeros(payload_rows([layout]), 1, 8, requires_grad=True)
+    received = torch.zeros(payload_rows([layout]), 1, PAYLOAD_WIDTH, requires_grad=True)
     _, streams = unpack(received, layout)
     (2 * streams["exact"].sum() + 3 * streams["exact"].sum()).backward()
     slot = next(slot for slot in layout.slots if slot.name == "exact")
