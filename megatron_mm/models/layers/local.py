@@ -19,6 +19,8 @@ from megatron_mm.models.layers.norms import Norm
 
 #: Text plans hold masks.
 PACKED = False
+#: Class of a norm that is not part of the linear layer after it.
+NORM = Norm
 
 
 def layer_submodules() -> TransformerLayerSubmodules:
@@ -56,22 +58,22 @@ def norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
     return Norm(config, hidden_size, config.layernorm_epsilon)
 
 
-def column_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
+def column_linear(config: TransformerConfig, input_size: int, output_size: int, bias: bool = False) -> nn.Module:
     """A linear layer whose output is sharded over tensor parallelism; called, it returns (output, None)."""
     return ColumnParallelLinear(
-        input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False,
+        input_size, output_size, config=config, init_method=config.init_method, bias=bias, gather_output=False,
         tp_group=get_tensor_model_parallel_group(),
     )
 
 
-def row_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
+def row_linear(config: TransformerConfig, input_size: int, output_size: int, bias: bool = False) -> nn.Module:
     """A linear layer whose input is sharded; its output is summed, and sequence-sharded under sequence parallelism."""
     return RowParallelLinear(
         input_size,
         output_size,
         config=config,
         init_method=config.init_method,
-        bias=False,
+        bias=bias,
         input_is_parallel=True,
         skip_bias_add=True,
         tp_group=get_tensor_model_parallel_group(),

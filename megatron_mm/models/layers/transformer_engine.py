@@ -33,11 +33,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.models.layers.attention import AttentionPlan, SelfAttention
+from megatron_mm.models.layers.attention import AttentionPlan, SelfAttention, attention
 from megatron_mm.models.layers.packing import MediaKeys, Segments, media_keys
 
 #: Text plans hold segments for variable-length kernels, not masks.
 PACKED = True
+#: Class of a norm that is not part of the linear layer after it.
+NORM = TENorm
 
 
 class _Attention(TEDotProductAttention):
@@ -48,6 +50,7 @@ class _Attention(TEDotProductAttention):
         alone.context_parallel_size = 1
         super().__init__(alone, layer_number, AttnMaskType.no_mask, attention_type)
         self.recompute = config.recompute_granularity == "selective"
+        self.dropout = config.attention_dropout
 
     def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kinds: object) -> torch.Tensor:
         """One call of the kernel, past megatron-core's choice of mask types, recomputed if asked."""
@@ -95,9 +98,13 @@ class CoreAttention(_Attention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
         """[R, L, N, D], [R, T, G, D] -> [R, L, N·D]."""
+        if plan.mask is not None:  # FlashAttention takes no arbitrary mask; torch's memory-efficient kernel does
+            return attention(query, key, value, plan, self.dropout if self.training else 0.0).flatten(2)
         if not plan.segments:
-            return self.run(query, key, value, qkv_format="bshd", attn_mask_type="no_mask")
-        mask = "padding_causal_bottom_right" if plan.gather else "padding_causal"
+            return self.run(query, key, value, qkv_format="bshd", attn_mask_type="causal" if plan.causal else "no_mask")
+        mask = "padding"
+        if plan.causal:
+            mask = "padding_causal_bottom_right" if plan.gather else "padding_causal"
         return self.run_segments(query, key.flatten(0, 1), value.flatten(0, 1), plan.segments, mask)
 
 
@@ -162,7 +169,7 @@ def norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
     return module
 
 
-def column_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
+def column_linear(config: TransformerConfig, input_size: int, output_size: int, bias: bool = False) -> nn.Module:
     """A linear layer whose output is sharded over tensor parallelism; called, it returns (output, None)."""
     return TEColumnParallelLinear(
         input_size,
@@ -170,21 +177,21 @@ def column_linear(config: TransformerConfig, input_size: int, output_size: int) 
         config=config,
         init_method=config.init_method,
         gather_output=False,
-        bias=False,
+        bias=bias,
         skip_bias_add=False,
         is_expert=False,
         tp_group=get_tensor_model_parallel_group(),
     )
 
 
-def row_linear(config: TransformerConfig, input_size: int, output_size: int) -> nn.Module:
+def row_linear(config: TransformerConfig, input_size: int, output_size: int, bias: bool = False) -> nn.Module:
     """A linear layer whose input is sharded; its output is summed, and sequence-sharded under sequence parallelism."""
     return TERowParallelLinear(
         input_size,
         output_size,
         config=config,
         init_method=config.init_method,
-        bias=False,
+        bias=bias,
         input_is_parallel=True,
         skip_bias_add=False,
         is_expert=False,
