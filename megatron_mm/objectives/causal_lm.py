@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
@@ -10,21 +12,56 @@ from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.layers.sharding import local_text
 
 
-def causal_lm_loss(name: str = "causal_lm", logits: str = "logits", weight: float = 1.0) -> Loss:
-    """Cross-entropy of the labels, summed over the positions that count; averaged over those of the global batch.
+def token_loss(
+    name: str,
+    logits: str,
+    labels: Callable[[Microbatch], torch.Tensor],
+    mask: Callable[[Microbatch], torch.Tensor],
+    *,
+    weight: float,
+    sharded: bool,
+    fields: frozenset[str],
+    tasks: frozenset[str] | None,
+) -> Loss:
+    """Cross-entropy of labels [R, T], summed where the mask [R, T] is 1; averaged over those of the global batch.
 
-    It reads `labels_RT` and `loss_mask_RT`. megatron-core's cross-entropy works in place: fp32 logits hold
-    probabilities afterwards, so nothing may read the stream after this loss.
+    megatron-core's cross-entropy works in place: fp32 logits hold probabilities afterwards, so nothing may read the
+    stream after this loss.
+
+    Args:
+        logits: stream [positions, 1, V], one position a token in order of rows.
+        sharded: positions are this context-parallel process's; otherwise all of them.
     """
 
     def compute(logits_SBV: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        batch = context.batch
-        labels = local_text(batch.labels_RT).reshape(-1, 1)
-        mask = local_text(batch.loss_mask_RT).flatten()
-        losses = vocab_parallel_cross_entropy(logits_SBV.float(), labels)
-        return torch.dot(losses.flatten(), mask)
+        labels_RT, mask_RT = labels(context.batch), mask(context.batch)
+        if sharded:
+            labels_RT, mask_RT = local_text(labels_RT), local_text(mask_RT)
+        losses = vocab_parallel_cross_entropy(logits_SBV.float(), labels_RT.reshape(-1, 1))
+        return torch.dot(losses.flatten(), mask_RT.flatten())
 
     def count(batch: Microbatch) -> torch.Tensor:
-        return batch.loss_mask_RT.sum()
+        return mask(batch).sum()
 
-    return Loss(name, compute, count, (logits,), weight, sharded=True, fields=frozenset({"labels_RT"}))
+    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks)
+
+
+def causal_lm_loss(
+    name: str = "causal_lm",
+    logits: str = "logits",
+    weight: float = 1.0,
+    *,
+    sharded: bool = True,
+    tasks: frozenset[str] | None = None,
+) -> Loss:
+    """Cross-entropy of the next token of the same document; reads `labels_RT` and `loss_mask_RT`."""
+    return token_loss(
+        name,
+        logits,
+        lambda batch: batch.labels_RT,
+        lambda batch: batch.loss_mask_RT,
+        weight=weight,
+        sharded=sharded,
+        fields=frozenset({"labels_RT"}),
+        tasks=tasks,
+    )

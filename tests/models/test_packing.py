@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
+from megatron_mm.models.decoder import decoder_shape
 from megatron_mm.models.layers.attention import document_mask
 from megatron_mm.models.layers.cross_attention import MediaAttention, seen_slots
-from megatron_mm.models.layers.packing import Segments, causal_segments, media_keys
+from megatron_mm.models.layers.packing import Segments, document_segments, media_keys
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.models.layers.sharding import zigzag_slice
-from megatron_mm.models.systems.synapse import decoder_shape
 from tests.models import synapse_case as case
 
 
@@ -48,7 +48,7 @@ def test_documents(cp_size: int, counted: bool):
     expected = (query @ key.transpose(1, 2) + document_mask(batch, torch.float32)[:, 0]).softmax(-1) @ value
     for rank in range(cp_size):
         local = zigzag_slice(query, cp_size, rank)
-        calls = causal_segments(batch, cp_size, rank)
+        calls = document_segments(batch, cp_size, rank, causal=True)
         assert len(calls) == (1 if cp_size == 1 else 2)
         pieces = [
             variable_length(
@@ -68,7 +68,7 @@ def test_media_of_documents(cp_size: int, counted: bool):
     query = torch.randn(rows, length, 1, 8)
     image_key, image_value = torch.randn(2, batch.plan.num_images, images, 1, 8)
     sound_key, sound_value = torch.randn(2, batch.plan.num_sounds, sounds, 1, 8)
-    core = MediaAttention(layer_config(LayerSettings(), decoder_shape(config), text=True))
+    core = MediaAttention(layer_config(LayerSettings(), decoder_shape(config.decoder, config.init_std), text=True))
     expected = core(
         query,
         (image_key, image_value),

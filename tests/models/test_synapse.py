@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mm.models.decoder import decoder_shape
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.models.systems import build_graph
-from megatron_mm.models.systems.synapse import decoder_shape
 from megatron_mm.platform import setup
 from tests.models import synapse_case as case
 
@@ -58,7 +58,7 @@ def test_frozen_tower_keeps_its_temporal_table_trainable():
 def test_heads_that_tensor_parallelism_would_split_are_refused():
     settings = LayerSettings(sizes=ParallelSizes(tp=3))
     with pytest.raises(ValueError, match="8 attention heads do not divide over tensor parallel size 3"):
-        layer_config(settings, decoder_shape(case.tiny_config()), text=True)
+        layer_config(settings, decoder_shape(case.tiny_config().decoder, 0.02), text=True)
 
 
 def test_nothing_reads_a_tensors_value():

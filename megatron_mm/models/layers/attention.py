@@ -23,7 +23,7 @@ from torch.nn import functional
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.elementwise import rotary_qkv
-from megatron_mm.models.layers.packing import Segments, causal_segments
+from megatron_mm.models.layers.packing import Segments, document_segments
 from megatron_mm.models.layers.sharding import gather_context, gathered_text, local_text
 
 
@@ -35,7 +35,7 @@ class AttentionPlan:
         rows: independent sequences in the tensor.
         cos, sin: rotary factors [R, L, 1, D/2], or None for attention without positions.
         mask: added to the scores, [R or 1, 1, L, T]; None: all of a row is seen, or `causal` or `segments` says what.
-        causal: lower triangular, without a mask.
+        causal: earlier tokens only: without a mask, lower triangular; with segments, within each of them.
         segments: documents, for a backend of variable-length kernels, in place of a mask.
         gather: keys and values come from all context-parallel processes.
     """
@@ -50,12 +50,19 @@ class AttentionPlan:
 
 
 def text_plan(
-    context: ForwardContext, *, head_dim: int, rotary_base: float, dtype: torch.dtype, packed: bool
+    context: ForwardContext,
+    *,
+    head_dim: int,
+    rotary_base: float,
+    dtype: torch.dtype,
+    packed: bool,
+    causal: bool = True,
 ) -> AttentionPlan:
-    """Plan of causal attention within documents, made once per microbatch and chunk.
+    """Plan of attention within documents, made once per microbatch and chunk.
 
     Args:
         packed: the backend takes segments, not masks.
+        causal: tokens see earlier ones only; otherwise all of their document.
     """
     cp_size = parallel_state.get_context_parallel_world_size()
     cp_rank = parallel_state.get_context_parallel_rank()
@@ -64,13 +71,13 @@ def text_plan(
         cos, sin = rotary_factors(local_text(batch.position_ids_RT), head_dim, rotary_base, dtype)
         rows, gather = batch.plan.num_rows, cp_size > 1
         if packed:
-            return AttentionPlan(
-                rows, cos, sin, segments=causal_segments(batch, cp_size, cp_rank), gather=gather
-            )
-        causal = batch.plan.one_document_per_row and not gather
-        return AttentionPlan(rows, cos, sin, None if causal else document_mask(batch, dtype), causal, gather=gather)
+            segments = document_segments(batch, cp_size, cp_rank, causal)
+            return AttentionPlan(rows, cos, sin, causal=causal, segments=segments, gather=gather)
+        triangle = causal and batch.plan.one_document_per_row and not gather
+        mask = None if triangle else document_mask(batch, dtype, causal)
+        return AttentionPlan(rows, cos, sin, mask, triangle, gather=gather)
 
-    return context.derived(f"text_plan/{head_dim}/{rotary_base}/{dtype}", make)
+    return context.derived(f"text_plan/{head_dim}/{rotary_base}/{dtype}/{causal}", make)
 
 
 def rotary_factors(
@@ -82,19 +89,36 @@ def rotary_factors(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def document_mask(batch: Microbatch, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask [R or 1, 1, L, T]: 0 for an earlier token of the same document, -inf otherwise.
+def document_mask(batch: Microbatch, dtype: torch.dtype, causal: bool = True) -> torch.Tensor:
+    """Additive mask [R or 1, 1, L, T]: 0 for an (earlier, if causal) token of the same document, -inf otherwise.
 
     Keys are in the order of `gathered_text`. A row of padding sees itself, so no row of scores is empty.
     """
     plan = batch.plan
     index_T = torch.arange(plan.row_length, device=batch.document_ids_RT.device)[None]
+    documents = batch.document_ids_RT
     hidden = local_text(index_T)[:, :, None] < gathered_text(index_T)[:, None, :]
-    if not plan.one_document_per_row:
-        documents = batch.document_ids_RT
+    if not causal:
+        hidden = local_text(documents)[:, :, None] != gathered_text(documents)[:, None, :]
+    elif not plan.one_document_per_row:
         hidden = hidden | (local_text(documents)[:, :, None] != gathered_text(documents)[:, None, :])
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     return mask.masked_fill(hidden, float("-inf"))[:, None]
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, dropout: float
+) -> torch.Tensor:
+    """[R, L, N, D], [R, T, G, D] -> [R, L, N, D], by torch's kernels."""
+    return functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=plan.mask,
+        dropout_p=dropout,
+        is_causal=plan.causal,
+        enable_gqa=query.shape[2] != key.shape[2],
+    ).transpose(1, 2)
 
 
 class CoreAttention(nn.Module):
@@ -112,15 +136,7 @@ class CoreAttention(nn.Module):
         """[R, L, N, D], [R, T, G, D] -> [R, L, N·D]."""
 
         def attend(query, key, value):
-            return functional.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask=plan.mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=plan.causal,
-                enable_gqa=query.shape[2] != key.shape[2],
-            ).transpose(1, 2)
+            return attention(query, key, value, plan, self.dropout if self.training else 0.0)
 
         def run(query, key, value):
             if self.fork and self.training:

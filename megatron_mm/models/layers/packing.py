@@ -62,16 +62,17 @@ def segment_starts(batch: Microbatch) -> torch.Tensor:
     return torch.searchsorted(numbers_RT, wanted)
 
 
-def causal_segments(batch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Segments, ...]:
+def document_segments(batch: Microbatch, cp_size: int, cp_rank: int, causal: bool) -> tuple[Segments, ...]:
     """Self-attention within documents: one call for each piece of a row that this process holds.
 
-    Keys and values are those of all positions of a row, in order.
+    Keys and values are those of all positions of a row, in order; causal attention sees those up to the piece's end.
     """
     starts, length = segment_starts(batch), batch.plan.row_length
     calls, at = [], 0
     for begin, end in row_pieces(length, cp_size, cp_rank):
         # What follows the piece in a row is a segment of keys without queries.
-        keys = torch.cat((starts.clamp(max=end), starts.new_full((starts.shape[0], 1), length)), dim=1)
+        seen = starts.clamp(max=end) if causal else starts
+        keys = torch.cat((seen, starts.new_full((starts.shape[0], 1), length)), dim=1)
         queries = _piece_bounds(starts, begin, end)
         size = end - begin
         # Padding is a segment too, and may be longer than any document.

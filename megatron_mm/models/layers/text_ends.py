@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.linear import ColumnParallelLinear
 from megatron_mm.models.layers.parameters import describe
@@ -18,9 +21,16 @@ from megatron_mm.models.layers.transformer import backend_of
 class TokenEmbedding(MegatronModule):
     """Tokens of this process's shard of the text -> stream `text` [s, 1, H]."""
 
-    def __init__(self, settings: LayerSettings, shape: StackShape, vocab_size: int) -> None:
+    def __init__(
+        self,
+        settings: LayerSettings,
+        shape: StackShape,
+        vocab_size: int,
+        tokens: Callable[[Microbatch], torch.Tensor],
+    ) -> None:
         config = layer_config(settings, shape, text=True)
         super().__init__(config)
+        self._tokens = tokens
         self.word_embeddings = VocabParallelEmbedding(
             vocab_size,
             shape.hidden_size,
@@ -32,7 +42,7 @@ class TokenEmbedding(MegatronModule):
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[s, 1, H], s = R·L, or a TP-th of it under sequence parallelism."""
-        tokens = local_text(context.batch.tokens_RT).flatten()
+        tokens = local_text(self._tokens(context.batch)).flatten()
         # VocabParallelEmbedding transposes to sequence first only when it scatters.
         return self.word_embeddings(tokens[None] if self.config.sequence_parallel else tokens[:, None])
 
@@ -59,11 +69,12 @@ class LanguageHead(MegatronModule):
         return self.output_layer(self.final_layernorm(text))[0]
 
 
-def token_embedding(settings: LayerSettings, shape: StackShape, vocab_size: int) -> TokenEmbedding:
-    """The embedding, its weights not yet filled."""
-    return describe(
-        TokenEmbedding(settings, shape, vocab_size), init_std=shape.init_std, column={"word_embeddings": None}
-    )
+def token_embedding(
+    settings: LayerSettings, shape: StackShape, vocab_size: int, tokens: Callable[[Microbatch], torch.Tensor]
+) -> TokenEmbedding:
+    """The embedding, its weights not yet filled; `tokens` says which field of a microbatch it reads."""
+    module = TokenEmbedding(settings, shape, vocab_size, tokens)
+    return describe(module, init_std=shape.init_std, column={"word_embeddings": None})
 
 
 def language_head(settings: LayerSettings, shape: StackShape, vocab_size: int) -> LanguageHead:

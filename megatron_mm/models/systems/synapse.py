@@ -10,61 +10,23 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch.nn import functional
-
 from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
-from megatron_mm.models.layers.attention import AttentionPlan, text_plan
-from megatron_mm.models.layers.costs import cross_cost, embedding_cost, head_cost, layer_cost
+from megatron_mm.models.decoder import DecoderNodes
+from megatron_mm.models.graph import Graph, Node, NodeCost
+from megatron_mm.models.layers.costs import cross_cost
 from megatron_mm.models.layers.cross_attention import gated_cross_attention
-from megatron_mm.models.layers.settings import LayerSettings, StackShape
-from megatron_mm.models.layers.text_ends import language_head, token_embedding
-from megatron_mm.models.layers.transformer import backend_of, stack_layer
+from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.towers.audio import audio_nodes
 from megatron_mm.models.towers.vision import vision_nodes
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 
 
-def decoder_shape(config: SynapseConfig) -> StackShape:
-    """The decoder as a stack of layers."""
-    decoder = config.decoder
-    return StackShape(
-        num_layers=decoder.num_layers,
-        hidden_size=decoder.hidden_size,
-        num_attention_heads=decoder.num_attention_heads,
-        num_query_groups=decoder.num_query_groups,
-        ffn_hidden_size=decoder.ffn_hidden_size,
-        normalization="RMSNorm",
-        norm_epsilon=decoder.layernorm_epsilon,
-        activation=functional.silu,
-        bias=False,
-        gated=True,
-        init_std=config.init_std,
-    )
-
-
-def cross_shape(config: SynapseConfig) -> StackShape:
-    """The decoder's shape with the key-value heads of cross-attention."""
-    return replace(decoder_shape(config), num_query_groups=config.cross_attention.num_query_groups)
-
-
 def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
     """The graph of Synapse; its nodes ask for process groups only when they are built."""
-    decoder, cross, vision, audio = config.decoder, config.cross_attention, config.vision, config.audio
-    shape, across = decoder_shape(config), cross_shape(config)
-    text = Stream("text", lambda plan: (plan.num_rows * plan.row_length, 1, decoder.hidden_size), "sequence")
-    logits = Stream("logits", lambda plan: (plan.num_rows * plan.row_length, 1, decoder.vocab_size), "sequence")
-
-    def plan_of(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
-        return text_plan(
-            context,
-            head_dim=shape.head_dim,
-            rotary_base=decoder.rotary_base,
-            dtype=settings.dtype,
-            packed=backend_of(settings).PACKED,
-        )
+    cross, vision, audio = config.cross_attention, config.vision, config.audio
+    decoder = DecoderNodes(config.decoder, settings, config.init_std)
+    across = replace(decoder.shape, num_query_groups=cross.num_query_groups)
 
     def cross_layer_cost(plan: MicrobatchPlan) -> NodeCost:
         images = (vision.hidden_size, plan.num_images, vision.tokens_per_image, plan.image_slots)
@@ -78,56 +40,27 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
             qk_layernorm=cross.qk_layernorm,
         )
 
+    def cross_layer(number: int) -> Node:
+        build = partial(
+            gated_cross_attention,
+            settings,
+            across,
+            gate_init=cross.gate_init,
+            image_width=vision.hidden_size,
+            sound_width=audio.hidden_size,
+            image_tokens=vision.tokens_per_image,
+            sound_tokens=audio.tokens_per_sound,
+            qk_layernorm=cross.qk_layernorm,
+        )
+        reads = ("text", "image_memory", "audio_memory")
+        name = f"decoder.cross_layers.{number}"
+        return Node(name, build, reads, (decoder.text,), cross_layer_cost, recomputable=True)
+
     nodes = vision_nodes(vision, settings, config.init_std) + audio_nodes(audio, settings, config.init_std)
-    nodes.append(
-        Node(
-            "decoder.embedding",
-            partial(token_embedding, settings, shape, decoder.vocab_size),
-            (),
-            (text,),
-            lambda plan: embedding_cost(shape, decoder.vocab_size, plan.num_rows * plan.row_length, settings.sizes),
-            frozenset({"tokens_RT"}),
-        )
-    )
-    for index in range(decoder.num_layers):
+    nodes.append(decoder.embedding())
+    for index in range(config.decoder.num_layers):
         if index % cross.every == 0:
-            nodes.append(
-                Node(
-                    f"decoder.cross_layers.{index // cross.every}",
-                    partial(
-                        gated_cross_attention,
-                        settings,
-                        across,
-                        gate_init=cross.gate_init,
-                        image_width=vision.hidden_size,
-                        sound_width=audio.hidden_size,
-                        image_tokens=vision.tokens_per_image,
-                        sound_tokens=audio.tokens_per_sound,
-                        qk_layernorm=cross.qk_layernorm,
-                    ),
-                    ("text", "image_memory", "audio_memory"),
-                    (text,),
-                    cross_layer_cost,
-                    recomputable=True,
-                )
-            )
-        nodes.append(
-            Node(
-                f"decoder.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, plan_of, text=True),
-                ("text",),
-                (text,),
-                lambda plan: layer_cost(shape, plan.num_rows, plan.row_length, settings.sizes, text=True),
-                recomputable=True,
-            )
-        )
-    nodes.append(
-        Node(
-            "decoder.output",
-            partial(language_head, settings, shape, decoder.vocab_size),
-            ("text",),
-            (logits,),
-            lambda plan: head_cost(shape, decoder.vocab_size, plan.num_rows * plan.row_length, settings.sizes),
-        )
-    )
+            nodes.append(cross_layer(index // cross.every))
+        nodes.append(decoder.layer(index))
+    nodes.append(decoder.output())
     return Graph(nodes, [causal_lm_loss()])

@@ -1,0 +1,143 @@
+"""From the states of many positions to one vector a row, and on into a space shared with another modality.
+
+Pooling a position of sharded text sums over the processes that share the row, with gradients: over context parallelism
+each process then computes the same pooled vector and loss (see Loss.sharded), over sequence parallelism too.
+
+Shape suffixes: R rows, M positions, C width, E width of the shared space, s local positions of the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import distributed, nn
+
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.parameters import describe, empty_parameter
+from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice
+from megatron_mm.models.layers.transformer import backend_of
+
+
+class _SumOverContext(torch.autograd.Function):
+    """The sum over context parallelism; every process's loss counts, so the gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        total = value.contiguous().clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def last_positions(batch: Microbatch) -> torch.Tensor:
+    """[R]: the last token of each row's one document, its end of text; 0 in an empty row."""
+    return ((batch.document_ids_RT >= 0).sum(dim=1) - 1).clamp(min=0)
+
+
+def last_state(text: torch.Tensor, context: ForwardContext, sequence_parallel: bool) -> torch.Tensor:
+    """The state of each row's last token, from a shard of the text [s, 1, H] -> [R, H], whole on every process."""
+
+    def weights(batch: Microbatch) -> torch.Tensor:
+        plan = batch.plan
+        positions_T = torch.arange(plan.row_length, device=batch.document_ids_RT.device)
+        chosen_RL = local_text((positions_T[None] == last_positions(batch)[:, None]).to(text.dtype))
+        rows = torch.eye(plan.num_rows, dtype=text.dtype, device=chosen_RL.device)
+        spread = (rows[:, :, None] * chosen_RL[None]).flatten(1)  # [R, R·L]
+        return sequence_parallel_slice(spread.t()).t() if sequence_parallel else spread
+
+    pooled = context.derived(f"last_state/{text.dtype}/{sequence_parallel}", weights) @ text.squeeze(1)
+    if sequence_parallel:
+        pooled = reduce_from_tensor_model_parallel_region(pooled)
+    group = parallel_state.get_context_parallel_group()
+    return pooled if group.size() == 1 else _SumOverContext.apply(pooled, group)
+
+
+def last_row_state(text: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    """The state of each row's last token, from whole rows [≥ R, T, C] -> [R, C]; further variants are left out."""
+    last = context.derived("last_positions", last_positions)
+    rows = text[: context.batch.plan.num_rows]
+    return rows.gather(1, last[:, None, None].expand(-1, 1, rows.shape[2])).squeeze(1)
+
+
+def masked_mean(hidden: torch.Tensor, seen_RM: torch.Tensor) -> torch.Tensor:
+    """Mean over visible positions, [R, M, C] -> [R, C]; zero where there is none."""
+    weights = seen_RM.to(hidden.dtype)
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.einsum("rm,rmc->rc", weights, hidden)
+
+
+class EmbeddingHead(nn.Module):
+    """Pools a stream, normalises and projects it into the shared space: fp32 [R, E], not of unit length.
+
+    Small, and whole on every process.
+    """
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        shape: StackShape,
+        embedding_size: int,
+        pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor],
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        self._pool = pool
+        config = layer_config(settings, shape, text=False)
+        self.pooled_layernorm = backend_of(settings).norm(config, shape.hidden_size) if normalize else None
+        self.projection = empty_parameter(embedding_size, shape.hidden_size, dtype=settings.dtype)
+
+    def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The stream -> [R, E]."""
+        pooled = self._pool(hidden, context)
+        if self.pooled_layernorm is not None:
+            pooled = self.pooled_layernorm(pooled)
+        return nn.functional.linear(pooled, self.projection).float()
+
+
+class LogitScale(nn.Module):
+    """The learned inverse temperature of a contrastive loss, held as its logarithm and bounded (CLIP)."""
+
+    def __init__(self, settings: LayerSettings, max_scale: float) -> None:
+        super().__init__()
+        self.max_scale = max_scale
+        self.log_scale = empty_parameter(1, dtype=settings.dtype)
+
+    def forward(self, context: ForwardContext) -> torch.Tensor:
+        """[1], fp32."""
+        return self.log_scale.float().exp().clamp(max=self.max_scale)
+
+
+def embedding_head(
+    settings: LayerSettings,
+    shape: StackShape,
+    embedding_size: int,
+    pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor],
+    *,
+    normalize: bool = True,
+) -> EmbeddingHead:
+    """A head, its weights not yet filled.
+
+    Args:
+        pool: the stream -> [R, C].
+        normalize: a norm of the pooled state first (a tower with a final norm needs none).
+    """
+    std = 1.0 / math.sqrt(shape.hidden_size)  # CLIP's: embeddings of unit size from normalised states
+    return describe(EmbeddingHead(settings, shape, embedding_size, pool, normalize), init_std=std)
+
+
+def logit_scale(settings: LayerSettings, temperature: float, max_scale: float) -> LogitScale:
+    """The scale, beginning with 1 / temperature."""
+    begin = -math.log(temperature)
+    return describe(LogitScale(settings, max_scale), init_std=0.0, constants={"log_scale": begin})
