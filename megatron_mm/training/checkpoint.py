@@ -152,12 +152,7 @@ def load(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> Position:
     Raises:
         ValueError: the checkpoint lacks weights of this model, or holds them in other shapes.
     """
-    stored = _stored_shapes(folder)
-    weights = _weights(pipeline)
-    missing = sorted(_key(entry) for entry in weights.values() if _key(entry) not in stored)
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {missing[0]}")
-    _check_shapes(folder, weights, stored)
+    weights, stored = _whole_model(folder, pipeline)
     wanted = optimizer.sharded_state(weights, loading=True)
     wanted = {key: entry for key, entry in wanted.items() if _key(entry) in stored}
     loaded = dist_checkpointing.load({**weights, **wanted}, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
@@ -165,6 +160,23 @@ def load(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> Position:
     optimizer.reload_weights()
     optimizer.restore(_weights(pipeline), loaded, loaded["optimizer_step"], loaded["consumed_samples"])
     return Position(loaded["iteration"], loaded["consumed_samples"])
+
+
+def load_weights(folder: Path, pipeline: Pipeline) -> None:
+    """Restores the weights alone, of a model that will not train; raises as `load`."""
+    weights, _ = _whole_model(folder, pipeline)
+    loaded = dist_checkpointing.load(weights, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    _take_weights(pipeline, loaded)
+
+
+def _whole_model(folder: Path, pipeline: Pipeline) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """The entries of this process's weights, all of which the checkpoint holds, and the shapes of what it holds."""
+    stored, weights = _stored_shapes(folder), _weights(pipeline)
+    missing = sorted(_key(entry) for entry in weights.values() if _key(entry) not in stored)
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {missing[0]}")
+    _check_shapes(folder, weights, stored)
+    return weights, stored
 
 
 def load_pretrained(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> list[str]:
