@@ -9,7 +9,7 @@ nodes (`Graph.carries_gradient`). Nothing here knows about processes or about an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -163,7 +163,7 @@ class Graph:
     """The nodes and losses of a system, checked.
 
     Raises:
-        ValueError: a repeated name, or a stream that is read before anything writes it.
+        ValueError: a repeated name, a stream that is read before anything writes it, or a tie that leads nowhere.
     """
 
     nodes: Sequence[Node]
@@ -171,6 +171,8 @@ class Graph:
     streams: dict[str, Stream] = field(init=False)
     carries_gradient: dict[tuple[int, str], bool] = field(init=False)
     """(position, stream): whether the stream, as it is before node `position`, depends on a trainable parameter."""
+    ties: dict[str, list[tuple[int, str]]] = field(init=False)
+    """Tied weights: (position of the node, name within its module) of each copy by checkpoint key, the owner first."""
 
     def __post_init__(self) -> None:
         streams: dict[str, Stream] = {}
@@ -198,6 +200,40 @@ class Graph:
                     raise ValueError(f"loss {loss.name!r} reads stream {name!r}, which no node writes")
         object.__setattr__(self, "streams", streams)
         object.__setattr__(self, "carries_gradient", gradient)
+        object.__setattr__(self, "ties", self._tie_groups())
+
+    def _tie_groups(self) -> dict[str, list[tuple[int, str]]]:
+        groups: dict[str, list[tuple[int, str]]] = {}
+        for position, node in enumerate(self.nodes):
+            for parameter, key in node.ties.items():
+                found = [at for at, other in enumerate(self.nodes) if key.startswith(f"{other.name}.")]
+                owner = max(found, key=lambda at: len(self.nodes[at].name), default=position)
+                if owner == position:
+                    raise ValueError(f"node {node.name!r} ties {parameter!r} to {key!r}, which names no other node")
+                name = key[len(self.nodes[owner].name) + 1 :]
+                if name in self.nodes[owner].ties:
+                    raise ValueError(
+                        f"node {node.name!r} ties {parameter!r} to {key!r}, which is tied itself: name the owner"
+                    )
+                if node.trainable != self.nodes[owner].trainable:
+                    raise ValueError(
+                        f"nodes {node.name!r} and {self.nodes[owner].name!r} share {key!r}, so both learn or neither"
+                    )
+                groups.setdefault(key, [(owner, name)]).append((position, parameter))
+        return groups
+
+    def leading_to(self, losses: Sequence[Loss]) -> Graph:
+        """The part of the graph that some losses need: the other nodes stand where they stood, but do nothing."""
+        wanted = {name for loss in losses for name in loss.reads}
+        nodes: list[Node] = []
+        for node in reversed(self.nodes):
+            written = {stream.name for stream in node.writes}
+            if written & wanted:
+                wanted = (wanted - written) | set(node.reads)
+                nodes.insert(0, node)
+            else:
+                nodes.insert(0, replace(node, reads=(), writes=()))
+        return Graph(nodes, losses)
 
     def live(self, position: int) -> list[Stream]:
         """Streams that cross a cut just before node `position`: written earlier, read there or later, in name order."""

@@ -72,8 +72,8 @@ def payload_layout(
 
 
 def payload_rows(layouts: Sequence[PayloadLayout]) -> int:
-    """S, the rows that hold the largest of the cuts."""
-    return -(-max(layout.elements for layout in layouts) // PAYLOAD_WIDTH)
+    """S, the rows that hold the largest of the cuts; at least 1."""
+    return max(1, -(-max((layout.elements for layout in layouts), default=0) // PAYLOAD_WIDTH))
 
 
 class _Pack(torch.autograd.Function):

@@ -21,6 +21,7 @@ from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import Graph, ParallelSizes
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
 from megatron_mm.pipeline.stage import PipelineChunk, Terms
+from megatron_mm.pipeline.ties import Ties
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Pipeline:
     config: TransformerConfig
     chunks: list[DistributedDataParallel]
     device: torch.device
+    ties: Ties
 
     @property
     def bare_chunks(self) -> list[PipelineChunk]:
@@ -103,13 +105,20 @@ def build_pipeline(
         overlap_param_gather=False,
         average_in_collective=False,
     )
+    numbers = [virtual * sizes.pp + stage for virtual in range(sizes.vpp)]
     chunks = []
-    for virtual in range(sizes.vpp):
-        chunk = PipelineChunk(config, graph, cuts, virtual * sizes.pp + stage, sizes, seed, recompute_layers)
+    for number in numbers:
+        chunk = PipelineChunk(config, graph, cuts, number, sizes, seed, recompute_layers)
         chunk = chunk.to(device) if device.type == "cuda" else chunk
         chunks.append(DistributedDataParallel(config, ddp, chunk))
-    config.finalize_model_grads_func = finalize_model_grads
-    return Pipeline(graph, cuts, sizes, config, chunks, device)
+    ties = Ties(graph, cuts, [(n, chunk.module.node_modules) for n, chunk in zip(numbers, chunks)], sizes.pp)
+
+    def finalize(*arguments, **options) -> None:
+        ties.sum_gradients()  # whole gradients exist only now, so DDP must not overlap their reduction
+        finalize_model_grads(*arguments, **options)
+
+    config.finalize_model_grads_func = finalize
+    return Pipeline(graph, cuts, sizes, config, chunks, device, ties)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class BatchResult:
     """What a global batch gave, the same on every process."""
 
     losses: dict[str, float]
-    """Each loss, averaged over its global count."""
+    """Each loss, averaged over its global count; a loss that nothing in the batch counts for is left out."""
     total: float
     """The weighted sum that was differentiated."""
     counts: dict[str, float]
@@ -130,9 +139,7 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
     """
     graph, sizes, config = pipeline.graph, pipeline.sizes, pipeline.config
     device = pipeline.device
-    counts = torch.stack([sum(loss.count(batch) for batch in microbatches) for loss in graph.losses]).double()
-    counts = counts.to(device)
-    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    counts = _counts(graph, microbatches, device)
     interior = pipeline.cuts[1:-1]
     rows = 1
     if interior:
@@ -167,12 +174,23 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
     if sizes.pp > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    means = (sums / counts.clamp(min=1)).tolist()
+    means = dict(zip((loss.name for loss in graph.losses), (sums / counts.clamp(min=1)).tolist()))
+    counted = dict(zip(means, counts.tolist()))
     return BatchResult(
-        losses={loss.name: mean for loss, mean in zip(graph.losses, means)},
-        total=sum(loss.weight * mean for loss, mean in zip(graph.losses, means)),
-        counts={loss.name: count for loss, count in zip(graph.losses, counts.tolist())},
+        losses={name: mean for name, mean in means.items() if counted[name] or mean},  # a NaN is never left out
+        total=sum(loss.weight * means[loss.name] for loss in graph.losses),
+        counts=counted,
     )
+
+
+def _counts(graph: Graph, microbatches: Sequence[Microbatch], device: torch.device) -> torch.Tensor:
+    """Global count of each loss, [number of losses] float64: a microbatch counts for the losses of its task."""
+    own = torch.zeros(len(graph.losses), dtype=torch.float64)
+    for index, loss in enumerate(graph.losses):
+        own[index] = sum(float(loss.count(batch)) for batch in microbatches if loss.applies(batch.plan))
+    own = own.to(device)
+    dist.all_reduce(own, group=parallel_state.get_data_parallel_group())
+    return own
 
 
 def _loss_and_sums(terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:

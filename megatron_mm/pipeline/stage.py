@@ -21,6 +21,7 @@ from torch import nn
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
 from megatron_mm.models.initialization import initialize_module
+from megatron_mm.pipeline import ties
 from megatron_mm.pipeline.payload import PayloadLayout, new_anchor, pack, payload_layout, unpack
 
 
@@ -78,6 +79,7 @@ class PipelineChunk(MegatronModule):
             if not node.trainable:
                 module.requires_grad_(False)
             self.node_modules.append(module)
+        self.tied_copies = ties.share(graph, self.start, self.node_modules)
         self.train()
 
     def train(self, mode: bool = True) -> PipelineChunk:
@@ -144,6 +146,9 @@ class PipelineChunk(MegatronModule):
         """
         total, sums = anchor.sum(), []
         for index, loss in enumerate(self.graph.losses):
+            if not loss.applies(context.batch.plan):
+                sums.append(anchor.detach().sum())
+                continue
             value = loss.compute(*(streams[name] for name in loss.reads), context)
             scale = loss.weight * self.sizes.dp * self.num_microbatches / (1 if loss.sharded else self.sizes.cp)
             total = total + value * (scale / self.loss_counts[index])
@@ -157,4 +162,4 @@ class PipelineChunk(MegatronModule):
         for node, module in zip(self.nodes, self.node_modules):
             name = f"{prefix}{node.name}."
             entries.update(sharded_state_dict_default(module, name, sharded_offsets, metadata, tp_group=group))
-        return entries
+        return ties.as_stored(entries, self.tied_copies)

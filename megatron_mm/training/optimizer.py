@@ -14,10 +14,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -98,6 +96,7 @@ class Optimizer:
                 if not optimizer.is_stub_optimizer:
                     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.clip_grad, gradient_norm)
         self.inner.step_with_ready_grads()
+        self.pipeline.ties.copy_weights()
         self.steps += 1
 
     @property
@@ -108,18 +107,18 @@ class Optimizer:
     # ---------------------------------------------------------------------------------------------- checkpointing
 
     def sharded_state(self, weights: dict, loading: bool) -> dict:
-        """Entries `optimizer.<state>.<key>` for every trainable parameter of this process.
+        """Entries `optimizer.<state>.<name>` for every trainable parameter of this process.
 
         Args:
             weights: sharded_state_dict of the model.
             loading: make empty entries to be filled (then `restore`), instead of the current values.
         """
         entries = {}
-        keys = self._sharded_weights(weights)
+        named = _by_parameter(weights)
         for parameter, tensors in self._states(loading):
-            sharded = keys[id(parameter)]
+            own, sharded = named[id(parameter)]
             for name, tensor in tensors.items():
-                entries[f"optimizer.{name}.{sharded.key}"] = make_sharded_optimizer_tensor(
+                entries[f"optimizer.{name}.{own}"] = make_sharded_optimizer_tensor(
                     sharded, tensor, prefix=f"optimizer.{name}"
                 )
         return entries
@@ -128,12 +127,12 @@ class Optimizer:
     def restore(self, weights: dict, entries: dict, steps: int, samples: int) -> None:
         """Takes loaded entries (plain tensors under the names of `sharded_state`)."""
         self._materialise()
-        keys = self._sharded_weights(weights)
+        named = _by_parameter(weights)
         for parameter in self._parameters():
-            key = keys[id(parameter)].key
+            own, _ = named[id(parameter)]
             for optimizer in self._owners(parameter):
                 for name, target in self._local_state(optimizer, parameter).items():
-                    source = entries.get(f"optimizer.{name}.{key}")
+                    source = entries.get(f"optimizer.{name}.{own}")
                     if source is not None:
                         start, stop = self._range(optimizer, parameter)
                         target.view(-1).copy_(source.reshape(-1)[start:stop].to(target.device))
@@ -160,10 +159,6 @@ class Optimizer:
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         for chunk in self.pipeline.bare_chunks:
             yield from (parameter for parameter in chunk.parameters() if parameter.requires_grad)
-
-    def _sharded_weights(self, weights: dict) -> dict[int, ShardedTensor | ShardedTensorFactory]:
-        sharded, _ = extract_sharded_tensors_and_factories(weights)
-        return {id(entry.data): entry for entry in nested_values(sharded)}
 
     def _materialise(self) -> None:
         """Makes Adam's state, which torch only makes at the first step."""
@@ -231,3 +226,12 @@ class Optimizer:
         for tensor in whole.values():
             dist.all_reduce(tensor, group=group)
         return {name: tensor.view(parameter.shape).cpu() for name, tensor in whole.items()}
+
+
+def _by_parameter(weights: dict) -> dict[int, tuple[str, ShardedTensor | ShardedTensorFactory]]:
+    """Name on this process and entry of each parameter, by its id. Copies of a tied weight have one key, two names."""
+    return {
+        id(entry.data): (name, entry)
+        for name, entry in weights.items()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
