@@ -44,8 +44,13 @@ class StackLayer(TransformerLayer):
         super().__init__(config, submodules, layer_number)
         self._plan = plan
 
-    def forward(self, hidden_states: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """The stream, rewritten, in the same shape."""
+    def forward(self, *inputs: torch.Tensor | ForwardContext) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(stream, …, context) -> each stream rewritten in its own shape, all by the same weights."""
+        *streams, context = inputs
+        written = tuple(self._rewrite(stream, context) for stream in streams)
+        return written if len(written) > 1 else written[0]
+
+    def _rewrite(self, hidden_states: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         plan = self._plan(hidden_states, context)
         with dropout_region(self.config, self.training):
             output, _ = super().forward(hidden_states, attention_mask=None, packed_seq_params=plan)
