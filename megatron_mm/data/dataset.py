@@ -17,16 +17,15 @@ import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.formats import InputFormat, Limits
 from megatron_mm.data.media import decode_image, decode_sound, decode_video
 from megatron_mm.data.microbatch import ALWAYS_READ, Microbatch, MicrobatchPlan
 from megatron_mm.data.order import Blend, Permutation, epoch_and_place, split_documents
-from megatron_mm.data.packing import Limits, Packing, pack
+from megatron_mm.data.packing import Packing, pack
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram, random_crop_box, resample
 
-#: Fields that a microbatch can be asked for, beyond those that it always has.
-OPTIONAL_FIELDS = frozenset({"tokens_RT", "labels_RT", "images_ICHW", "image_frames_I", "sounds_AMF"})
 _PACK, _VISIT, _CROP = 1, 2, 3  # what a key is for
 
 
@@ -43,6 +42,7 @@ class MediaFormat:
     num_mel_bins: int
     modalities: frozenset[str]
     """Of "image" and "sound": media of other kinds are not read."""
+    inputs: InputFormat
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class BlendedDataset:
         augment: bool,
     ) -> None:
         self.split, self.sources, self.tokenizer = split, sources, tokenizer
-        self.limits, self.media, self.seed = limits, media, seed
+        self.limits, self.media, self.seed, self.inputs = limits, media, seed, media.inputs
         self.shuffle, self.augment = shuffle, augment
         self.blend = Blend([source.weight for source in sources])
         self._unlearned = np.array(tokenizer.unlearned_ids if tokenizer else [], dtype=np.int64)
@@ -175,20 +175,22 @@ class BlendedDataset:
 
     # -------------------------------------------------------------------------------------------------- collation
 
-    def microbatch(self, index: Sequence[int], fields: Collection[str]) -> Microbatch:
+    def microbatch(self, index: Sequence[int], fields: Collection[str], task: str = "") -> Microbatch:
         """Reads and collates samples.
 
         Args:
             index: global sample numbers, one a row.
             fields: names of optional fields to read; plan and always-read fields do not depend on it.
+            task: what the microbatch learns, for its plan.
 
         Raises:
             ValueError: an unknown field.
             DataError: a medium does not decode; dataset, record and cause are named.
         """
         fields = set(fields) - ALWAYS_READ
-        if fields - OPTIONAL_FIELDS:
-            raise ValueError(f"unknown fields {sorted(fields - OPTIONAL_FIELDS)}; known: {sorted(OPTIONAL_FIELDS)}")
+        if fields - self.inputs.fields:
+            unknown, known = sorted(fields - self.inputs.fields), sorted(self.inputs.fields)
+            raise ValueError(f"unknown fields {unknown}; this system's samples have {known}")
         samples = self.pieces(index)
         rows, length = len(samples), self.limits.seq_length
         tokens = np.full((rows, length), self._pad, np.int64)
@@ -230,6 +232,7 @@ class BlendedDataset:
             one_document_per_row=all(len(pieces) <= 1 for pieces in samples),
             max_document_length=max(piece.length for pieces in samples for piece in pieces),
             max_documents_per_row=max(len(pieces) for pieces in samples),
+            task=task,
         )
         frames = [slot.frame for slot in flat_images] or [-1]
         return Microbatch(
@@ -241,6 +244,7 @@ class BlendedDataset:
             image_slot_documents_RK=torch.from_numpy(image_documents),
             sound_slots_RJ=torch.from_numpy(sound_slots),
             sound_slot_documents_RJ=torch.from_numpy(sound_documents),
+            sample_numbers_R=torch.tensor(list(index)),
             tokens_RT=torch.from_numpy(tokens) if "tokens_RT" in fields else None,
             labels_RT=torch.from_numpy(labels) if "labels_RT" in fields else None,
             images_ICHW=self._read_images(flat_images) if "images_ICHW" in fields else None,
@@ -351,12 +355,11 @@ class Datasets:
         return lines
 
 
-def build_datasets(config: Config, modalities: Collection[str] = ("image", "sound")) -> Datasets:
+def build_datasets(config: Config) -> Datasets:
     """Opens, checks, splits and packs everything that `config.data` names.
 
     Args:
-        config: the resolved tree; `data`, the towers' input sizes and `training.seed` are read.
-        modalities: which media the system reads, of "image" (stills and video frames) and "sound".
+        config: the resolved tree; `data`, `model.inputs` and `training.seed` are read.
 
     Raises:
         ValueError: a field of `config.data` cannot be used, or a dataset is damaged; field or file are named.
@@ -364,8 +367,9 @@ def build_datasets(config: Config, modalities: Collection[str] = ("image", "soun
     data = config.data
     if not data.datasets:
         raise ValueError("data.datasets: empty; name at least one dataset, such as {path: data/emoji}")
-    if unknown := set(modalities) - {"image", "sound"}:
-        raise ValueError(f'modalities: {sorted(unknown)}; known are "image" and "sound"')
+    inputs = config.model.inputs
+    modalities = {"image"} if inputs.image_size else set()
+    modalities |= {"sound"} if inputs.sound != "none" else set()
     tokenizer = Tokenizer(data.tokenizer, require_media=False) if data.tokenizer else None
     shards = [Shard(entry.path, tokenizer) for entry in data.datasets]
     if any(shard.is_multimodal for shard in shards):
@@ -377,23 +381,19 @@ def build_datasets(config: Config, modalities: Collection[str] = ("image", "soun
             raise ValueError(f"data.datasets: weight {entry.weight} of {entry.path} must be positive")
         if shard.is_multimodal and int(shard.column("num_videos").max()) > 0:
             _check_frames(config, entry.path, modalities)
-    limits = Limits(
-        seq_length=data.seq_length,
-        max_images=data.max_images_per_sample if "image" in modalities else 0,
-        max_sounds=data.max_sounds_per_sample if "sound" in modalities else 0,
-        frames_per_video=data.frames_per_video,
-    )
+    limits = Limits.of(data, inputs)
     if limits.seq_length < 2:
         raise ValueError(f"data.seq_length: {limits.seq_length}; at least 2")
     media = MediaFormat(
-        image_size=config.model.vision.image_size,
+        image_size=inputs.image_size,
         image_mean=tuple(data.image_mean),
         image_std=tuple(data.image_std),
         frames_per_video=data.frames_per_video,
-        sample_rate=config.model.audio.sample_rate,
-        seconds=config.model.audio.seconds,
-        num_mel_bins=config.model.audio.num_mel_bins,
+        sample_rate=inputs.sample_rate,
+        seconds=inputs.seconds,
+        num_mel_bins=inputs.num_mel_bins,
         modalities=frozenset(modalities),
+        inputs=inputs,
     )
     names = _unique_names([shard.path for shard in shards])
     seed = config.training.seed
@@ -423,10 +423,6 @@ def _check_frames(config: Config, path: str, modalities: Collection[str]) -> Non
         raise ValueError(
             f"data.frames_per_video: {frames}, but data.max_images_per_sample is {config.data.max_images_per_sample}; "
             f"a video of {path} must fit in a row"
-        )
-    if frames > config.model.vision.max_frames:
-        raise ValueError(
-            f"data.frames_per_video: {frames}, but model.vision.max_frames is {config.model.vision.max_frames}"
         )
 
 

@@ -37,6 +37,30 @@ class InputFormat:
     patches: int = 0
     tasks: tuple[tuple[str, float], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.packed and self.video == "clips":
+            raise ValueError("a row of packed documents has no place for clips; give their frames (video='frames')")
+        if not self.packed and self.video == "frames":
+            raise ValueError("a row of one document has place for one image; give videos as clips (video='clips')")
+        if self.video != "none" and not self.image_size:
+            raise ValueError(f"video={self.video!r} needs an image_size")
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Fields of a microbatch that this format fills when they are asked for, beyond those always read."""
+        names = {"tokens_RT", "labels_RT"}
+        if self.image_size:
+            names |= {"images_ICHW", "image_frames_I"}
+        if self.video == "clips":
+            names.add("clips_VFCHW")
+        if self.sound != "none":
+            names.add("sounds_AMF" if self.sound == "log_mel" else "waveforms_AN")
+        if self.mask_ratio:
+            names |= {"masked_tokens_RT", "masked_labels_RT"}
+        if self.patches:
+            names.add("patch_noise_IP")
+        return frozenset(names)
+
     @property
     def num_samples(self) -> int:
         """Samples of one waveform."""
@@ -46,3 +70,29 @@ class InputFormat:
     def num_frames(self) -> int:
         """Frames of one spectrogram (10 ms hop)."""
         return round(self.seconds * 100)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one row may hold."""
+
+    seq_length: int
+    max_images: int
+    """Stills and video frames; where a row is one document, stills and clips: 0 or 1."""
+    max_sounds: int
+    frames_per_video: int
+    """Frames that a video takes; 0 where videos are not read."""
+
+    @classmethod
+    def of(cls, data, inputs: InputFormat) -> Limits:
+        """Limits of a recipe's rows.
+
+        Args:
+            data: `config.data`.
+            inputs: what the system asks for.
+        """
+        images = data.max_images_per_sample if inputs.image_size else 0
+        sounds = data.max_sounds_per_sample if inputs.sound != "none" else 0
+        if not inputs.packed:
+            images, sounds = min(1, images), min(1, sounds)
+        return cls(data.seq_length, images, sounds, 0 if inputs.video == "none" else data.frames_per_video)

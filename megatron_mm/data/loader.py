@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_mm.data.dataset import BlendedDataset
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.order import TaskSchedule
 
 
 def microbatch_indexes(
@@ -52,12 +53,17 @@ class _Failure:
 class _Microbatches(Dataset):
     """Map from microbatch number to microbatch."""
 
-    def __init__(self, dataset: BlendedDataset, fields: frozenset[str], layout: tuple[int, ...]) -> None:
-        self.dataset, self.fields, self.layout = dataset, fields, layout
+    def __init__(
+        self, dataset: BlendedDataset, fields: frozenset[str], layout: tuple[int, ...], tasks: TaskSchedule
+    ) -> None:
+        self.dataset, self.fields, self.layout, self.tasks = dataset, fields, layout, tasks
 
     def __getitem__(self, number: int) -> Microbatch | _Failure:
+        _, micro_batch_size, _, data_parallel_size, _ = self.layout
+        index = microbatch_indexes(number, *self.layout)
+        task = self.tasks(index.start // (micro_batch_size * data_parallel_size))
         try:
-            return self.dataset.microbatch(microbatch_indexes(number, *self.layout), self.fields)
+            return self.dataset.microbatch(index, self.fields, task)
         except DataError as error:
             return _Failure(str(error))
 
@@ -89,10 +95,11 @@ class MicrobatchLoader:
         data_parallel_rank: this rank's number among those that share a batch.
         data_parallel_size: how many they are.
         global_batch_size: samples of an iteration.
-        fields: optional fields that this process reads (`dataset.OPTIONAL_FIELDS`).
+        fields: optional fields that this process reads (`InputFormat.fields`).
         num_workers: reader processes; 0 reads in this one. The microbatches do not depend on it.
         prefetch_factor: microbatches read ahead by each worker.
         start_method: of the workers; "fork" shares what is open, "spawn" opens it again.
+        tasks: which task each pool of samples learns; None: no tasks.
 
     Raises:
         ValueError: the batch sizes do not divide.
@@ -111,6 +118,7 @@ class MicrobatchLoader:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         start_method: str = "fork",
+        tasks: TaskSchedule | None = None,
     ) -> None:
         pool = micro_batch_size * data_parallel_size
         if pool <= 0 or global_batch_size <= 0 or global_batch_size % pool:
@@ -131,7 +139,7 @@ class MicrobatchLoader:
                 "multiprocessing_context": start_method,
                 "worker_init_fn": _start_worker,
             }
-        microbatches = _Microbatches(dataset, frozenset(fields), layout)
+        microbatches = _Microbatches(dataset, frozenset(fields), layout, tasks or TaskSchedule((), 0))
         self._loader = DataLoader(microbatches, batch_size=None, sampler=_Count(), **workers)
         self._iterator: Iterator | None = None
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from fractions import Fraction
+from math import lcm
 
 import numpy as np
 
 _ROUNDS = 8
 _MAX_DENOMINATOR = 1 << 20
+_LONGEST_BLOCK = 64
+_TASK = 4  # what a key is for; data/rows.py has the others
+
+
+def keyed_generator(key: Sequence[int]) -> np.random.Generator:
+    """Random numbers that depend on the key alone: non-negative integers that name what they are for."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -118,6 +126,37 @@ class Blend:
         """round(number · share), in integers that do not overflow below 2^41 samples."""
         p, q = share.numerator, share.denominator
         return (2 * number * p + q) // (2 * q)
+
+
+class TaskSchedule:
+    """Which task each pool of samples learns: exact proportions, in a keyed order.
+
+    A pool is the micro_batch_size × data-parallel size consecutive samples that share a microbatch index. Every block
+    of as many pools as the shares' common denominator (at most 64) holds each task in proportion; within it the order
+    is shuffled, so that tasks do not fall in step with the datasets of a blend.
+
+    Args:
+        tasks: names and weights; empty: every microbatch has the task "".
+        seed: of the order.
+    """
+
+    def __init__(self, tasks: Sequence[tuple[str, float]], seed: int) -> None:
+        self.names = [name for name, _ in tasks]
+        self.seed = seed
+        if not tasks:
+            return
+        self._blend = Blend([weight for _, weight in tasks])
+        total = sum(Fraction(weight) for _, weight in tasks)
+        shares = [(Fraction(weight) / total).limit_denominator(_MAX_DENOMINATOR) for _, weight in tasks]
+        self._block = min(_LONGEST_BLOCK, lcm(*(share.denominator for share in shares)))
+
+    def __call__(self, pool: int) -> str:
+        """Task of a pool, counted from the first sample of the run."""
+        if not self.names:
+            return ""
+        block, place = divmod(pool, self._block)
+        place = Permutation(self._block, [self.seed, _TASK, block])(np.array([place]))
+        return self.names[int(self._blend.locate(block * self._block + place)[0][0])]
 
 
 def epoch_and_place(within: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,21 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.data.formats import Limits
 from megatron_mm.data.order import Permutation
 from megatron_mm.data.shards import Shard
 
 _OPEN_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one row may hold."""
-
-    seq_length: int
-    max_images: int
-    """Stills and video frames."""
-    max_sounds: int
-    frames_per_video: int
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from megatron_mm.config.schema import Config
+from megatron_mm.data.formats import Limits
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings
@@ -38,18 +39,28 @@ def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> La
 
 
 def full_plan(config: Config) -> MicrobatchPlan:
-    """A microbatch with as much media as the recipe allows: costs are balanced and memory is planned by it."""
-    data, rows = config.data, config.training.micro_batch_size
+    """A microbatch with as much media as the recipe allows: costs are balanced and memory is planned by it.
+
+    Where a row is one document, each has a clip (an image where the system reads no clips) and a sound; of several
+    tasks it learns the first.
+    """
+    inputs, rows = config.model.inputs, config.training.micro_batch_size
+    limits = Limits.of(config.data, inputs)
+    images, sounds = limits.max_images, limits.max_sounds
+    clips = images if inputs.video == "clips" else 0
     return MicrobatchPlan(
         num_rows=rows,
-        row_length=data.seq_length,
-        num_images=max(1, rows * data.max_images_per_sample),
-        num_sounds=max(1, rows * data.max_sounds_per_sample),
-        image_slots=max(1, data.max_images_per_sample),
-        sound_slots=max(1, data.max_sounds_per_sample),
-        one_document_per_row=False,
-        max_document_length=data.seq_length,
-        max_documents_per_row=max(1, data.max_images_per_sample + data.max_sounds_per_sample),
+        row_length=limits.seq_length,
+        num_images=max(1, rows * (images - clips)),
+        num_sounds=max(1, rows * sounds),
+        image_slots=max(1, images),
+        sound_slots=max(1, sounds),
+        one_document_per_row=not inputs.packed,
+        max_document_length=limits.seq_length,
+        max_documents_per_row=max(1, images + sounds) if inputs.packed else 1,
+        num_clips=rows * clips,
+        clip_frames=limits.frames_per_video if inputs.video == "clips" else 0,
+        task=inputs.tasks[0][0] if inputs.tasks else "",
     )
 
 

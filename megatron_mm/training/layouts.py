@@ -124,6 +124,7 @@ def measure(config: Config, output: Path) -> None:
     from megatron_mm.config.validate import check, parallel_sizes
     from megatron_mm.data.generated import GeneratedRows
     from megatron_mm.data.loader import MicrobatchLoader
+    from megatron_mm.data.order import TaskSchedule
     from megatron_mm.pipeline.schedule import run_batch
     from megatron_mm.platform import setup
     from megatron_mm.training.assembly import build_model
@@ -143,6 +144,7 @@ def measure(config: Config, output: Path) -> None:
         sizes.dp,
         training.global_batch_size,
         pipeline.fields(),
+        tasks=TaskSchedule(config.model.inputs.tasks, training.seed),
     )
     losses, norms, gradients = [], [], {}
     for iteration in range(training.train_iters):

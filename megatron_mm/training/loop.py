@@ -21,6 +21,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.loader import MicrobatchLoader
 from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.order import TaskSchedule
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.models.systems import build_graph
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
@@ -58,7 +59,7 @@ class Trainer:
             self.root.mkdir(parents=True, exist_ok=True)
             dump_config(config, self.output / "config.yaml")
         self.watchdog = Watchdog(self.output, minutes)
-        self.datasets = build_datasets(config, modalities=("image", "sound"))
+        self.datasets = build_datasets(config)
         self.watchdog.beat("building the model")
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
@@ -126,6 +127,7 @@ class Trainer:
             global_batch_size=training.global_batch_size,
             fields=self.pipeline.fields(),
             num_workers=workers,
+            tasks=TaskSchedule(self.config.model.inputs.tasks, training.seed),
         )
 
     def run(self) -> Position:
