@@ -217,10 +217,10 @@ class VLMConfig(SystemConfig):
         weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
         yield from weights_problems("model", **weights)
         cross = self.cross_attention
-        if not 0 <= cross.first_layer < self.decoder.num_layers or cross.every < 1:
+        if not 1 <= cross.first_layer < self.decoder.num_layers or cross.every < 1:
             yield (
                 f"model.cross_attention: first_layer {cross.first_layer} and every {cross.every} do not lie within "
-                f"{self.decoder.num_layers} layers"
+                f"1 … {self.decoder.num_layers - 1} (the text embedding is taken below the first block)"
             )
 
     def notes(self, sizes) -> Iterator[str]:
@@ -242,6 +242,8 @@ class PerceiverFusionConfig(SystemConfig):
     text: TransformerXLConfig = Field(default_factory=TransformerXLConfig)
     perceiver: PerceiverConfig = Field(default_factory=PerceiverConfig)
     contrastive: ContrastiveConfig = Field(default_factory=ContrastiveConfig)
+    max_positions: int = 256
+    """Output queries, one a token of the text: data.seq_length."""
     mask_ratio: float = 0.15
     """Share of the text's tokens that masked language modelling hides."""
     contrastive_weight: float = 1.0
@@ -273,6 +275,13 @@ class PerceiverFusionConfig(SystemConfig):
         yield from share("model.mask_ratio", self.mask_ratio)
         length, segment = config.data.seq_length, self.text.segment_length
         yield from divides("data.seq_length", length, "model.text.segment_length", segment)
+        if length != self.max_positions:
+            yield f"data.seq_length is {length}; model.max_positions, one output query a token, is {self.max_positions}"
+        if self.vision.hidden_size != self.text.hidden_size:
+            yield (
+                f"model.vision.hidden_size is {self.vision.hidden_size} and model.text.hidden_size "
+                f"{self.text.hidden_size}: the latents read both as one memory, so they must be equal"
+            )
 
     def notes(self, sizes) -> Iterator[str]:
         """All of it is towers."""

@@ -76,9 +76,35 @@ def embedding_cost(shape: StackShape, vocab_size: int, positions: int, sizes: Pa
     return NodeCost(vocab_size * shape.hidden_size, 0.0, 8.0 * positions * sizes.tp)
 
 
-def head_cost(shape: StackShape, vocab_size: int, positions: int, sizes: ParallelSizes) -> NodeCost:
-    """Final norm, output projection and softmax of the loss, whose fp32 values are kept."""
-    norm = shape.hidden_size * (2 if shape.normalization == "LayerNorm" else 1)
-    flops = 2.0 * positions * shape.hidden_size * vocab_size
-    stored = positions * (4.0 * shape.hidden_size * copies(sizes, text=True) + 4.0 * vocab_size)
-    return NodeCost(norm + vocab_size * shape.hidden_size, flops, stored)
+def head_cost(
+    shape: StackShape,
+    vocab_size: int,
+    positions: int,
+    sizes: ParallelSizes,
+    *,
+    text: bool = True,
+    output_width: int | None = None,
+    tied: bool = False,
+) -> NodeCost:
+    """Final norm, output projection and softmax of the loss, whose fp32 values are kept.
+
+    Args:
+        output_width: width of the vocabulary's vectors, where states are projected to it first.
+        tied: the vocabulary's vectors belong to another node.
+    """
+    hidden, width = shape.hidden_size, output_width or shape.hidden_size
+    norm = hidden * (2 if shape.normalization == "LayerNorm" else 1)
+    projection = hidden * width if output_width else 0
+    times = 1 if text else sizes.cp
+    flops = 2.0 * positions * times * (width * vocab_size + projection * sizes.tp)
+    whole = hidden + width + (hidden if output_width else 0)
+    stored = positions * (2.0 * whole * copies(sizes, text=text) + 4.0 * vocab_size * times)
+    return NodeCost(norm + projection + (0 if tied else vocab_size * width), flops, stored)
+
+
+def pooled_head_cost(
+    width: int, outputs: int, rows: int, sizes: ParallelSizes, *, norm: int = 0
+) -> NodeCost:
+    """A projection of one vector a row, whole on every process, with the parameters of its norm."""
+    everywhere = rows * sizes.tp * sizes.cp
+    return NodeCost(width * outputs + norm, 2.0 * everywhere * width * outputs, 4.0 * everywhere * (width + outputs))

@@ -8,11 +8,12 @@ import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
+from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.linear import ColumnParallelLinear
-from megatron_mm.models.layers.parameters import describe
+from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text
 from megatron_mm.models.layers.transformer import backend_of
@@ -48,14 +49,30 @@ class TokenEmbedding(MegatronModule):
 
 
 class LanguageHead(MegatronModule):
-    """Final norm and output projection: `text` [s, 1, H] -> logits [R·L, 1, V/TP]."""
+    """Final norm and output projection: states -> logits [positions, 1, V/TP].
 
-    def __init__(self, settings: LayerSettings, shape: StackShape, vocab_size: int) -> None:
-        config = layer_config(settings, shape, text=True)
+    Args:
+        text: states are this process's shard of the text [s, 1, H]; otherwise whole rows [R, T, H].
+        output_width: width of the vocabulary's vectors where it is not that of the states, which are projected first.
+    """
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        shape: StackShape,
+        vocab_size: int,
+        *,
+        text: bool = True,
+        output_width: int | None = None,
+    ) -> None:
+        config = layer_config(settings, shape, text=text)
         super().__init__(config)
         self.final_layernorm = backend_of(settings).norm(config, shape.hidden_size)
+        self.projection = None
+        if output_width is not None:
+            self.projection = empty_parameter(output_width, shape.hidden_size, dtype=settings.dtype)
         self.output_layer = ColumnParallelLinear(
-            shape.hidden_size,
+            output_width or shape.hidden_size,
             vocab_size,
             config=config,
             init_method=config.init_method,
@@ -64,9 +81,13 @@ class LanguageHead(MegatronModule):
             tp_group=get_tensor_model_parallel_group(),
         )
 
-    def forward(self, text: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Logits of all positions of this context-parallel process, for this process's part of the vocabulary."""
-        return self.output_layer(self.final_layernorm(text))[0]
+        states = self.final_layernorm(states)
+        if self.projection is not None:
+            states = functional.linear(states, self.projection)
+        logits = self.output_layer(states)[0]
+        return logits if logits.shape[1] == 1 else logits.flatten(0, 1)[:, None]
 
 
 def token_embedding(
@@ -77,6 +98,7 @@ def token_embedding(
     return describe(module, init_std=shape.init_std, column={"word_embeddings": None})
 
 
-def language_head(settings: LayerSettings, shape: StackShape, vocab_size: int) -> LanguageHead:
-    """The head, its weights not yet filled."""
-    return describe(LanguageHead(settings, shape, vocab_size), init_std=shape.init_std, column={"output_layer": None})
+def language_head(settings: LayerSettings, shape: StackShape, vocab_size: int, **kind) -> LanguageHead:
+    """The head, its weights not yet filled; `kind` as of LanguageHead."""
+    module = LanguageHead(settings, shape, vocab_size, **kind)
+    return describe(module, init_std=shape.init_std, column={"output_layer": None})
