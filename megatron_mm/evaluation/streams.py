@@ -1,0 +1,141 @@
+"""Reads a graph from outside: runs its nodes over rows of data in one process and hands out the streams asked for.
+
+    checkpoint of any layout ─ whole graph in one process ─ microbatch ─ nodes that the wanted streams need ─ streams
+
+So whatever a system computes (embeddings, logits, predictions) can be scored on held-out data without an export, with
+the preprocessing, masks and attention that training had. Nodes that no wanted stream needs are not run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_mm.config.load import load_config
+from megatron_mm.config.schema import Config, DatasetConfig, ParallelConfig
+from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.inference.convert import find_checkpoint
+from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
+from megatron_mm.platform import setup
+from megatron_mm.training import checkpoint
+from megatron_mm.training.assembly import build_model
+
+
+class GraphReader:
+    """The whole graph of a recipe in this process, in evaluation mode.
+
+    Args:
+        config: the recipe; its layout is not used.
+        weights: checkpoint folder (…/iter_0000100); None: the initial weights that a run of this recipe begins with.
+
+    Raises:
+        ValueError: the checkpoint is not of this model.
+    """
+
+    def __init__(self, config: Config, weights: Path | None = None) -> None:
+        config = replace(config, parallel=ParallelConfig())
+        self.config = config
+        self.device = setup.initialize(ParallelSizes(), config.training.seed)
+        pipeline = build_model(config, ParallelSizes(), self.device, config.training.seed)
+        if weights is not None:
+            checkpoint.load_weights(weights, pipeline)
+        (self._chunk,) = pipeline.bare_chunks
+        self._chunk.eval()
+
+    @classmethod
+    def from_path(cls, path: Path, trained: bool = True) -> GraphReader:
+        """The model of a checkpoint, a folder of checkpoints or a run's output folder (the newest whole one).
+
+        Args:
+            trained: False: the same model as it was before training.
+
+        Raises:
+            ValueError: there is no checkpoint, or it is damaged.
+        """
+        folder = find_checkpoint(path)
+        return cls(load_config(folder / "config.yaml"), folder if trained else None)
+
+    @property
+    def graph(self) -> Graph:
+        """The system's graph."""
+        return self._chunk.graph
+
+    def needed(self, names: Collection[str]) -> list[int]:
+        """Numbers of the nodes that must run for these streams, in order.
+
+        Raises:
+            ValueError: there is no such stream.
+        """
+        if unknown := set(names) - self.graph.streams.keys():
+            raise ValueError(f"no stream {', '.join(sorted(unknown))}; there are {', '.join(self.graph.streams)}")
+        wanted, numbers = set(names), []
+        for number in reversed(range(len(self.graph.nodes))):
+            node = self.graph.nodes[number]
+            written = {stream.name for stream in node.writes}
+            if written & wanted:
+                numbers.append(number)
+                wanted = (wanted - written) | set(node.reads)
+        return numbers[::-1]
+
+    def fields(self, names: Collection[str]) -> frozenset[str]:
+        """Microbatch fields that these streams need."""
+        return frozenset().union(*(self.graph.nodes[number].fields for number in self.needed(names)))
+
+    @torch.inference_mode()
+    def run(self, batch: Microbatch, names: Collection[str]) -> tuple[dict[str, torch.Tensor], ForwardContext]:
+        """The streams as the end of the graph sees them, and the context in which they were made.
+
+        Args:
+            batch: with at least `fields(names)`.
+            names: of streams.
+        """
+        context, streams = ForwardContext(batch.to(self.device)), {}
+        for number in self.needed(names):
+            node, module = self.graph.nodes[number], self._chunk.node_modules[number]
+            written = module(*(streams[name] for name in node.reads), context)
+            written = (written,) if isinstance(written, torch.Tensor) else written
+            streams.update(zip((stream.name for stream in node.writes), written))
+        return {name: streams[name] for name in names}, context
+
+
+def all_rows(
+    config: Config, fields: Collection[str], batch_size: int, task: str = "", limit: int = 0
+) -> Iterator[Microbatch]:
+    """Every row of the recipe's datasets once, as they are: no split, no augmentation.
+
+    Args:
+        config: its `data` is read.
+        fields: of the microbatches.
+        batch_size: rows of a microbatch; the last may have fewer.
+        task: what the microbatches learn, where the system divides them among tasks.
+        limit: at most this many rows; 0 takes all.
+    """
+    from megatron_mm.data.dataset import build_datasets
+
+    data = replace(config.data, split="1,0,0", random_crop=False, horizontal_flip=0.0, color_jitter=0.0)
+    dataset = build_datasets(replace(config, data=data)).train
+    count = min(dataset.num_rows, limit or dataset.num_rows)
+    for start in range(0, count, batch_size):
+        batch = dataset.microbatch(range(start, min(start + batch_size, count)), fields)
+        yield replace(batch, plan=replace(batch.plan, task=task)) if task else batch
+
+
+@contextmanager
+def reading_jsonl(config: Config, path: Path, tokenizer: Path, media_root: Path | None = None) -> Iterator[Config]:
+    """The recipe with the samples of a JSONL as its only data, built as tools/preprocess_multimodal.py builds shards.
+
+    Raises:
+        ValueError: a line or a file that it names is wrong.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron_mm-") as folder:
+        shards = str(Path(folder) / "shards")
+        root = str(media_root) if media_root is not None else None
+        build_multimodal([str(path)], shards, str(tokenizer), media_root=root, workers=0, check=False, progress=False)
+        datasets = [DatasetConfig(path=shards)]
+        yield replace(config, data=replace(config.data, datasets=datasets, tokenizer=str(tokenizer), builder=None))

@@ -1,0 +1,87 @@
+"""Scores a training checkpoint on held-out samples, by every objective of its system, beside the untrained model.
+
+    python tools/score_objectives.py --checkpoint outputs/run --input heldout.jsonl --untrained
+
+Recall@K of the contrastive embeddings, accuracy of masked tokens and of matching, the loss of masked patches: whatever
+the system learns (megatron_mm/evaluation/objectives.py says what is measured). The checkpoint may be of any layout; it
+is read into this one process. Captions and answers are tools/evaluate.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass
+class Arguments:
+    """Which checkpoint, on which samples."""
+
+    checkpoint: Path
+    """Checkpoint, folder of checkpoints, or output folder of a run."""
+    input: Path
+    """JSONL of samples, as tools/preprocess_multimodal.py reads it."""
+    media_root: Path | None = None
+    """Folder to which paths in the JSONL are relative; default: the JSONL's."""
+    untrained: bool = False
+    """Also score the same model as it was before training."""
+    limit: int = 0
+    """At most this many samples; 0 takes all."""
+    batch_size: int = 64
+    """Samples handled at once; hard negatives are chosen among them."""
+    tokenizer: Path | None = None
+    """SentencePiece model; default: the checkpoint's."""
+    json: Path | None = None
+    """File for the figures: {"trained": {…}, "untrained": {…}}."""
+
+
+def run(arguments: Arguments) -> dict[str, dict[str, float]]:
+    """Figures of each model, by `objective/figure`."""
+    import torch
+
+    from megatron_mm.evaluation.objectives import score_objectives
+    from megatron_mm.evaluation.streams import GraphReader, reading_jsonl
+    from megatron_mm.inference.convert import find_checkpoint, tokenizer_of
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    results = {}
+    for model in ("trained", "untrained") if arguments.untrained else ("trained",):
+        reader = GraphReader.from_path(arguments.checkpoint, trained=model == "trained")
+        tokenizer = arguments.tokenizer or tokenizer_of(reader.config, find_checkpoint(arguments.checkpoint))
+        if tokenizer is None:
+            raise ValueError(f"{arguments.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
+        with reading_jsonl(reader.config, arguments.input, tokenizer, arguments.media_root) as config:
+            results[model] = score_objectives(reader, config, arguments.batch_size, arguments.limit)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """One line a figure, one column a model."""
+    names = list(results["trained"])
+    width = max(map(len, names))
+    print(f"{'figure':<{width}}" + "".join(f"{model:>12}" for model in results))
+    for name in names:
+        print(f"{name:<{width}}" + "".join(f"{figures[name]:>12.4g}" for figures in results.values()))
+
+
+def main() -> int:
+    """0; 1 with the reason on stderr; 2 for usage."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        print_table(run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
