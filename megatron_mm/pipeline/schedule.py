@@ -2,7 +2,7 @@
 
 `build_pipeline` cuts the graph and builds this process's chunks inside DDP. `run_batch` counts what normalises the
 losses, sizes the payload, runs forward (and backward) over all microbatches, and returns each loss as every process
-would report it.
+would report it. Losses over the whole global batch take a pass of their own before it (whole_batch.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import _fork_rng
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import Graph, ParallelSizes
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
-from megatron_mm.pipeline.stage import PipelineChunk, Terms
+from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
 from megatron_mm.pipeline.ties import Ties
+from megatron_mm.pipeline.whole_batch import StreamCache, whole_batch_losses
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Pipeline:
     chunks: list[DistributedDataParallel]
     device: torch.device
     ties: Ties
+    dropout: bool
+    """Whether forward passes draw random numbers."""
 
     @property
     def bare_chunks(self) -> list[PipelineChunk]:
@@ -89,12 +93,14 @@ def build_pipeline(
     seed: int | None,
     recompute_layers: bool = False,
     distributed_optimizer: bool = False,
+    dropout: bool = False,
 ) -> Pipeline:
     """Builds this process's chunks, with initial weights, inside DDP.
 
     Args:
         cuts: chunk beginnings and end, as from partition.balance.
         seed: initial weights; None leaves them unset.
+        dropout: some layer has it.
     """
     config = pipeline_config(sizes, dtype, batched_p2p=device.type == "cuda")
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -118,7 +124,7 @@ def build_pipeline(
         finalize_model_grads(*arguments, **options)
 
     config.finalize_model_grads_func = finalize
-    return Pipeline(graph, cuts, sizes, config, chunks, device, ties)
+    return Pipeline(graph, cuts, sizes, config, chunks, device, ties, dropout)
 
 
 @dataclass(frozen=True)
@@ -137,39 +143,26 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
 
     Gradients are left in `main_grad`, reduced over data parallel and ready for the optimizer.
     """
-    graph, sizes, config = pipeline.graph, pipeline.sizes, pipeline.config
-    device = pipeline.device
+    graph, sizes, device = pipeline.graph, pipeline.sizes, pipeline.device
     counts = _counts(graph, microbatches, device)
-    interior = pipeline.cuts[1:-1]
-    rows = 1
-    if interior:
-        layouts = [
-            payload_layout(graph, cut, batch.plan, sizes, config.pipeline_dtype)
-            for cut in interior
-            for batch in microbatches
-        ]
-        rows = payload_rows(layouts)
-    divisors = counts.clamp(min=1).float()
-    for chunk in pipeline.bare_chunks:
-        chunk.begin_step(rows, len(microbatches), divisors)
-
-    def forward_step(iterator, chunk):
-        return chunk(next(iterator).to(device)), _loss_and_sums
-
-    done = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(microbatches) for _ in pipeline.chunks],
-        model=pipeline.chunks,
-        num_microbatches=len(microbatches),
-        seq_length=rows * sizes.cp * (sizes.tp if sizes.sequence_parallel else 1),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    shared = whole_batch_losses(graph.losses, microbatches)
+    cache = StreamCache(shared) if shared else None
+    if shared and not forward_only:
+        # With dropout every node must run, to draw what it will draw again.
+        part = Graph(graph.nodes, shared) if pipeline.dropout else graph.leading_to(shared)
+        with torch.no_grad(), _fork_rng():
+            _pass(pipeline, part, microbatches, torch.ones(len(shared), device=device), cache, forward_only=True)
+        _compute(pipeline, cache, microbatches, learn=True)
+    done = _pass(pipeline, graph, microbatches, counts.clamp(min=1).float(), cache, forward_only)
+    if shared and forward_only:
+        _compute(pipeline, cache, microbatches, learn=False)
     sums = torch.zeros(len(graph.losses), dtype=torch.float64, device=device)
     if done:
         sums += torch.stack(done).double().sum(dim=0)
-        shares = [1.0 if loss.sharded else 1.0 / sizes.cp for loss in graph.losses]
-        sums *= torch.tensor(shares, dtype=torch.float64, device=device)
+        for index, loss in enumerate(graph.losses):
+            if loss in shared:
+                sums[index] = cache.sums[loss.name].double()
+            sums[index] *= 1.0 if loss.sharded else 1.0 / sizes.cp
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if sizes.pp > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -181,6 +174,44 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
         total=sum(loss.weight * means[loss.name] for loss in graph.losses),
         counts=counted,
     )
+
+
+def _pass(
+    pipeline: Pipeline,
+    graph: Graph,
+    microbatches: Sequence[Microbatch],
+    divisors: torch.Tensor,
+    cache: StreamCache | None,
+    forward_only: bool,
+) -> list[torch.Tensor]:
+    """All microbatches through the pipeline; on the last stage, each one's `Terms.sums`."""
+    sizes, config = pipeline.sizes, pipeline.config
+    layouts = [
+        payload_layout(graph, cut, batch.plan, sizes, config.pipeline_dtype)
+        for cut in pipeline.cuts[1:-1]
+        for batch in microbatches
+    ]
+    rows = payload_rows(layouts)
+    for chunk in pipeline.bare_chunks:
+        chunk.begin_step(Step(graph, rows, len(microbatches), divisors, cache))
+
+    def forward_step(iterator, chunk):
+        return chunk(next(iterator).to(pipeline.device)), _loss_and_sums
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(microbatches) for _ in pipeline.chunks],
+        model=pipeline.chunks,
+        num_microbatches=len(microbatches),
+        seq_length=rows * sizes.cp * (sizes.tp if sizes.sequence_parallel else 1),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _compute(pipeline: Pipeline, cache: StreamCache, microbatches: Sequence[Microbatch], learn: bool) -> None:
+    if pipeline.bare_chunks[-1].post_process:
+        cache.compute(microbatches, pipeline.device, learn)
 
 
 def _counts(graph: Graph, microbatches: Sequence[Microbatch], device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """One pipeline chunk: the modules of a contiguous range of nodes, as megatron-core's schedules and DDP expect a model.
 
 A chunk unpacks the payload it receives, runs its nodes in order over named streams, and packs what later chunks need;
-the last chunk ends with the losses. The number of payload rows and the counts that normalise the losses are those of a
-step, so the schedule driver hands them over before each (`begin_step`).
+the last chunk ends with the losses. What is the same for all microbatches of a step, such as the number of payload rows
+and the counts that normalise the losses, the schedule driver hands over before it (`begin_step`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,22 @@ from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.pipeline import ties
 from megatron_mm.pipeline.payload import PayloadLayout, new_anchor, pack, payload_layout, unpack
+from megatron_mm.pipeline.whole_batch import StreamCache
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is constant over one pass of a global batch."""
+
+    graph: Graph
+    """The model's, or its part that a pass needs (`Graph.leading_to`)."""
+    payload_rows: int
+    """S of every payload."""
+    num_microbatches: int
+    loss_counts: torch.Tensor
+    """[number of losses], global counts by which sums are divided."""
+    cache: StreamCache | None = None
+    """Takes the place of the losses that it names."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Terms:
 
     total: torch.Tensor
     sums: torch.Tensor
-    """[number of losses], detached."""
+    """[number of losses], detached; zero where the cache has it."""
 
 
 class PipelineChunk(MegatronModule):
@@ -64,9 +80,7 @@ class PipelineChunk(MegatronModule):
         self.pre_process = chunk == 0
         self.post_process = chunk == sizes.chunks - 1
         self.share_embeddings_and_output_weights = False
-        self.payload_rows = 0
-        self.num_microbatches = 1
-        self.loss_counts: torch.Tensor | None = None
+        self.step: Step | None = None
         self.finite: list[torch.Tensor] = []
         """For each microbatch of the step so far: are this chunk's results finite?"""
         self._received: torch.Tensor | None = None
@@ -90,15 +104,9 @@ class PipelineChunk(MegatronModule):
                 module.eval()
         return self
 
-    def begin_step(self, payload_rows: int, num_microbatches: int, loss_counts: torch.Tensor) -> None:
-        """Takes what is constant over one step.
-
-        Args:
-            payload_rows: S of every payload of the step.
-            loss_counts: [number of losses], global counts by which sums are divided.
-        """
-        self.payload_rows, self.num_microbatches, self.loss_counts = payload_rows, num_microbatches, loss_counts
-        self.finite = []
+    def begin_step(self, step: Step) -> None:
+        """Takes what is constant over one pass."""
+        self.step, self.finite = step, []
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor | None] | None) -> None:
         """Called by the schedule with the payload of the previous chunk."""
@@ -110,26 +118,30 @@ class PipelineChunk(MegatronModule):
 
     def layout(self, cut: int, batch: Microbatch) -> PayloadLayout:
         """Where streams lie in the payload that crosses a cut."""
-        return payload_layout(self.graph, cut, batch.plan, self.sizes, self.config.pipeline_dtype)
+        return payload_layout(self.step.graph, cut, batch.plan, self.sizes, self.config.pipeline_dtype)
 
     def forward(self, batch: Microbatch) -> torch.Tensor | Terms:
         """The payload for the next chunk, or the loss terms on the last."""
-        context = ForwardContext(batch)
+        graph, context = self.step.graph, ForwardContext(batch)
         if self.pre_process:
             anchor, streams = new_anchor(batch.document_ids_RT.device), {}
         else:
             anchor, streams = unpack(self._received, self.layout(self.start, batch))
-        for node, module in zip(self.nodes, self.node_modules):
-            written = self._run(node, module, [streams[name] for name in node.reads], context)
-            written = (written,) if isinstance(written, torch.Tensor) else written
-            streams.update(zip((stream.name for stream in node.writes), written))
+        for node, module in zip(graph.nodes[self.start : self.stop], self.node_modules):
+            if node.writes:
+                written = self._run(node, module, [streams[name] for name in node.reads], context)
+                written = (written,) if isinstance(written, torch.Tensor) else written
+                streams.update(zip((stream.name for stream in node.writes), written))
         if self.post_process:
             terms = self._terms(streams, context, anchor)
-            self.finite.append(torch.isfinite(terms.sums).all())
+            self._note_finite([terms.total, terms.sums])
             return terms
-        leaving = [stream.name for stream in self.graph.live(self.stop)]
-        self.finite.append(torch.stack([torch.isfinite(streams[name].detach()).all() for name in leaving]).all())
-        return pack(anchor, self.layout(self.stop, batch), self.payload_rows, self.config.pipeline_dtype, streams)
+        self._note_finite([streams[stream.name] for stream in graph.live(self.stop)])
+        return pack(anchor, self.layout(self.stop, batch), self.step.payload_rows, self.config.pipeline_dtype, streams)
+
+    def _note_finite(self, results: list[torch.Tensor]) -> None:
+        flags = [torch.isfinite(result.detach()).all() for result in results]
+        self.finite.append(torch.stack(flags).all() if flags else torch.tensor(True))
 
     def _run(self, node, module, inputs, context):
         learns = any(tensor.requires_grad for tensor in inputs)
@@ -144,16 +156,21 @@ class PipelineChunk(MegatronModule):
         The schedule multiplies by CP and divides by the microbatches, and DDP averages over DP × CP: a sum is
         multiplied by DP × microbatches and divided by its global count, and by CP too if it is not sharded.
         """
-        total, sums = anchor.sum(), []
-        for index, loss in enumerate(self.graph.losses):
+        step, total = self.step, anchor.sum()
+        sums = torch.zeros(len(step.graph.losses), device=anchor.device)
+        for index, loss in enumerate(step.graph.losses):
             if not loss.applies(context.batch.plan):
-                sums.append(anchor.detach().sum())
                 continue
-            value = loss.compute(*(streams[name] for name in loss.reads), context)
-            scale = loss.weight * self.sizes.dp * self.num_microbatches / (1 if loss.sharded else self.sizes.cp)
-            total = total + value * (scale / self.loss_counts[index])
-            sums.append(value.detach())
-        return Terms(total, torch.stack(sums))
+            values = [streams[name] for name in loss.reads]
+            if step.cache is not None and loss.name in step.cache.losses:
+                value = step.cache.term(loss.name, values)
+            else:
+                arguments = [*values, context]
+                value = loss.compute(*([[item] for item in arguments] if loss.whole_batch else arguments))
+                sums[index] = value.detach()
+            scale = loss.weight * self.sizes.dp * step.num_microbatches / (1 if loss.sharded else self.sizes.cp)
+            total = total + value * (scale / step.loss_counts[index])
+        return Terms(total, sums)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint entries under `node name.parameter`, whatever the layout."""

@@ -2,9 +2,9 @@
 
 Within a chunk all uses share one Parameter (`share`). Chunks, also two of one process, hold copies: DDP keeps the
 gradients of each chunk in a buffer of its own. Then copies take the owner's values at the start and after every step
-(`copy_weights`), so nothing can drive them apart, and their gradients are summed over the processes of a pipeline before
-data parallelism reduces them (`sum_gradients`): a whole, unsharded gradient exists only then. A copy counts once in the
-gradient norm (megatron-core's mark `shared`), and in a checkpoint it is read, never written.
+(`copy_weights`), so nothing can drive them apart, and their gradients are summed over the processes of a pipeline
+before data parallelism reduces them (`sum_gradients`): a whole, unsharded gradient exists only then. A copy does not
+count in the gradient norm (megatron-core's mark `shared`), and is read from a checkpoint, never written.
 """
 
 from __future__ import annotations
