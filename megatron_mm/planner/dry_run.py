@@ -169,7 +169,7 @@ def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
 def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
     from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
     from megatron_mm.pipeline.schedule import pipeline_config
-    from megatron_mm.pipeline.stage import PipelineChunk, Terms
+    from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
     from megatron_mm.training.assembly import layer_dtype
 
     began = time.perf_counter()
@@ -188,8 +188,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
                 pipeline, graph, cuts, virtual * sizes.pp + stage, sizes, seed=None, recompute_layers=recompute
             )
         parameters.update({id(parameter): parameter for parameter in chunk.parameters()})
-        counts = torch.ones(len(graph.losses), device="meta")
-        chunk.begin_step(rows, 1, counts)
+        chunk.begin_step(Step(graph, rows, 1, torch.ones(len(graph.losses), device="meta")))
         saved = _Saved({parameter.untyped_storage()._cdata for parameter in chunk.parameters()})
         with executed:
             if not chunk.pre_process:

@@ -169,7 +169,6 @@ def _whole_gradients(pipeline, distributed_optimizer: bool) -> dict[str, torch.T
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
     if distributed_optimizer:  # the reduced gradient is whole only over the shards of all data-parallel processes
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -179,12 +178,11 @@ def _whole_gradients(pipeline, distributed_optimizer: bool) -> dict[str, torch.T
                     shards = bucket.grad_data.chunk(group.size())
                     for rank, shard in enumerate(shards):
                         dist.broadcast(shard, src=dist.get_global_rank(group, rank), group=group)
-    sharded, _ = extract_sharded_tensors_and_factories(pipeline.sharded_state_dict())
     entries = {}
-    for entry in nested_values(sharded):
-        parameter = entry.data
+    for name, entry in pipeline.sharded_state_dict().items():
+        parameter = getattr(entry, "data", None)
         if isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad:
-            entries[entry.key] = make_sharded_optimizer_tensor(entry, parameter.main_grad.clone(), "gradient")
+            entries[name] = make_sharded_optimizer_tensor(entry, parameter.main_grad.clone(), "gradient")
     apply_factories(entries)
     pieces = [
         (piece.key, piece.global_shape, piece.global_offset, piece.data)

@@ -194,7 +194,7 @@ class Trainer:
             "iteration": self.position.iteration,
             "consumed_samples": self.position.consumed_samples,
             "loss": result.total,
-            **({f"loss_{name}": value for name, value in result.losses.items()} if len(result.losses) > 1 else {}),
+            **({f"loss_{name}": value for name, value in result.losses.items()} if len(result.counts) > 1 else {}),
             **{f"{name}_count": count for name, count in result.counts.items()},
             "grad_norm": norm,
             "learning_rate": self.optimizer.learning_rate,
@@ -239,8 +239,11 @@ class Trainer:
         for chunk in self.pipeline.chunks:
             chunk.train()
         means = {name: sums[name] / max(1.0, counts[name]) for name in sums}
-        weights = {loss.name: loss.weight for loss in self.pipeline.graph.losses}
-        return {"validation_loss": sum(weights[name] * mean for name, mean in means.items())}
+        losses = self.pipeline.graph.losses
+        return {
+            "validation_loss": sum(loss.weight * means.get(loss.name, 0.0) for loss in losses),
+            **({f"validation_{name}": mean for name, mean in means.items()} if len(losses) > 1 else {}),
+        }
 
     def _save(self, final: bool) -> None:
         self.watchdog.beat(f"saving iteration {self.position.iteration}")
