@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 
-def load_plugin(name: str, folder: Path) -> ModuleType:
+def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     """Imports a plugin once.
 
     Args:
         name: path of a Python file (from the working directory, or from the recipe's folder), or a module's name.
         folder: of the recipe.
+        field: of the recipe that names it, for messages.
 
     Raises:
         ValueError: there is no such file or module.
@@ -23,10 +24,10 @@ def load_plugin(name: str, folder: Path) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise ValueError(f"plugins: there is no module {name!r} ({error})") from None
+            raise ValueError(f"{field}: there is no module {name!r} ({error})") from None
     path = next((p.resolve() for p in (Path(name), folder / name) if p.is_file()), None)
     if path is None:
-        raise ValueError(f"plugins: there is no file {name}, neither here nor in {folder}")
+        raise ValueError(f"{field}: there is no file {name}, neither here nor in {folder}")
     module_name = f"megatron_mm_plugin_{path.stem}"
     if module_name in sys.modules:
         return sys.modules[module_name]

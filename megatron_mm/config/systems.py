@@ -164,7 +164,8 @@ class AVTConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.audio.problems("model.audio", sizes.tp)
         yield from self.fusion.problems("model.fusion", sizes.tp)
-        yield from self.contrastive.problems("model.contrastive")
+        if self.contrastive_weight > 0:
+            yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         yield from weights_problems(
             "model",
             masked_lm_weight=self.masked_lm_weight,
@@ -213,7 +214,8 @@ class VLMConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
         yield from self.decoder.problems("model.decoder", sizes.tp)
-        yield from self.contrastive.problems("model.contrastive")
+        if self.contrastive_weight > 0 and self.phase == "joint":
+            yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
         yield from weights_problems("model", **weights)
         cross = self.cross_attention
@@ -265,7 +267,8 @@ class PerceiverFusionConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.text.problems("model.text", sizes.tp)
         yield from self.perceiver.problems("model.perceiver", sizes.tp)
-        yield from self.contrastive.problems("model.contrastive")
+        if self.contrastive_weight > 0:
+            yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         yield from weights_problems(
             "model",
             contrastive_weight=self.contrastive_weight,
@@ -324,7 +327,8 @@ class DualEncoderConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
         yield from self.text.problems("model.text", sizes.tp)
-        yield from self.contrastive.problems("model.contrastive")
+        if self.contrastive_weight > 0 and self.phase == "joint":
+            yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         yield from weights_problems(
             "model",
             contrastive_weight=self.contrastive_weight,

@@ -459,10 +459,17 @@ class ContrastiveConfig:
     """Against the micro_batch_size x data parallel samples of a microbatch, or against the whole global batch (features
     are computed once without gradient, cached, and a second pass carries the gradient)."""
 
-    def problems(self, name: str) -> Iterator[str]:
-        """What is wrong."""
+    def problems(self, name: str, training, sizes) -> Iterator[str]:
+        """What is wrong; the loss compares samples with one another, so one alone teaches nothing."""
         if self.temperature <= 0:
             yield f"{name}.temperature is {self.temperature}; it must be positive"
+        if training.global_batch_size < 2:
+            yield "training.global_batch_size is 1: a contrastive loss needs at least two samples"
+        elif self.negatives == "microbatch" and training.micro_batch_size * sizes.dp < 2:
+            yield (
+                "training.micro_batch_size 1 x data parallel 1 leaves a contrastive loss one sample a microbatch; "
+                f"take more, or {name}.negatives: batch"
+            )
 
 
 def weights_problems(name: str, **weights: float) -> Iterator[str]:

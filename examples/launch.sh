@@ -1,0 +1,42 @@
+# What every examples/*/pretrain.sh starts with: cluster facts in one place, and one way to launch. Sourced, not run.
+#
+#   launch RECIPE NODES [options of pretrain_multimodal.py]
+#
+# Under Slurm with one task a GPU (as in the .slurm files) each task becomes one rank, so that SIGTERM reaches the run
+# itself and it may take as long as it needs to save. Otherwise torchrun starts the GPUs of this node; its agent kills
+# what has not ended 30 s after SIGTERM. `--dry-run` runs on any machine, without data.
+#
+# DATA names a folder of tools/preprocess_multimodal.py, TOKENIZER its SentencePiece model, OUTPUT where figures and
+# checkpoints go. NODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR and MASTER_PORT are torchrun's.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+NODE_RANK=${NODE_RANK:-0}
+export MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
+
+# Without a second hardware queue, communication and computation overlap in the order that megatron-core expects.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+# A collective that hangs ends its process instead of waiting for ever; the watchdog has left stacks by then.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# Payloads change size with the media of a step: expandable segments keep that from fragmenting the allocator.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+
+launch() {
+    local recipe=$1 nodes=${NODES:-$2} word
+    shift 2
+    for word in "$@"; do
+        if [ "$word" = --dry-run ]; then
+            exec python pretrain_multimodal.py --config "$recipe" --world-size $((nodes * GPUS_PER_NODE)) "$@"
+        fi
+    done
+    local options=(pretrain_multimodal.py --config "$recipe"
+        --data-path "${DATA:?a dataset folder}" --data.tokenizer "${TOKENIZER:?a SentencePiece model}")
+    [ -z "${OUTPUT:-}" ] || options+=(--logging.output "$OUTPUT")
+    if [ "${SLURM_NTASKS:-1}" -gt "${SLURM_NNODES:-1}" ]; then
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        exec python "${options[@]}" "$@"
+    fi
+    exec torchrun --nnodes "$nodes" --nproc-per-node "$GPUS_PER_NODE" --node-rank "$NODE_RANK" \
+        --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "${options[@]}" "$@"
+}

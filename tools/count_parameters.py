@@ -1,0 +1,71 @@
+"""Parameters of recipes, part by part, from the nodes' own figures.
+
+    python tools/count_parameters.py [--config RECIPE.yaml …] [--json FILE]
+
+Without --config: every recipe that the package has. Counts are those of the whole model in the recipe's phase; a part
+is what stands before the first number of a node's name (`decoder.layers.0` … are one part). Nothing is built.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass
+class Arguments:
+    """What to count."""
+
+    config: tuple[Path, ...] = ()
+    """Recipes; none: all of the package's."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def count(recipe: Path) -> dict[str, int]:
+    """Parameters of each part of a recipe's model."""
+    from megatron_mm.config.load import load_config
+    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.models.systems import build_graph
+    from megatron_mm.training.assembly import full_plan, layer_settings
+
+    config = load_config(recipe)
+    graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
+    plan = full_plan(config)
+    parts: dict[str, int] = defaultdict(int)
+    for node in graph.nodes:
+        parts[re.split(r"\.\d", node.name)[0]] += node.cost(plan).parameters
+    return dict(parts)
+
+
+def main() -> int:
+    """0; 1 with the reason on stderr; 2 for usage."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    from megatron_mm.config.load import RECIPES
+    from megatron_mm.platform.setup import apply_platform
+
+    apply_platform()
+    figures = {}
+    try:
+        for recipe in arguments.config or sorted(RECIPES.glob("*.yaml")):
+            parts = figures[recipe.stem] = count(recipe)
+            print(f"{recipe.stem}: {sum(parts.values()):,}")
+            for name, number in parts.items():
+                if number:
+                    print(f"  {name:<28}{number:>16,}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
