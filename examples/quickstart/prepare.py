@@ -2,7 +2,7 @@
 
 Usage (run.sh does this):
 
-    python examples/quickstart/prepare.py --output outputs/quickstart/data
+    python -m examples.quickstart.prepare --output outputs/quickstart/data
 
 Writes into the output folder `train.jsonl`, `heldout_image.jsonl`, `heldout_sound.jsonl`, `names.txt` (text for the
 tokenizer), `LICENCES.txt`, and the pictures and sounds they name. Training has four vendors' art and several voices;
@@ -20,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import emoji_art
-import speech
 import tyro
-from emoji_art import Emoji
 from tqdm import tqdm
+
+from examples.data import emoji_art, speech
+from examples.data.emoji_art import Emoji
 
 TRAIN_VENDORS = ("google", "fluent", "flat", "openmoji")
 HELDOUT_VENDOR = "twitter"
@@ -149,7 +149,7 @@ def main(arguments: Arguments) -> None:
     cache = arguments.cache or arguments.output / "packages"
     packages = {}
     for vendor in emoji_art.VENDORS.values():
-        print(f"{vendor.package} {vendor.version} (npm): {vendor.licence}", flush=True)
+        print(f"{vendor.package}: {vendor.package.licence}", flush=True)
         packages[vendor.name] = emoji_art.fetch(vendor, cache)
     print(f"espeak-ng (apt): {speech.LICENCE}", flush=True)
     emoji = emoji_art.choose_names(packages, arguments.names)
@@ -161,7 +161,7 @@ def main(arguments: Arguments) -> None:
     for modality, samples in heldout_samples(emoji).items():
         write_jsonl(arguments.output / f"heldout_{modality}.jsonl", samples)
     (arguments.output / "names.txt").write_text("".join(f"{e.name}\n" for e in emoji), encoding="utf-8")
-    licences = [f"{v.package} {v.version}: {v.licence}\n" for v in emoji_art.VENDORS.values()]
+    licences = [f"{v.package}: {v.package.licence}\n" for v in emoji_art.VENDORS.values()]
     (arguments.output / "LICENCES.txt").write_text("".join([*licences, f"espeak-ng: {speech.LICENCE}\n"]))
     print(f"{len(emoji)} names, {len(train)} training samples; longest sound {longest:.2f} s; in {arguments.output}")
 

@@ -47,7 +47,7 @@ fi
 stop=$((iterations / 2))
 
 heading "Data: emoji art (npm) and spoken names (espeak-ng)"
-python examples/quickstart/prepare.py --output "$output/data" --names $names
+python -m examples.quickstart.prepare --output "$output/data" --names $names
 
 heading "Tokenizer"
 python tools/train_tokenizer.py --input "$output/data/names.txt" --vocab-size 1024 --model-type bpe \

@@ -1,4 +1,4 @@
-"""Emoji art of five vendors from npm, as small RGB pictures with an English name each.
+"""Emoji art of several vendors from npm, as small RGB pictures with an English name each.
 
 npm's own client fetches the packages once into a folder; `choose_names` picks base emoji that all vendors drew and
 whose name is plain short English; `draw` composites one drawing onto a background. What is held out later is a vendor,
@@ -12,14 +12,14 @@ import io
 import json
 import random
 import re
-import shutil
-import subprocess
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import resvg_py
 from PIL import Image, ImageEnhance, ImageOps
+
+from examples.data import packages
+from examples.data.packages import Package
 
 PICTURE_SIZE = 64
 #: Categories of emoji-datasource that are things one can see and name; flags, signs and letters are left out.
@@ -33,27 +33,35 @@ class Vendor:
     """One vendor's art as an npm package."""
 
     name: str
-    package: str
-    version: str
+    package: Package
     pictures: str
-    """Folder of pictures inside the package."""
-    licence: str
+    """Folder of pictures inside the package, named by their code points."""
 
 
+def _vendor(name: str, package: str, version: str, pictures: str, licence: str) -> Vendor:
+    return Vendor(name, Package("npm", package, version, rf"{pictures}/[^/]+|emoji\.json", licence), pictures)
+
+
+def _iconify(name: str, version: str, licence: str) -> Vendor:
+    package = Package("npm", f"@iconify-json/{name}", version, r"icons\.json", licence)
+    return Vendor(name, package, "svg")
+
+
+#: The vendors of the quick start.
 VENDORS = {
     vendor.name: vendor
     for vendor in (
-        Vendor(
+        _vendor(
             "google",
             "emoji-datasource-google",
             "16.0.0",
             "img/google/64",
             "Noto Emoji art by Google, Apache-2.0; emoji-datasource data, MIT",
         ),
-        Vendor("fluent", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "Fluent Emoji 3D art by Microsoft, MIT"),
-        Vendor("flat", "@lobehub/fluent-emoji-flat", "1.1.0", "assets", "Fluent Emoji flat art by Microsoft, MIT"),
-        Vendor("openmoji", "openmoji", "17.0.0", "color/svg", "OpenMoji art by the OpenMoji project, CC-BY-SA-4.0"),
-        Vendor(
+        _vendor("fluent", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "Fluent Emoji 3D art by Microsoft, MIT"),
+        _vendor("flat", "@lobehub/fluent-emoji-flat", "1.1.0", "assets", "Fluent Emoji flat art by Microsoft, MIT"),
+        _vendor("openmoji", "openmoji", "17.0.0", "color/svg", "OpenMoji art by the OpenMoji project, CC-BY-SA-4.0"),
+        _vendor(
             "twitter",
             "emoji-datasource-twitter",
             "16.0.0",
@@ -62,6 +70,18 @@ VENDORS = {
         ),
     )
 }
+#: More vendors, who drew fewer emoji; their packages are one file of drawings by name.
+ICONIFY_VENDORS = {
+    vendor.name: vendor
+    for vendor in (
+        _iconify("noto-v1", "1.2.5", "Noto Emoji art of 2013–2016 by Google, Apache-2.0"),
+        _iconify("emojione", "1.2.3", "EmojiOne 2 art by EmojiOne, CC-BY-4.0"),
+        _iconify("emojione-v1", "1.2.3", "EmojiOne 1 art by EmojiOne, CC-BY-SA-4.0"),
+    )
+}
+ALL_VENDORS = VENDORS | ICONIFY_VENDORS
+#: Iconify's name of each emoji's code points.
+ICONIFY_CODES = Package("npm", "@iconify-json/noto", "1.2.9", r"chars\.json", "table of names, Apache-2.0")
 
 
 @dataclass(frozen=True)
@@ -75,69 +95,56 @@ class Emoji:
 
 
 def fetch(vendor: Vendor, folder: Path) -> Path:
-    """Downloads and unpacks a vendor's package with `npm pack`, unless it is there already.
+    """Downloads and unpacks a vendor's package, unless it is there already.
 
     Returns:
-        The unpacked package's folder.
+        The unpacked package's folder; its `vendor.pictures` has a file for each emoji, named by code points.
 
     Raises:
         ValueError: npm is missing or could not fetch the package.
     """
-    target = folder / vendor.name
-    if (target / "package.json").is_file():
-        return target
-    if shutil.which("npm") is None:
-        raise ValueError("npm is not installed and the emoji art comes through it: apt-get install npm (or nodejs)")
-    folder.mkdir(parents=True, exist_ok=True)
-    specification = f"{vendor.package}@{vendor.version}"
-    done = subprocess.run(
-        ["npm", "pack", specification, "--silent", "--pack-destination", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise ValueError(f"npm could not fetch {specification}: {done.stderr.strip() or 'no message'}")
-    archive = folder / done.stdout.strip().splitlines()[-1]
-    unpacking = folder / f"{vendor.name}.unpacking"
-    shutil.rmtree(unpacking, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        wanted = [m for m in tar.getmembers() if _is_wanted(m, vendor)]
-        for member in wanted:
-            member.name = member.name.removeprefix("package/")
-        tar.extractall(unpacking, members=wanted)
-    unpacking.rename(target)  # after everything is unpacked, so that a killed run starts again
-    archive.unlink()
+    target = packages.fetch(vendor.package, folder / vendor.name)
+    if vendor.name in ICONIFY_VENDORS and not (target / vendor.pictures).is_dir():
+        codes = packages.fetch(ICONIFY_CODES, folder / "iconify-codes") / "chars.json"
+        _write_drawings(target / "icons.json", codes, target / vendor.pictures)
     return target
 
 
-def _is_wanted(member: tarfile.TarInfo, vendor: Vendor) -> bool:
-    """Whether a member is a picture, the table of names, a licence or the package's description: not the sheets."""
-    name = member.name.removeprefix("package/")
-    if not member.isfile() or ".." in Path(name).parts or not member.name.startswith("package/"):
-        return False
-    return name.startswith(f"{vendor.pictures}/") or name in (
-        "emoji.json",
-        "package.json",
-        "LICENSE",
-        "LICENSE.txt",
-        "README.md",
-    )
+def _write_drawings(icons: Path, codes: Path, target: Path) -> None:
+    """Writes an SVG for each emoji of an Iconify set, named by code points."""
+    table = json.loads(icons.read_text(encoding="utf-8"))
+    drawings = {name: icon["body"] for name, icon in table["icons"].items()}
+    drawings |= {
+        name: drawings[alias["parent"]]
+        for name, alias in table.get("aliases", {}).items()
+        if alias.keys() == {"parent"} and alias["parent"] in drawings
+    }
+    size = f'width="{table["width"]}" height="{table["height"]}" viewBox="0 0 {table["width"]} {table["height"]}"'
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for code, name in json.loads(codes.read_text(encoding="utf-8")).items():
+        if name in drawings:
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{drawings[name]}</svg>'
+            (partial / f"{code}.svg").write_text(svg, encoding="utf-8")
+    partial.rename(target)
 
 
-def choose_names(packages: dict[str, Path], count: int) -> list[Emoji]:
+def choose_names(fetched: dict[str, Path], count: int) -> list[Emoji]:
     """Base emoji that every vendor drew, with a unique name of one to three plain words.
 
     Args:
-        packages: unpacked package of each vendor; "google" must have the table of names.
+        fetched: unpacked package of each vendor (`fetch`); "google" must have the table of names.
         count: at most this many, a fixed pseudo-random choice; 0 takes all.
 
     Returns:
         The emoji in order of their code.
     """
     available = {}
-    for vendor, package in packages.items():
-        pictures = (package / VENDORS[vendor].pictures).iterdir()
+    for vendor, package in fetched.items():
+        pictures = (package / ALL_VENDORS[vendor].pictures).iterdir()
         available[vendor] = {_without_selectors(path.stem): path for path in pictures}
     chosen: dict[str, Emoji] = {}
-    for record in json.loads((packages["google"] / "emoji.json").read_text(encoding="utf-8")):
+    for record in json.loads((fetched["google"] / "emoji.json").read_text(encoding="utf-8")):
         code, name = _without_selectors(record["unified"]), readable_name(record["name"] or "")
         if record["category"] not in CATEGORIES or "200d" in code or name is None or name in chosen:
             continue
