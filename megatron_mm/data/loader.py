@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_mm.data.dataset import BlendedDataset
+from megatron_mm.data.dataset import Split
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.data.order import TaskSchedule
@@ -54,7 +54,7 @@ class _Microbatches(Dataset):
     """Map from microbatch number to microbatch."""
 
     def __init__(
-        self, dataset: BlendedDataset, fields: frozenset[str], layout: tuple[int, ...], tasks: TaskSchedule
+        self, dataset: Split, fields: frozenset[str], layout: tuple[int, ...], tasks: TaskSchedule
     ) -> None:
         self.dataset, self.fields, self.layout, self.tasks = dataset, fields, layout, tasks
 
@@ -108,7 +108,7 @@ class MicrobatchLoader:
 
     def __init__(
         self,
-        dataset: BlendedDataset,
+        dataset: Split,
         consumed_samples: int,
         micro_batch_size: int,
         data_parallel_rank: int,

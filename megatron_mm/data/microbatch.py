@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from megatron_mm.data.formats import InputFormat
+
 #: Fields that every stage has; the others are read only by the chunks whose nodes consume them.
 ALWAYS_READ = frozenset({"position_ids_RT", "document_ids_RT", "image_slots_RK", "image_slot_documents_RK",
                          "sound_slots_RJ", "sound_slot_documents_RJ", "loss_mask_RT", "clip_slots_R",
@@ -102,3 +104,36 @@ class Microbatch:
             if isinstance(value, torch.Tensor):
                 moved[name] = value.to(device, non_blocking=True)
         return Microbatch(**moved)
+
+
+def field_shapes(inputs: InputFormat, plan: MicrobatchPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that a microbatch of a format has: those always read and `inputs.fields`."""
+    rows, length, size = plan.num_rows, plan.row_length, inputs.image_size
+    image_slots, sound_slots = (rows, plan.image_slots), (rows, plan.sound_slots)
+    whole, real = torch.int64, torch.float32
+    shapes = {
+        "position_ids_RT": ((rows, length), whole),
+        "document_ids_RT": ((rows, length), whole),
+        "loss_mask_RT": ((rows, length), real),
+        "image_slots_RK": (image_slots, whole),
+        "image_slot_documents_RK": (image_slots, whole),
+        "sound_slots_RJ": (sound_slots, whole),
+        "sound_slot_documents_RJ": (sound_slots, whole),
+        "sample_numbers_R": ((rows,), whole),
+        "tokens_RT": ((rows, length), whole),
+        "labels_RT": ((rows, length), whole),
+        "images_ICHW": ((plan.num_images, 3, size, size), real),
+        "image_frames_I": ((plan.num_images,), whole),
+        "clip_slots_R": ((rows,), whole),
+        "clips_VFCHW": ((plan.num_clips, plan.clip_frames, 3, size, size), real),
+        "sounds_AMF": ((plan.num_sounds, inputs.num_mel_bins, inputs.num_frames), real),
+        "waveforms_AN": ((plan.num_sounds, inputs.num_samples), real),
+        "masked_loss_mask_RT": ((rows, length), real),
+        "masked_tokens_RT": ((rows, length), whole),
+        "masked_labels_RT": ((rows, length), whole),
+        "patch_noise_IP": ((plan.num_images, inputs.patches), real),
+    }
+    lacking = {"clip_slots_R"} if inputs.video != "clips" else set()
+    lacking |= {"masked_loss_mask_RT"} if not inputs.mask_ratio else set()
+    names = (ALWAYS_READ - lacking) | inputs.fields
+    return {name: shape for name, shape in shapes.items() if name in names}

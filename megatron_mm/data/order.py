@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from enum import IntEnum
 from fractions import Fraction
 from math import lcm
 
@@ -17,7 +18,19 @@ import numpy as np
 _ROUNDS = 8
 _MAX_DENOMINATOR = 1 << 20
 _LONGEST_BLOCK = 64
-_TASK = 4  # what a key is for; data/rows.py has the others
+
+
+class Purpose(IntEnum):
+    """What a key is for: its second integer, after the seed, so that no two uses share random numbers."""
+
+    PACK = 1
+    VISIT = 2
+    CROP = 3
+    TASK = 4
+    FLIP = 5
+    JITTER = 6
+    HIDE = 7
+    NOISE = 8
 
 
 def keyed_generator(key: Sequence[int]) -> np.random.Generator:
@@ -155,7 +168,7 @@ class TaskSchedule:
         if not self.names:
             return ""
         block, place = divmod(pool, self._block)
-        place = Permutation(self._block, [self.seed, _TASK, block])(np.array([place]))
+        place = Permutation(self._block, [self.seed, Purpose.TASK, block])(np.array([place]))
         return self.names[int(self._blend.locate(block * self._block + place)[0][0])]
 
 

@@ -1,4 +1,4 @@
-"""Documents → rows of a fixed number of tokens: whole documents, bounded media, little padding.
+"""Documents → rows of a fixed number of tokens: whole documents, bounded media, little padding; or one document a row.
 
 Documents arrive in a keyed order and go to the open row that they fill best (best fit over a bounded number of open
 rows, so that neighbours in the order stay neighbours). The result is a pure function of the lengths, the limits and
@@ -34,7 +34,7 @@ class Packing:
     """int64 [rows + 1]."""
     report: dict[str, int]
     """documents, tokens, rows, padding, documents_split, documents_truncated, tokens_cut, documents_too_short,
-    media_dropped."""
+    media_dropped: counts of what was done."""
 
     def __len__(self) -> int:
         """Rows."""
@@ -50,17 +50,8 @@ def pack(shard: Shard, documents: range, limits: Limits, key: list[int] | None) 
         limits: of one row.
         key: of the permutation in which documents arrive; None keeps their order.
     """
-    chosen = slice(documents.start, documents.stop)
-    lengths = shard.document_lengths[chosen]
-    number = np.arange(documents.start, documents.stop, dtype=np.int64)
-    if key is not None and number.size:
-        order = Permutation(number.size, key)(np.arange(number.size))
-        number, lengths = number[order], lengths[order]
+    number, lengths, too_short = _arriving(shard, documents, key)
     images, sounds, has_media, dropped = media_counts(shard, number, limits)
-    kept = lengths >= 2  # a single token has no label
-    too_short = int((~kept).sum())
-    number, lengths, images, sounds, has_media = (a[kept] for a in (number, lengths, images, sounds, has_media))
-
     long = lengths > limits.seq_length
     truncated, cut = long & has_media, long & ~has_media
     tokens_cut = int((lengths[truncated] - limits.seq_length).sum())
@@ -98,6 +89,43 @@ def pack(shard: Shard, documents: range, limits: Limits, key: list[int] | None) 
     )
 
 
+def one_a_row(shard: Shard, documents: range, limits: Limits, key: list[int] | None) -> Packing:
+    """Gives each document a row of its own; longer ones are truncated, media without a place left out. As `pack`."""
+    number, lengths, too_short = _arriving(shard, documents, key)
+    kept = np.minimum(lengths, limits.seq_length)
+    images = shard.column("num_images")[number] + shard.column("num_videos")[number]
+    sounds = shard.column("num_audios")[number]
+    read_images = images if limits.frames_per_video else shard.column("num_images")[number]
+    places = np.minimum(read_images, limits.max_images) + np.minimum(sounds, limits.max_sounds)
+    return Packing(
+        documents=number,
+        offsets=np.zeros(number.size, np.int32),
+        lengths=kept.astype(np.int32),
+        row_starts=np.arange(number.size + 1, dtype=np.int64),
+        report={
+            "documents": number.size,
+            "tokens": int(kept.sum()),
+            "rows": number.size,
+            "padding": int(number.size * limits.seq_length - kept.sum()),
+            "documents_split": 0,
+            "documents_truncated": int((lengths > kept).sum()),
+            "tokens_cut": int((lengths - kept).sum()),
+            "documents_too_short": too_short,
+            "media_dropped": int((images + sounds - places).sum()),
+        },
+    )
+
+
+def _arriving(shard: Shard, documents: range, key: list[int] | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Numbers and lengths of documents in the order in which they arrive, and how many are too short to learn from."""
+    number = np.arange(documents.start, documents.stop, dtype=np.int64)
+    if key is not None and number.size:
+        number = number[Permutation(number.size, key)(np.arange(number.size))]
+    lengths = shard.document_lengths[number]
+    kept = lengths >= 2  # a single token has no label
+    return number[kept], lengths[kept], int((~kept).sum())
+
+
 def media_counts(shard: Shard, number: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Image slots and sounds that documents take in a row, at most the row's limits.
 
@@ -107,11 +135,12 @@ def media_counts(shard: Shard, number: np.ndarray, limits: Limits) -> tuple[np.n
     if not shard.is_multimodal:
         zeros = np.zeros(number.size, np.int64)
         return zeros, zeros, np.zeros(number.size, bool), 0
-    images = shard.column("num_images")[number] + shard.column("num_videos")[number] * limits.frames_per_video
-    sounds = shard.column("num_audios")[number]
+    stills, videos = shard.column("num_images")[number], shard.column("num_videos")[number]
+    images, sounds = stills + videos * limits.frames_per_video, shard.column("num_audios")[number]
     kept_images, kept_sounds = np.minimum(images, limits.max_images), np.minimum(sounds, limits.max_sounds)
     dropped = int((images - kept_images).sum() + (sounds - kept_sounds).sum())
-    return kept_images, kept_sounds, (images + sounds) > 0, dropped
+    dropped += 0 if limits.frames_per_video else int(videos.sum())
+    return kept_images, kept_sounds, (stills + videos + sounds) > 0, dropped
 
 
 def _best_fit(lengths: np.ndarray, images: np.ndarray, sounds: np.ndarray, limits: Limits) -> np.ndarray:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import sentencepiece
 
 from megatron_mm.data.errors import DataError
@@ -70,6 +71,17 @@ class Tokenizer:
     def unlearned_ids(self) -> list[int]:
         """Ids that are never a label that counts: padding and the media placeholders (those the model has)."""
         return [i for i in (self.pad_id, self.image_id, self.audio_id, self.video_id) if i is not None]
+
+    def is_ordinary(self) -> np.ndarray:
+        """Whether each id is a piece of text, bool [vocab_size]: not a control token, a placeholder or the mask."""
+        model = self.processor
+        special = set(self.unlearned_ids) | {self.bos_id, self.eos_id, self.mask_id}
+        return np.array(
+            [
+                not (i in special or model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
+                for i in range(self.vocab_size)
+            ]
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS and EOS."""

@@ -1,8 +1,4 @@
-"""Pixels and samples → what the towers read: cropped and normalised images, log-mel spectrograms.
-
-Random crops are a pure function of the integers that name a sample (seed, epoch, dataset, document, medium), so a
-resumed run, another number of workers or another rank sees the same pixels.
-"""
+"""Pixels and samples → what the towers read: cropped and normalised images, log-mel spectrograms, waveforms."""
 
 from __future__ import annotations
 
@@ -14,31 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-CROP_SCALE = (0.5, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
 Box = tuple[float, float, float, float]
-
-
-def random_crop_box(width: int, height: int, key: Sequence[int]) -> Box:
-    """The box of a random resized crop (torchvision's algorithm): area 0.5–1 of the image, aspect 3/4–4/3.
-
-    Args:
-        width: of the image, pixels.
-        height: of the image, pixels.
-        key: non-negative integers that name the sample.
-
-    Returns:
-        (left, top, right, bottom), in pixels.
-    """
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
-    for _ in range(10):
-        area = width * height * generator.uniform(*CROP_SCALE)
-        aspect = math.exp(generator.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1))
-            return left, top, left + w, top + h
-    return center_crop_box(width, height)
 
 
 def center_crop_box(width: int, height: int) -> Box:
@@ -56,8 +28,16 @@ def image_tensor(
     Returns:
         float32 [3, size, size].
     """
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(resized, dtype=np.float32)
+    return pixel_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box), mean, std)
+
+
+def pixel_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Normalises channels: (value / 255 - mean) / std.
+
+    Returns:
+        float32 [3, height, width].
+    """
+    pixels = np.asarray(image, dtype=np.float32)
     scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float32))
     shift = np.asarray(mean, dtype=np.float32) / np.asarray(std, dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray((pixels * scale - shift).transpose(2, 0, 1)))
@@ -117,3 +97,20 @@ def log_mel_spectrogram(samples: np.ndarray, sample_rate: int, seconds: float, n
     log_mel = torch.clamp(mel_filters(sample_rate, n_fft, num_mel_bins) @ power, min=1e-10).log10()
     log_mel = torch.maximum(log_mel, log_mel.max() - 8.0)
     return (log_mel + 4.0) / 4.0
+
+
+def waveform(samples: np.ndarray, num_samples: int) -> torch.Tensor:
+    """A waveform as wav2vec 2.0 reads it (arXiv:2006.11477): cut, of mean 0 and deviation 1, then padded with zeros.
+
+    Args:
+        samples: mono, float32 [samples].
+        num_samples: length to cut or pad to.
+
+    Returns:
+        float32 [num_samples].
+    """
+    kept = samples[:num_samples].astype(np.float32)
+    out = torch.zeros(num_samples)
+    if kept.size:
+        out[: kept.size] = torch.from_numpy((kept - kept.mean()) / np.sqrt(kept.var() + 1e-7))
+    return out

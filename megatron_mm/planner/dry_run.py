@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan, field_shapes
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import node_times
@@ -129,41 +129,9 @@ def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
 
 def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
     """A microbatch of a plan on the meta device: shapes without values, every field of the system's format."""
-    inputs = config.model.inputs
-
-    def whole(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
-
-    def real(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta")
-
-    rows, length, size = plan.num_rows, plan.row_length, inputs.image_size
-    optional = {
-        "tokens_RT": whole(rows, length),
-        "labels_RT": whole(rows, length),
-        "images_ICHW": real(plan.num_images, 3, size, size),
-        "image_frames_I": whole(plan.num_images),
-        "clips_VFCHW": real(plan.num_clips, plan.clip_frames, 3, size, size),
-        "sounds_AMF": real(plan.num_sounds, inputs.num_mel_bins, inputs.num_frames),
-        "waveforms_AN": real(plan.num_sounds, inputs.num_samples),
-        "masked_tokens_RT": whole(rows, length),
-        "masked_labels_RT": whole(rows, length),
-        "patch_noise_IP": real(plan.num_images, inputs.patches),
-    }
-    return Microbatch(
-        plan=plan,
-        document_ids_RT=whole(rows, length),
-        position_ids_RT=whole(rows, length),
-        loss_mask_RT=real(rows, length),
-        image_slots_RK=whole(rows, plan.image_slots),
-        image_slot_documents_RK=whole(rows, plan.image_slots),
-        sound_slots_RJ=whole(rows, plan.sound_slots),
-        sound_slot_documents_RJ=whole(rows, plan.sound_slots),
-        clip_slots_R=whole(rows) if inputs.video == "clips" else None,
-        masked_loss_mask_RT=real(rows, length) if inputs.mask_ratio else None,
-        sample_numbers_R=whole(rows),
-        **{name: optional[name] for name in inputs.fields},
-    )
+    shapes = field_shapes(config.model.inputs, plan)
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    return Microbatch(plan=plan, **tensors)
 
 
 def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
