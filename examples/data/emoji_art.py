@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import resvg_py
 from PIL import Image, ImageEnhance, ImageOps
+from tqdm import tqdm
 
 from examples.data import packages
 from examples.data.packages import Package
@@ -164,6 +167,34 @@ def readable_name(name: str) -> str | None:
 
 def _without_selectors(code: str) -> str:
     return re.sub(r"-fe0f", "", code.lower())
+
+
+def picture_path(emoji: Emoji, vendor: str, variant: int) -> str:
+    """Path of a picture relative to the output folder."""
+    return f"images/{vendor}/{emoji.code}-{variant}.png"
+
+
+def draw_all(emoji: list[Emoji], vendors: dict[str, int], output: Path) -> None:
+    """Draws every picture that is not there yet.
+
+    Args:
+        vendors: variants of each vendor's drawings.
+        output: folder to which `picture_path` is relative.
+    """
+
+    def draw_if_missing(job: tuple[Path, Path, int]) -> None:
+        if not job[1].is_file():
+            draw(*job)
+
+    jobs = [
+        (e.pictures[vendor], output / picture_path(e, vendor, variant), variant)
+        for e in emoji
+        for vendor, variants in vendors.items()
+        for variant in range(variants)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the lock
+        drawn = pool.map(draw_if_missing, jobs)
+        list(tqdm(drawn, total=len(jobs), desc="drawing", unit="picture", mininterval=1))
 
 
 def draw(source: Path, target: Path, variant: int) -> None:

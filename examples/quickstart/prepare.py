@@ -12,7 +12,6 @@ again. Samples are images alone, sounds alone, both together, two images, and te
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -24,7 +23,8 @@ import tyro
 from tqdm import tqdm
 
 from examples.data import emoji_art, speech
-from examples.data.emoji_art import Emoji
+from examples.data.emoji_art import Emoji, picture_path
+from examples.data.samples import sample, write_jsonl, write_lines
 
 TRAIN_VENDORS = ("google", "fluent", "flat", "openmoji")
 HELDOUT_VENDOR = "twitter"
@@ -68,48 +68,30 @@ def training_samples(emoji: list[Emoji], variants: int, seed: int) -> list[dict]
     for e in emoji:
         pictures = [(v, k) for v in TRAIN_VENDORS for k in range(variants)]
         other = chance.choice(emoji)
-        samples += [_sample(f"image/{v}/{k}/{e.code}", e.name, [picture_path(e, v, k)], []) for v, k in pictures]
-        samples += [_sample(f"sound/{v}/{s}/{e.code}", e.name, [], [sound_path(e, v, s)]) for v, s in recordings]
+        samples += [sample(f"image/{v}/{k}/{e.code}", e.name, images=[picture_path(e, v, k)]) for v, k in pictures]
+        samples += [sample(f"sound/{v}/{s}/{e.code}", e.name, audios=[sound_path(e, v, s)]) for v, s in recordings]
         seen, heard = picture_path(e, *chance.choice(pictures)), sound_path(e, *chance.choice(recordings))
-        samples.append(_sample(f"both/{e.code}", e.name, [seen], [heard]))
+        samples.append(sample(f"both/{e.code}", e.name, images=[seen], audios=[heard]))
         two = [picture_path(e, *chance.choice(pictures)), picture_path(other, *chance.choice(pictures))]
-        samples.append(_sample(f"two/{e.code}", f"{e.name} and {other.name}", two, []))
-        samples.append(_sample(f"text/{e.code}", e.name, [], []))
+        samples.append(sample(f"two/{e.code}", f"{e.name} and {other.name}", images=two))
+        samples.append(sample(f"text/{e.code}", e.name))
     return samples
 
 
 def heldout_samples(emoji: list[Emoji]) -> dict[str, list[dict]]:
     """Held-out samples by modality: the unseen vendor's art, and the unseen voice, each alone."""
+    vendor, voice = HELDOUT_VENDOR, HELDOUT_VOICE
     return {
-        "image": [
-            _sample(f"image/{HELDOUT_VENDOR}/{e.code}", e.name, [picture_path(e, HELDOUT_VENDOR, 0)], []) for e in emoji
-        ],
+        "image": [sample(f"image/{vendor}/{e.code}", e.name, images=[picture_path(e, vendor, 0)]) for e in emoji],
         "sound": [
-            _sample(f"sound/{HELDOUT_VOICE}/{e.code}", e.name, [], [sound_path(e, HELDOUT_VOICE, HELDOUT_SPEED)])
-            for e in emoji
+            sample(f"sound/{voice}/{e.code}", e.name, audios=[sound_path(e, voice, HELDOUT_SPEED)]) for e in emoji
         ],
     }
-
-
-def _sample(identifier: str, name: str, images: list[str], audios: list[str]) -> dict:
-    prompt = "<image>" * len(images) + "<audio>" * len(audios)
-    return {"id": identifier, "prompt": prompt, "text": name, "images": images, "audios": audios}
-
-
-def picture_path(emoji: Emoji, vendor: str, variant: int) -> str:
-    """Path of a picture relative to the output folder."""
-    return f"images/{vendor}/{emoji.code}-{variant}.png"
 
 
 def sound_path(emoji: Emoji, voice: str, speed: int) -> str:
     """Path of a recording relative to the output folder."""
     return f"sounds/{voice}-{speed}/{emoji.name.replace(' ', '_')}.wav"
-
-
-def _draw_if_missing(job: tuple[Path, Path, int]) -> None:
-    source, target, variant = job
-    if not target.is_file():
-        emoji_art.draw(source, target, variant)
 
 
 def make_media(emoji: list[Emoji], variants: int, output: Path) -> float:
@@ -118,29 +100,14 @@ def make_media(emoji: list[Emoji], variants: int, output: Path) -> float:
     Returns:
         Seconds of the longest recording.
     """
-    drawings = [
-        (e.pictures[v], output / picture_path(e, v, k), k)
-        for e in emoji
-        for v in TRAIN_VENDORS
-        for k in range(variants)
-    ]
-    drawings += [(e.pictures[HELDOUT_VENDOR], output / picture_path(e, HELDOUT_VENDOR, 0), 0) for e in emoji]
+    emoji_art.draw_all(emoji, {**dict.fromkeys(TRAIN_VENDORS, variants), HELDOUT_VENDOR: 1}, output)
     recordings = [(voice, speed) for voice in TRAIN_VOICES for speed in TRAIN_SPEEDS] + [(HELDOUT_VOICE, HELDOUT_SPEED)]
     sentences = [
         (e.name, voice, speed, output / sound_path(e, voice, speed)) for e in emoji for voice, speed in recordings
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and espeak-ng's process both release the lock
-        drawn = pool.map(_draw_if_missing, drawings)
-        list(tqdm(drawn, total=len(drawings), desc="drawing", unit="picture", mininterval=1))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # espeak-ng is a process of its own
         seconds = pool.map(lambda job: speech.record(*job), sentences)
         return max(tqdm(seconds, total=len(sentences), desc="speaking", unit="sound", mininterval=1))
-
-
-def write_jsonl(path: Path, samples: list[dict]) -> None:
-    """Writes one sample a line, complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    partial.rename(path)
 
 
 def main(arguments: Arguments) -> None:
@@ -160,9 +127,9 @@ def main(arguments: Arguments) -> None:
     write_jsonl(arguments.output / "train.jsonl", train)
     for modality, samples in heldout_samples(emoji).items():
         write_jsonl(arguments.output / f"heldout_{modality}.jsonl", samples)
-    (arguments.output / "names.txt").write_text("".join(f"{e.name}\n" for e in emoji), encoding="utf-8")
-    licences = [f"{v.package}: {v.package.licence}\n" for v in emoji_art.VENDORS.values()]
-    (arguments.output / "LICENCES.txt").write_text("".join([*licences, f"espeak-ng: {speech.LICENCE}\n"]))
+    write_lines(arguments.output / "names.txt", [e.name for e in emoji])
+    licences = [f"{v.package}: {v.package.licence}" for v in emoji_art.VENDORS.values()]
+    write_lines(arguments.output / "LICENCES.txt", [*licences, f"espeak-ng: {speech.LICENCE}"])
     print(f"{len(emoji)} names, {len(train)} training samples; longest sound {longest:.2f} s; in {arguments.output}")
 
 
