@@ -77,7 +77,7 @@ def measure(name: str, arguments: Arguments) -> dict:
 
     case = import_module(f"benchmarks.tower_cases.{name}").build(arguments.smoke)
     with torch.no_grad():
-        ours, theirs = case.ours(), case.theirs()
+        ours, theirs = case.ours().detach(), case.theirs().detach()
     if ours.shape != theirs.shape:
         raise NotTheSameTower(f"{name}: not the same tower: outputs {list(ours.shape)} against {list(theirs.shape)}")
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
