@@ -69,11 +69,11 @@ class DataConfig:
     seq_length: Annotated[int, megatron("seq-length")] = 4096
     """Tokens of one sample: a row of packed documents, or one document, padded or truncated, as the system asks."""
     max_images_per_sample: int = 8
-    """Most images and video frames in one row."""
+    """Most images and video frames in one row; a system of one document a row takes one image or one video."""
     max_sounds_per_sample: int = 2
-    """Most sounds in one row."""
+    """Most sounds in one row; a system of one document a row takes one."""
     frames_per_video: int = 8
-    """Frames taken from a video, evenly spaced."""
+    """Frames taken from a video, evenly spaced; a video with fewer repeats them evenly."""
     random_crop: bool = True
     """Random crop of training images (scale 0.5–1 of the area); false: resize and centre crop, as in validation."""
     horizontal_flip: float = 0.0
@@ -89,7 +89,8 @@ class DataConfig:
     log_sample_ids: bool = False
     """Write the document ids of every step to metrics.jsonl."""
     builder: str | None = None
-    """`module:function` of a user's own that makes the datasets (contract: data/dataset.py); null: shards."""
+    """`module:function` or `file.py:function` of a user's own that makes the datasets (contract: data/dataset.py);
+    null: shards."""
 
 
 @section

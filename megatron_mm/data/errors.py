@@ -6,6 +6,7 @@ record and the cause, and a tool prints that message alone, without a traceback.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -15,14 +16,18 @@ class DataError(ValueError):
     """Input that cannot be used; the message names the file, the record and what would be right."""
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's `main` and ends the process: 0, 1 after an error a user can cause, 130 when interrupted or
     terminated, so that unfinished output is removed then too."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    owner = os.getpid()
+
+    def interrupt(number: int, _frame: object) -> None:
+        if os.getpid() != owner:  # a worker forked with this handler ends as if it had none
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         status = main() or 0
     except (ValueError, OSError) as error:

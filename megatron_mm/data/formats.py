@@ -42,6 +42,8 @@ class InputFormat:
             raise ValueError("a row of packed documents has no place for clips; give their frames (video='frames')")
         if not self.packed and self.video == "frames":
             raise ValueError("a row of one document has place for one image; give videos as clips (video='clips')")
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1")
         if self.video != "none" and not self.image_size:
             raise ValueError(f"video={self.video!r} needs an image_size")
 

@@ -61,7 +61,7 @@ def decode_sound(data: bytes) -> tuple[np.ndarray, int]:
         Samples, float32 in [-1, 1], [samples], and their rate in Hz.
 
     Raises:
-        DataError: not a sound, corrupt, or without samples.
+        DataError: not a sound, corrupt, without samples, or with samples that are no numbers.
     """
     import soundfile
 
@@ -72,6 +72,8 @@ def decode_sound(data: bytes) -> tuple[np.ndarray, int]:
         mono, rate = _decode_sound_av(data)
     if mono.size == 0:
         raise DataError("a sound without samples")
+    if not np.isfinite(mono).all():
+        raise DataError("a sound whose samples are not all numbers")
     return mono, int(rate)
 
 
@@ -101,7 +103,8 @@ def evenly_spaced(total: int, wanted: int) -> np.ndarray:
 
 
 def decode_video(data: bytes, num_frames: int) -> list[Image.Image]:
-    """Decodes `num_frames` evenly spaced frames, RGB. Animated WebP, GIF and PNG count as videos.
+    """Decodes `num_frames` evenly spaced frames, RGB; a video with fewer repeats them evenly. Animated WebP, GIF and
+    PNG count as videos.
 
     Raises:
         DataError: not a video, corrupt, or without frames.
