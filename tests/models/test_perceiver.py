@@ -141,6 +141,14 @@ def test_bf16_follows_fp32_and_recomputation_repeats():
         torch.testing.assert_close(repeated, gradient)
 
 
+def test_evaluation_keeps_no_graph():
+    """megatron-core adds residuals with gradients enabled: a view of a parameter must not reach it."""
+    graph = case.make_graph(LayerSettings())
+    with torch.no_grad():
+        _, streams = synapse_case.run(graph, synapse_case.build(graph), case.make_batch())
+    assert not streams["latents"].requires_grad and not streams["query_states"].requires_grad
+
+
 def test_costs_are_what_is_built_and_what_runs():
     graph = case.make_graph(LayerSettings())
     modules = synapse_case.build(graph).to("meta")

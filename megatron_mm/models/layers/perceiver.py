@@ -119,7 +119,7 @@ class QueryBlock(MegatronModule):
     def forward(self, latents: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[B, L, C] -> [rows, num_queries, C]."""
         rows = self.rows(context.batch.plan)
-        return self.cross(self.queries.expand(rows, -1, -1), latents[:rows], None)
+        return self.cross(self.queries.repeat(rows, 1, 1), latents[:rows], None)
 
 
 def latent_layer(settings: LayerSettings, shape: StackShape, *, memory_width: int) -> LatentLayer:

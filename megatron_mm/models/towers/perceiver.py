@@ -39,7 +39,7 @@ class Latents(nn.Module):
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[B, L, D]."""
-        return self.latents.expand(self.pairs(context.batch.plan), -1, -1)
+        return self.latents.repeat(self.pairs(context.batch.plan), 1, 1)
 
 
 def latent_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
