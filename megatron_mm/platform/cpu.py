@@ -137,6 +137,8 @@ def _redirect_torch() -> None:
 def _redirect_megatron() -> None:
     for category in (UserWarning, FutureWarning):  # of kernels that are missing here, and of its own use of torch
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
+    # torch 2.13 renames collectives that megatron-core 0.16 calls everywhere, and says so on every process.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import random
 
