@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from transformers import WhisperFeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from megatron_mm.data.augmentation import random_crop_box
 from megatron_mm.data.errors import DataError
@@ -20,6 +20,7 @@ from megatron_mm.data.transforms import (
     image_tensor,
     log_mel_spectrogram,
     resample,
+    waveform,
 )
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.27, 0.28)
@@ -90,9 +91,9 @@ def test_random_crops_have_the_stated_distribution_and_depend_on_the_key_only():
     assert len({tuple(b) for b in boxes}) > 1900
 
 
-def wav(samples: np.ndarray, rate: int, format: str = "WAV") -> bytes:
+def wav(samples: np.ndarray, rate: int, format: str = "WAV", subtype: str | None = None) -> bytes:
     out = io.BytesIO()
-    soundfile.write(out, samples, rate, format=format)
+    soundfile.write(out, samples, rate, format=format, subtype=subtype)
     return out.getvalue()
 
 
@@ -105,6 +106,20 @@ def test_sound_formats_are_mixed_to_mono(format):
     spectrum = np.abs(np.fft.rfft(samples[2000:14000]))
     assert abs(np.argmax(spectrum) * 16000 / 12000 - 440) < 3
     assert 0.2 < np.abs(samples[4000:12000]).max() < 0.3, "half of the left channel's amplitude"
+
+
+@pytest.mark.parametrize("length", [1, 700, 4000, 9000])
+def test_waveforms_are_wav2vec2s(length):
+    """Cut or padded, mean 0 and deviation 1 over the sound's own samples; silence stays silence."""
+    samples = np.random.default_rng(length).normal(0.1, 0.3, length).astype(np.float32)
+    extract = Wav2Vec2FeatureExtractor(sampling_rate=16000, do_normalize=True, return_attention_mask=True)
+    padded = extract(samples, sampling_rate=16000, padding="max_length", max_length=4000, truncation=True)
+    out = waveform(samples, 4000)
+    assert out.dtype == torch.float32 and out.shape == (4000,)
+    assert np.abs(out.numpy() - padded["input_values"][0]).max() < 1e-5
+    assert (out[length:] == 0).all()
+    assert waveform(np.zeros(100, np.float32), 50).abs().max() == 0
+    assert waveform(np.zeros(0, np.float32), 50).tolist() == [0.0] * 50
 
 
 def test_resample_keeps_the_pitch():
@@ -158,6 +173,8 @@ def test_video_sound_track_and_errors():
         decode_sound(video(3))
     with pytest.raises(DataError, match="without samples"):
         decode_sound(wav(np.zeros(0), 8000))
+    with pytest.raises(DataError, match="not all numbers"):
+        decode_sound(wav(np.array([0.1, np.nan, 0.2]), 8000, subtype="FLOAT"))
     with pytest.raises(DataError, match="not a sound"):
         decode_sound(b"nothing at all")
     with pytest.raises(DataError, match="no video track"):

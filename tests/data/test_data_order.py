@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_mm.data.order import Blend, Permutation, parse_split, split_documents
+from megatron_mm.data.order import Blend, Permutation, TaskSchedule, parse_split, split_documents
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 65537])
@@ -84,3 +84,37 @@ def test_split_is_megatrons(split, documents):
 def test_bad_split(split):
     with pytest.raises(ValueError, match=r"data\.split"):
         parse_split(split)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "block"),
+    [((("a", 0.5), ("b", 0.5)), 2), ((("a", 0.3), ("b", 0.7)), 10), ((("a", 1), ("b", 2), ("c", 5)), 8)],
+)
+def test_tasks_have_exact_proportions_in_a_keyed_order(tasks, block):
+    schedule, total = TaskSchedule(tasks, seed=3), sum(weight for _, weight in tasks)
+    names = [schedule(pool) for pool in range(40 * block)]
+    for start in range(0, len(names), block):
+        counts = [names[start : start + block].count(name) for name, _ in tasks]
+        assert counts == pytest.approx([weight / total * block for _, weight in tasks])
+    assert len({tuple(names[start : start + block]) for start in range(0, len(names), block)}) > 1
+    assert names == [TaskSchedule(tasks, seed=3)(pool) for pool in range(40 * block)], "no state"
+    assert names != [TaskSchedule(tasks, seed=4)(pool) for pool in range(40 * block)]
+
+
+def test_tasks_do_not_fall_in_step_with_a_blend():
+    """With one sample a pool, two datasets and two tasks in equal shares: every pair comes up."""
+    schedule = TaskSchedule((("a", 0.5), ("b", 0.5)), seed=1)
+    datasets, _ = Blend([1, 1]).locate(np.arange(2000))
+    both = {(int(dataset), schedule(pool)) for pool, dataset in enumerate(datasets[:200])}
+    assert len(both) == 4
+    share = np.mean([schedule(pool) == "a" for pool in range(2000) if datasets[pool] == 0])
+    assert 0.4 < share < 0.6
+
+
+def test_tasks_of_irrational_shares_and_none():
+    schedule = TaskSchedule((("a", 2**0.5), ("b", 1.0)), seed=0)
+    share = np.mean([schedule(pool) == "a" for pool in range(2000)])
+    assert abs(share - 2**0.5 / (1 + 2**0.5)) < 0.002
+    assert TaskSchedule((), seed=0)(17) == ""
+    with pytest.raises(ValueError, match="positive"):
+        TaskSchedule((("a", 0.0), ("b", 0.0)), seed=0)
