@@ -164,6 +164,8 @@ def test_costs_are_what_is_built_and_what_runs():
         assert cost.parameters == sum(parameter.numel() for parameter in module.parameters()), node.name
         assert cost.forward_flops == counter.get_total_flops(), node.name
         assert all(streams[stream.name].shape == stream.shape(batch.plan) for stream in node.writes), node.name
+    (streams["latents"].sum() + streams["query_states"].sum()).backward()  # no value is read on the way back either
+    assert all(parameter.grad.shape == parameter.shape for parameter in modules.parameters())
 
 
 @pytest.mark.parametrize("name", ["perceiver.blocks.1.cross", "perceiver.queries"])

@@ -294,6 +294,8 @@ def test_costs_are_what_is_built_and_what_runs():
         assert cost.parameters == sum(parameter.numel() for parameter in own), node.name
         assert cost.forward_flops == counter.get_total_flops(), node.name
         assert streams["text"].shape == node.writes[0].shape(batch.plan), node.name
+    streams["text"].sum().backward()  # no value is read on the way back either
+    assert all(parameter.grad.shape == parameter.shape for parameter in modules.parameters())
 
 
 def test_stored_bytes_cover_what_autograd_keeps():
