@@ -72,6 +72,12 @@ def _values(config: Config):
         yield f"optimizer.lr_warmup_iters is {optimizer.lr_warmup_iters}, not below the last step of the decay {last}"
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}"
+    for number, group in enumerate(optimizer.groups):
+        name = f"optimizer.groups.{number}"
+        if group.lr_scale <= 0:
+            yield f"{name}.lr_scale is {group.lr_scale}; it must be positive (frozen_iters: -1 freezes nodes for good)"
+        if group.frozen_iters < -1:
+            yield f"{name}.frozen_iters is {group.frozen_iters}; it must be a number of steps, or -1 for always"
     if not any(dataset.weight > 0 for dataset in config.data.datasets) and config.data.datasets:
         yield "data.datasets: every weight is zero"
     if training.train_iters < 1:

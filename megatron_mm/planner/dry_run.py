@@ -97,10 +97,10 @@ def dry_run(config: Config, world_size: int, report=lambda stage: None) -> DryRu
 def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_mm.models.systems import build_graph
-    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_settings
+    from megatron_mm.training.assembly import choose_cuts, full_plan, model_graph
+    from megatron_mm.training.node_groups import LAST_PHASE
 
-    graph = build_graph(config.model, layer_settings(config, sizes, "cpu"))
+    graph = model_graph(config, sizes, "cpu", LAST_PHASE)
     cuts = choose_cuts(config, graph, sizes)
     plan = full_plan(config)
     stages = []

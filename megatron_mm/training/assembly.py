@@ -16,6 +16,7 @@ from megatron_mm.models.systems import build_graph
 from megatron_mm.pipeline.partition import balance, cuts_by_name
 from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
 from megatron_mm.planner.costs import node_times
+from megatron_mm.training.node_groups import phase_graph
 
 
 def layer_dtype(config: Config) -> torch.dtype:
@@ -64,6 +65,12 @@ def full_plan(config: Config) -> MicrobatchPlan:
     )
 
 
+def model_graph(config: Config, sizes: ParallelSizes, device_type: str, iteration: float) -> Graph:
+    """The graph of the phase that follows `iteration` steps (node_groups.LAST_PHASE: all that ever learns does)."""
+    graph = build_graph(config.model, layer_settings(config, sizes, device_type))
+    return phase_graph(graph, config.optimizer.groups, iteration)
+
+
 def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]:
     """The user's cut, or the balanced one.
 
@@ -76,13 +83,16 @@ def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]
     return balance(node_times(graph, full_plan(config), recompute), sizes.chunks)
 
 
-def build_model(config: Config, sizes: ParallelSizes, device: torch.device, seed: int | None) -> Pipeline:
+def build_model(
+    config: Config, sizes: ParallelSizes, device: torch.device, seed: int | None, iteration: float = 0
+) -> Pipeline:
     """Graph, cut and chunks of this process; process groups must exist.
 
     Args:
         seed: initial weights; None leaves them unset.
+        iteration: steps done, which decide what is frozen.
     """
-    graph = build_graph(config.model, layer_settings(config, sizes, "cuda" if device.type == "cuda" else "cpu"))
+    graph = model_graph(config, sizes, "cuda" if device.type == "cuda" else "cpu", iteration)
     return build_pipeline(
         graph,
         choose_cuts(config, graph, sizes),
@@ -92,4 +102,5 @@ def build_model(config: Config, sizes: ParallelSizes, device: torch.device, seed
         seed=seed,
         recompute_layers=config.parallel.recompute_granularity == "full",
         distributed_optimizer=config.parallel.use_distributed_optimizer,
+        dropout=bool(config.model.hidden_dropout or config.model.attention_dropout),
     )

@@ -41,7 +41,7 @@ class SaveError(OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-def _weights(pipeline: Pipeline) -> dict:
+def weights_of(pipeline: Pipeline) -> dict:
     """Weight entries without the extra state of FP8 layers, which the other backend lacks."""
     return {key: value for key, value in pipeline.sharded_state_dict().items() if not key.endswith("_extra_state")}
 
@@ -52,7 +52,7 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
     Raises:
         SaveError: the disk is too full or writing failed; no earlier checkpoint was touched.
     """
-    weights = _weights(pipeline)
+    weights = weights_of(pipeline)
     state = {
         **weights,
         **optimizer.sharded_state(weights, loading=False),
@@ -154,63 +154,43 @@ def load(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> Position:
     """
     weights, stored = _whole_model(folder, pipeline)
     wanted = optimizer.sharded_state(weights, loading=True)
-    wanted = {key: entry for key, entry in wanted.items() if _key(entry) in stored}
-    loaded = dist_checkpointing.load({**weights, **wanted}, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    _take_weights(pipeline, loaded)
+    wanted = {key: entry for key, entry in wanted.items() if entry.key in stored}
+    loaded = load_entries(folder, {**weights, **wanted})
+    take_weights(pipeline, loaded)
     optimizer.reload_weights()
-    optimizer.restore(_weights(pipeline), loaded, loaded["optimizer_step"], loaded["consumed_samples"])
+    optimizer.restore(weights_of(pipeline), loaded, loaded["optimizer_step"], loaded["consumed_samples"])
     return Position(loaded["iteration"], loaded["consumed_samples"])
 
 
 def load_weights(folder: Path, pipeline: Pipeline) -> None:
     """Restores the weights alone, of a model that will not train; raises as `load`."""
     weights, _ = _whole_model(folder, pipeline)
-    loaded = dist_checkpointing.load(weights, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    _take_weights(pipeline, loaded)
+    take_weights(pipeline, load_entries(folder, weights))
 
 
 def _whole_model(folder: Path, pipeline: Pipeline) -> tuple[dict, dict[str, tuple[int, ...]]]:
     """The entries of this process's weights, all of which the checkpoint holds, and the shapes of what it holds."""
-    stored, weights = _stored_shapes(folder), _weights(pipeline)
-    missing = sorted(_key(entry) for entry in weights.values() if _key(entry) not in stored)
+    stored, weights = stored_shapes(folder), weights_of(pipeline)
+    missing = sorted(entry.key for entry in weights.values() if entry.key not in stored)
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {missing[0]}")
-    _check_shapes(folder, weights, stored)
+    check_shapes(folder, weights, stored)
     return weights, stored
 
 
-def load_pretrained(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> list[str]:
-    """Starts from the weights that a checkpoint holds; the rest keep their initial values.
-
-    Returns:
-        Names of this process's parameters that were loaded.
-
-    Raises:
-        ValueError: a weight has another shape than in this model, or nothing fits.
-    """
-    stored = _stored_shapes(folder)
-    weights = {name: entry for name, entry in _weights(pipeline).items() if _key(entry) in stored}
-    _check_shapes(folder, weights, stored)
-    some = torch.tensor(len(weights), device=pipeline.device)
-    dist.all_reduce(some)
-    if int(some) == 0:
-        raise ValueError(f"{folder} holds no weight of this model")
-    loaded = dist_checkpointing.load(weights, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    _take_weights(pipeline, loaded)
-    optimizer.reload_weights()
-    return sorted(weights)
+def load_entries(folder: Path, entries: dict) -> dict:
+    """Reads entries into plain tensors, with the checkpoint's common values. Collective."""
+    return dist_checkpointing.load(entries, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
 
 
-def _key(entry) -> str:
-    return entry.key
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every tensor of a checkpoint, by key."""
     metadata = dist_checkpointing.load_tensors_metadata(str(folder))
     return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
 
 
-def _check_shapes(folder: Path, weights: dict, stored: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(folder: Path, weights: dict, stored: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError where a weight is stored in another shape."""
     for entry in nested_values(weights):
         if isinstance(entry, ShardedTensor) and tuple(entry.global_shape) != stored[entry.key]:
             raise ValueError(
@@ -219,7 +199,8 @@ def _check_shapes(folder: Path, weights: dict, stored: dict[str, tuple[int, ...]
 
 
 @torch.no_grad()
-def _take_weights(pipeline: Pipeline, loaded: dict) -> None:
+def take_weights(pipeline: Pipeline, loaded: dict) -> None:
+    """Copies loaded tensors into the parameters whose names they have."""
     for chunk in pipeline.bare_chunks:
         for node, module in zip(chunk.nodes, chunk.node_modules):
             for name, parameter in module.named_parameters():

@@ -60,6 +60,11 @@ def iteration_of(folder: Path) -> int:
     return int(digits)
 
 
+def recorded_iteration(folder: Path) -> int:
+    """Iteration that the manifest of a whole checkpoint records."""
+    return json.loads((folder / MANIFEST).read_text())["iteration"]
+
+
 def checkpoints(root: str | Path) -> list[Path]:
     """Finished checkpoint folders, oldest first."""
     found = [path for path in Path(root).glob("iter_*") if path.is_dir() and path.name.partition("_")[2].isdigit()]

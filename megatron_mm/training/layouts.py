@@ -114,6 +114,8 @@ def for_layout(config: Config, layout: Layout, iterations: int, pool: int, globa
     config.model.backend = "local"  # flash kernels have no fp32
     config.optimizer.lr_warmup_iters = 0
     config.optimizer.lr_decay_iters = None
+    for group in config.optimizer.groups:
+        group.frozen_iters = min(0, group.frozen_iters)  # whatever ever learns is compared
     return config
 
 

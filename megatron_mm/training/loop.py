@@ -2,12 +2,13 @@
 
     Config → layout → data and model → [microbatches → run_batch → optimizer] … → checkpoints
 
+Where nodes begin to learn (node_groups.py), model and optimizer are built anew from the checkpoint of that iteration.
 Every process runs this same code; what differs is the chunk it holds and the samples it reads.
 """
 
 from __future__ import annotations
 
-import logging
+import gc
 import math
 import time
 from pathlib import Path
@@ -23,18 +24,16 @@ from megatron_mm.data.loader import MicrobatchLoader
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.data.order import TaskSchedule
 from megatron_mm.models.graph import ParallelSizes
-from megatron_mm.models.systems import build_graph
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, checkpoint_folder
-from megatron_mm.training.assembly import build_model, layer_settings
+from megatron_mm.training import checkpoint, checkpoint_folder, warm_start
+from megatron_mm.training.assembly import build_model, model_graph
 from megatron_mm.training.checkpoint import Position
+from megatron_mm.training.node_groups import phase_ends
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import NotFiniteError, StopSignal, Watchdog, explain_gradient, explain_loss
 from megatron_mm.training.tracking import Tracker, peak_tflops
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -60,16 +59,24 @@ class Trainer:
             dump_config(config, self.output / "config.yaml")
         self.watchdog = Watchdog(self.output, minutes)
         self.datasets = build_datasets(config)
-        self.watchdog.beat("building the model")
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
-        self.pipeline = build_model(config, self.sizes, self.device, config.training.seed)
-        self.optimizer = Optimizer(config, self.pipeline)
-        # MFU counts useful work: the same nodes without what context and tensor parallel processes repeat.
-        self.plain_graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
+        load = Path(config.checkpoint.load) if config.checkpoint.load else self.root
+        folder = checkpoint.find(load)
+        if folder is None and config.checkpoint.load:
+            raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
+        self._build(0 if folder is None else checkpoint_folder.recorded_iteration(folder), config.training.seed)
         self.watchdog.beat("loading weights")
-        self.position = self._restore()
+        self.position = self._begin() if folder is None else self._resume(folder)
         self._say(self._describe())
+
+    def _build(self, iteration: int, seed: int | None) -> None:
+        """Model and optimizer of the phase that follows `iteration` steps."""
+        self.watchdog.beat("building the model")
+        self.pipeline = build_model(self.config, self.sizes, self.device, seed, iteration)
+        self.optimizer = Optimizer(self.config, self.pipeline)
+        # MFU counts useful work: the same nodes without what context and tensor parallel processes repeat.
+        self.plain_graph = model_graph(self.config, ParallelSizes(), "cpu", iteration)
 
     def _check_vocabulary(self) -> None:
         """The embedding has a row for each piece, and at most what pads them to a multiple of 1024."""
@@ -96,24 +103,20 @@ class Trainer:
         cuts = " | ".join(names[cut] for cut in self.pipeline.cuts[:-1])
         return f"{layout} on {self.device.type}; {own:,} parameters on rank 0; chunks begin at {cuts}"
 
-    def _restore(self) -> Position:
-        load = Path(self.config.checkpoint.load) if self.config.checkpoint.load else self.root
-        folder = checkpoint.find(load)
-        if folder is not None:
-            position = checkpoint.load(folder, self.pipeline, self.optimizer)
-            if self.first_rank:
-                for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
-                    print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
-            self._say(f"resumed from {folder} at iteration {position.iteration}")
-            return position
-        if self.config.checkpoint.load:
-            raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
-        if self.config.checkpoint.init_from:
-            source = checkpoint_folder.resolve(self.config.checkpoint.init_from)
-            loaded = checkpoint.load_pretrained(source, self.pipeline, self.optimizer)
-            nodes = sorted({name.rsplit(".", 1)[0] for name in loaded})
-            logger.info("rank %d took %d weights from %s: %s", dist.get_rank(), len(loaded), source, nodes)
-            self._say(f"weights of {source} are the start; what it lacks keeps its initial values")
+    def _resume(self, folder: Path) -> Position:
+        position = checkpoint.load(folder, self.pipeline, self.optimizer)
+        if self.first_rank:
+            for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
+                print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
+        self._say(f"resumed from {folder} at iteration {position.iteration}")
+        return position
+
+    def _begin(self) -> Position:
+        settings = self.config.checkpoint
+        if settings.init_from:
+            source = checkpoint_folder.resolve(settings.init_from)
+            rows = warm_start.load_pretrained(source, self.pipeline, self.optimizer, settings.init_nodes)
+            self._say(f"weights of {source} are the start:", warm_start.table(rows))
         return Position()
 
     def _loader(self, dataset, consumed: int, workers: int) -> MicrobatchLoader:
@@ -143,8 +146,8 @@ class Trainer:
             self.watchdog.stop()
             return position
         signals, tracker = StopSignal(), Tracker(config, self.first_rank, position.iteration)
-        loader = self._loader(self.datasets.train, position.consumed_samples, config.data.num_workers)
-        stopped = False
+        loader = self._train_loader()
+        phases, stopped = phase_ends(config.optimizer.groups), False
         try:
             while position.iteration < training.train_iters and not stopped:
                 self.watchdog.beat(f"iteration {position.iteration + 1}")
@@ -154,9 +157,13 @@ class Trainer:
                     figures.update(self.validate())
                 tracker.record(figures)
                 stopped = signals.agreed()
-                interval = config.checkpoint.save_interval
-                if last or stopped or (interval and position.iteration % interval == 0):
-                    self._save(final=last or stopped)
+                interval, ended = config.checkpoint.save_interval, position.iteration in phases
+                if last or stopped or ended or (interval and position.iteration % interval == 0):
+                    self._save(needed=last or stopped or ended)
+                if ended and not (last or stopped):
+                    loader.close()
+                    self._next_phase()
+                    loader = self._train_loader()
         finally:
             loader.close()
             tracker.close()
@@ -164,6 +171,20 @@ class Trainer:
         verb = "stopped by a signal" if stopped else "finished"
         self._say(f"{verb} at iteration {position.iteration}; metrics in {self.output}, checkpoints in {self.root}")
         return position
+
+    def _train_loader(self) -> MicrobatchLoader:
+        return self._loader(self.datasets.train, self.position.consumed_samples, self.config.data.num_workers)
+
+    def _next_phase(self) -> None:
+        """Goes on from the checkpoint just written with another part of the model frozen, cut and sharded anew."""
+        iteration = self.position.iteration
+        del self.pipeline, self.optimizer  # before the next are built: both would not fit
+        gc.collect()
+        torch.cuda.empty_cache()
+        self._build(iteration, seed=None)
+        self.watchdog.beat("loading weights")
+        checkpoint.load(checkpoint_folder.folder_of(self.root, iteration), self.pipeline, self.optimizer)
+        self._say(f"iteration {iteration}: nodes that were frozen learn from here on; {self._describe()}")
 
     def _step(self, loader: MicrobatchLoader) -> dict:
         """One optimizer step; its figures."""
@@ -245,12 +266,12 @@ class Trainer:
             **({f"validation_{name}": mean for name, mean in means.items()} if len(losses) > 1 else {}),
         }
 
-    def _save(self, final: bool) -> None:
+    def _save(self, needed: bool) -> None:
         self.watchdog.beat(f"saving iteration {self.position.iteration}")
         try:
             folder = checkpoint.save(self.config, self.root, self.pipeline, self.optimizer, self.position)
             self._say(f"saved {folder}")
         except checkpoint.SaveError as error:
-            if final:  # nothing will try again: whoever started the run must know
+            if needed:  # nothing will try again: whoever started the run must know
                 raise
             self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")

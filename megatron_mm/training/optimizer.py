@@ -16,13 +16,21 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    DistributedOptimizer,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mm.config.schema import Config
 from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.training.node_groups import group_of
 
 
 class Optimizer:
@@ -32,22 +40,21 @@ class Optimizer:
         settings, bf16 = config.optimizer, config.training.precision == "bf16"
         self.clip_grad = settings.clip_grad
         self.pipeline = pipeline
-        self.inner: ChainedOptimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.adam_beta1,
-                adam_beta2=settings.adam_beta2,
-                adam_eps=settings.adam_eps,
-                clip_grad=settings.clip_grad,
-                bf16=bf16,
-                params_dtype=torch.bfloat16 if bf16 else torch.float32,
-                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            ),
-            pipeline.chunks,
+        megatron = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
+        overrides = {**get_standard_config_overrides(megatron), **_group_overrides(config, pipeline)}
+        self.inner: ChainedOptimizer = get_megatron_optimizer(megatron, pipeline.chunks, overrides)
         pipeline.config.grad_scale_func = None  # bf16 and fp32 need no loss scale
         for adam in self._torch_optimizers():
             for group in adam.param_groups:
@@ -101,8 +108,8 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the last step."""
-        return self.inner.param_groups[0]["lr"]
+        """Rate of the last step, where no group has its own."""
+        return self.schedule.get_lr({})
 
     # ---------------------------------------------------------------------------------------------- checkpointing
 
@@ -139,13 +146,17 @@ class Optimizer:
         self.steps = steps
         for adam in self._torch_optimizers():
             for group in adam.param_groups:
-                if "step" in group:
-                    group["step"] = steps  # Transformer Engine's and apex's Adam
+                if not isinstance(adam, torch.optim.Adam):
+                    group["step"] = self._steps_of(group)  # Transformer Engine's and apex's: one count a group
+                    continue
                 for parameter in group["params"]:
-                    if "step" in adam.state[parameter]:
-                        adam.state[parameter]["step"] = torch.tensor(float(steps))
+                    adam.state[parameter]["step"] = torch.tensor(float(self._steps_of(group)))
         self.schedule.num_steps = 0
         self.schedule.step(increment=samples)
+
+    def _steps_of(self, group: dict) -> int:
+        """Steps that the parameters of a group have learned."""
+        return max(0, self.steps - group.get("frozen_iters", 0))
 
     def reload_weights(self) -> None:
         """Takes master weights from the model (after loading weights without optimizer state)."""
@@ -167,7 +178,7 @@ class Optimizer:
                 for parameter in group["params"]:
                     state = adam.state[parameter]
                     if isinstance(adam, torch.optim.Adam) and not state:
-                        state["step"] = torch.tensor(float(self.steps))
+                        state["step"] = torch.tensor(float(self._steps_of(group)))
                     for name in ("exp_avg", "exp_avg_sq"):
                         state.setdefault(name, torch.zeros_like(parameter))
 
@@ -226,6 +237,29 @@ class Optimizer:
         for tensor in whole.values():
             dist.all_reduce(tensor, group=group)
         return {name: tensor.view(parameter.shape).cpu() for name, tensor in whole.items()}
+
+
+def _group_overrides(config: Config, pipeline: Pipeline) -> dict[ParamKey, dict]:
+    """What `optimizer.groups` changes, as megatron-core's overrides of parameter groups."""
+    lr, min_lr = config.optimizer.lr, config.optimizer.min_lr
+    kinds: dict[int, tuple[float, int]] = {}
+    for chunk in pipeline.bare_chunks:
+        for node, module in zip(chunk.nodes, chunk.node_modules):
+            group = group_of(config.optimizer.groups, node.name)
+            for name, parameter in module.named_parameters() if group else ():
+                if name not in node.ties:  # a copy follows its owner
+                    kinds[id(parameter)] = (group.lr_scale, max(0, group.frozen_iters))
+    overrides = {}
+    for scale, frozen in {(group.lr_scale, max(0, group.frozen_iters)) for group in config.optimizer.groups}:
+        predicate = ParamWithNamePredicate(
+            f"lr x {scale} after {frozen}", lambda parameter, _, kind=(scale, frozen): kinds.get(id(parameter)) == kind
+        )
+        change: dict = {"frozen_iters": frozen} if frozen else {}
+        if scale != 1.0:
+            change |= {"max_lr": lr * scale, "min_lr": min_lr * scale}
+        if change:
+            overrides[ParamKey(with_name_predicate=predicate)] = change
+    return overrides
 
 
 def _by_parameter(weights: dict) -> dict[int, tuple[str, ShardedTensor | ShardedTensorFactory]]:

@@ -16,7 +16,7 @@ from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, ParallelSizes
 from megatron_mm.pipeline.schedule import Pipeline, run_batch
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoint, warm_start
 from megatron_mm.training.assembly import build_model
 from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.optimizer import Optimizer
@@ -56,7 +56,7 @@ def main() -> None:
     pipeline = build_model(config, sizes, device, seed=3)
     optimizer = Optimizer(config, pipeline)
     if action == "reload":
-        checkpoint.load_pretrained(Path(rest[0]), pipeline, optimizer)
+        warm_start.load_pretrained(Path(rest[0]), pipeline, optimizer)
     else:
         inputs = media_batch(config.model)
         batch = training_microbatch(inputs)

@@ -1,0 +1,89 @@
+"""Groups of nodes: which are frozen when, and what their parameters learn at."""
+
+import pytest
+import torch
+
+from megatron_mm.config.schema import NodeGroupConfig
+from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.platform import setup
+from megatron_mm.training.node_groups import LAST_PHASE, collapsed, phase_ends, phase_graph
+from tests.pipeline.toy import Case, build, graph_of, microbatches_of, run_batch
+
+
+def trainable(groups, iteration) -> set[str]:
+    return {node.name for node in phase_graph(graph_of(Case(layers=1)), groups, iteration).nodes if node.trainable}
+
+
+def test_the_first_group_that_matches_holds():
+    groups = [
+        NodeGroupConfig(nodes=["image.layers.*"], frozen_iters=0),
+        NodeGroupConfig(nodes=["image.*"], frozen_iters=3),
+        NodeGroupConfig(nodes=["pair"], frozen_iters=-1),
+    ]
+    everything = {node.name for node in graph_of(Case(layers=1)).nodes}
+    assert trainable(groups, 0) == everything - {"image.embedding", "pair"} == trainable(groups, 2)
+    assert trainable(groups, 3) == everything - {"pair"} == trainable(groups, LAST_PHASE)
+    assert phase_ends(groups) == {3}
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"groups.0.nodes: 'imag.\*' matches no node; the nodes are text.embedding"):
+        trainable([NodeGroupConfig(nodes=["imag.*"])], 0)
+    with pytest.raises(ValueError, match="freezes every node at iteration 0"):
+        trainable([NodeGroupConfig(nodes=["*"], frozen_iters=5)], 0)
+    with pytest.raises(ValueError, match=r"'head' and 'text\.embedding' share 'text.embedding.table.weight'"):
+        trainable([NodeGroupConfig(nodes=["text.embedding"], frozen_iters=-1)], 0)
+
+
+def test_ranges_of_names():
+    names = ["v.embeddings", "v.layers.0", "v.layers.1", "v.layers.2", "v.layers.4", "p.0.cross", "p.1.cross", "out"]
+    assert collapsed(names) == ["v.embeddings", "v.layers.0-2,4", "p.0-1.cross", "out"]
+
+
+def test_a_rate_of_their_own(monkeypatch):
+    """Adam's first step moves every weight that has a gradient by its rate: truth is that ratio."""
+    from tests.pipeline import toy
+
+    config = toy.small_config()
+    config.optimizer.groups = [NodeGroupConfig(nodes=["image.*"], lr_scale=0.25)]
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_grad = 0.0
+    monkeypatch.setattr(toy, "small_config", lambda: config)
+    setup.initialize(ParallelSizes(), seed=1)
+    pipeline, optimizer, _ = build(Case())
+    before = {name: p.detach().clone() for name, p in pipeline.bare_chunks[0].named_parameters()}
+    optimizer.zero_grad()
+    run_batch(pipeline, microbatches_of(Case(), 0, ParallelSizes()))
+    optimizer.step(optimizer.gradient_norm(), 16)
+    chunk = pipeline.bare_chunks[0]
+    rate = optimizer.learning_rate
+    assert rate == pytest.approx(config.optimizer.lr, rel=0.01)
+    for index, node in enumerate(chunk.nodes):
+        for name, parameter in chunk.node_modules[index].named_parameters():
+            step = (parameter.detach() - before.get(f"node_modules.{index}.{name}", parameter.detach())).abs().max()
+            expected = rate * (0.25 if node.name.startswith("image.") else 1.0)
+            if (node.name, name) not in (("head", "weight"),):
+                assert float(step) == pytest.approx(expected, rel=1e-3), (node.name, name)
+
+
+def test_a_group_counts_its_own_steps(monkeypatch):
+    """Adam's bias correction begins when a node does."""
+    from tests.pipeline import toy
+
+    config = toy.small_config()
+    config.optimizer.groups = [NodeGroupConfig(nodes=["image.*"], frozen_iters=3)]
+    monkeypatch.setattr(toy, "small_config", lambda: config)
+    monkeypatch.setattr(toy, "graph_of", lambda case: phase_graph(graph_of(case), config.optimizer.groups, 3))
+    setup.initialize(ParallelSizes(), seed=1)
+    pipeline, optimizer, _ = build(Case())
+    weights = pipeline.sharded_state_dict()
+    optimizer.restore(weights, {}, steps=3, samples=48)
+    (adam,) = optimizer._torch_optimizers()
+    chunk = pipeline.bare_chunks[0]
+    steps = {
+        node.name: float(adam.state[parameter]["step"])
+        for node, module in zip(chunk.nodes, chunk.node_modules)
+        for parameter in module.parameters()
+    }
+    assert steps["image.layers.0"] == steps["image.embedding"] == 0 and steps["text.layers.0"] == steps["head"] == 3
+    assert isinstance(adam, torch.optim.Adam)
