@@ -56,6 +56,7 @@ class CheckedSplit:
             )
         self.split, self.own, self.builder = split, own, config.data.builder
         self.inputs, self.seq_length = config.model.inputs, config.data.seq_length
+        self.clip_frames = config.data.frames_per_video if self.inputs.video == "clips" else 0
 
     def report_lines(self) -> list[str]:
         """The user's lines, or where the samples come from."""
@@ -79,8 +80,8 @@ class CheckedSplit:
         if not isinstance(batch, Microbatch):
             return f"a {type(batch).__name__}, not a Microbatch"
         plan = batch.plan
-        clip_frames = plan.clip_frames if self.inputs.video == "clips" else 0
-        demanded = {"num_rows": len(index), "row_length": self.seq_length, "task": task, "clip_frames": clip_frames}
+        demanded = {"num_rows": len(index), "row_length": self.seq_length, "task": task}
+        demanded["clip_frames"] = self.clip_frames
         for name, value in demanded.items():
             if getattr(plan, name) != value:
                 return f"plan.{name} is {getattr(plan, name)!r}; it must be {value!r}"
