@@ -21,7 +21,7 @@ import tyro
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_mm.config.plugins import load_plugin
+from megatron_mm.config.plugins import load_plugin, locate_plugin
 from megatron_mm.config.schema import Config, DatasetConfig
 from megatron_mm.config.section import section
 from megatron_mm.config.systems import SECTIONS, SynapseConfig, SystemConfig
@@ -54,8 +54,11 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
     Raises:
         ValueError: an unknown system or field, or a value of the wrong type; source and fields are named.
     """
+    folder = Path(source).parent
+    if tree.get("plugins"):
+        tree = {**tree, "plugins": [locate_plugin(str(name), folder) for name in tree["plugins"]]}
     for plugin in tree.get("plugins") or ():
-        load_plugin(plugin, Path(source).parent)
+        load_plugin(plugin, folder)
     model = tree.get("model")
     name = model.get("system", "synapse") if isinstance(model, dict) else "synapse"
     if name not in SECTIONS:

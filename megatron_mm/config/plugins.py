@@ -9,6 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 
+def locate_plugin(name: str, folder: Path) -> str:
+    """A plugin's name such that it is found from the working directory, whichever folder its recipe is copied to."""
+    path = folder / name
+    if not name.endswith(".py") or Path(name).is_file() or not path.is_file():
+        return name
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     """Imports a plugin once.
 

@@ -1,0 +1,198 @@
+"""A system of one's own, without touching the package: a layer, an objective and a dataset in one file.
+
+    torchrun --nproc-per-node 2 pretrain_multimodal.py --config examples/own_system/byte-mixer.yaml \
+        --pipeline-model-parallel-size 2
+
+The layer is a gated causal convolution over bytes (GLU, arXiv:1612.08083), the objective the likelihood of the next
+byte with smoothed labels, the dataset the sources of Python's standard library, which every machine has. The recipe
+names this file under `plugins` and under `data.builder`. Pipeline, data parallelism, checkpoints, resuming and
+tools/verify_layouts.py work as for any other system; the layer is whole on every tensor-parallel process.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_mm.config.schema import Config
+from megatron_mm.config.section import section
+from megatron_mm.config.systems import SystemConfig
+from megatron_mm.data.formats import InputFormat
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.rows import Document, collate
+from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
+from megatron_mm.models.layers.parameters import describe, empty_parameter
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.systems import register
+
+BYTES = 256
+
+
+@section
+class ByteMixerConfig(SystemConfig):
+    """Byte mixer: gated causal convolutions over bytes."""
+
+    system: Literal["byte_mixer"] = "byte_mixer"
+    """Name of the system."""
+    num_layers: int = 6
+    """Convolution layers."""
+    hidden_size: int = 96
+    """Width."""
+    kernel_size: int = 5
+    """Bytes that a layer sees at once."""
+    label_smoothing: float = 0.05
+    """Share of the likelihood that is spread over all bytes."""
+
+    @property
+    def inputs(self) -> InputFormat:
+        """Rows of one piece of text."""
+        return InputFormat(vocab_size=BYTES, packed=False)
+
+    def problems(self, config, sizes):
+        """What contradicts itself."""
+        if not 0.0 <= self.label_smoothing < 1.0:
+            yield f"model.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)"
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+
+
+class ByteEmbedding(nn.Module):
+    """Bytes -> [R, T, C]."""
+
+    def __init__(self, config: ByteMixerConfig, settings: LayerSettings) -> None:
+        super().__init__()
+        self.table = empty_parameter(BYTES, config.hidden_size, dtype=settings.dtype)
+
+    def forward(self, context: ForwardContext) -> torch.Tensor:
+        """The microbatch's tokens as vectors."""
+        return functional.embedding(context.batch.tokens_RT, self.table)
+
+
+class GatedConvolution(nn.Module):
+    """x + value · sigmoid(gate), both a causal convolution of the normed input."""
+
+    def __init__(self, config: ByteMixerConfig, settings: LayerSettings) -> None:
+        super().__init__()
+        width, self.kernel_size = config.hidden_size, config.kernel_size
+        self.input_layernorm = nn.utils.skip_init(
+            nn.LayerNorm, width, dtype=settings.dtype, device=torch.cuda.current_device()
+        )
+        self.kernel = empty_parameter(2 * width, width, config.kernel_size, dtype=settings.dtype)
+
+    def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """[R, T, C] -> [R, T, C]."""
+        padded = functional.pad(self.input_layernorm(hidden).transpose(1, 2), (self.kernel_size - 1, 0))
+        return hidden + functional.glu(functional.conv1d(padded, self.kernel), dim=1).transpose(1, 2)
+
+
+class ByteHead(nn.Module):
+    """States -> logits [R, T, 256]."""
+
+    def __init__(self, config: ByteMixerConfig, settings: LayerSettings) -> None:
+        super().__init__()
+        self.output = empty_parameter(BYTES, config.hidden_size, dtype=settings.dtype)
+
+    def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """[R, T, C] -> [R, T, 256]."""
+        return functional.linear(hidden, self.output)
+
+
+# --------------------------------------------------------------------------------------------------- objective
+
+
+def smoothed_loss(label_smoothing: float) -> Loss:
+    """Cross-entropy of the next byte with smoothed labels; every context-parallel process has all of it."""
+
+    def compute(logits: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        batch = context.batch
+        losses = functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            batch.labels_RT.flatten(),
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        return torch.dot(losses, batch.loss_mask_RT.flatten())
+
+    def count(batch: Microbatch) -> torch.Tensor:
+        return batch.loss_mask_RT.sum()
+
+    return Loss("next_byte", compute, count, ("logits",), sharded=False, fields=frozenset({"labels_RT"}))
+
+
+# ------------------------------------------------------------------------------------------------------- graph
+
+
+def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
+    """Embedding, convolutions, head: each layer a node, so that a pipeline can be cut between any two."""
+    width, matrix = config.hidden_size, 2 * config.hidden_size**2 * config.kernel_size
+    hidden = Stream("hidden", lambda plan: (plan.num_rows, plan.row_length, width))
+    logits = Stream("logits", lambda plan: (plan.num_rows, plan.row_length, BYTES))
+
+    def make(kind: type[nn.Module]) -> nn.Module:
+        return describe(kind(config, settings), init_std=config.init_std)
+
+    def cost(parameters: int, products: int):
+        def of_plan(plan: MicrobatchPlan) -> NodeCost:
+            positions = plan.num_rows * plan.row_length * settings.sizes.tp * settings.sizes.cp
+            return NodeCost(parameters, 2.0 * positions * products, 4.0 * positions * width)
+
+        return of_plan
+
+    table = BYTES * width
+    nodes = [Node("embedding", partial(make, ByteEmbedding), (), (hidden,), cost(table, 0), frozenset({"tokens_RT"}))]
+    for index in range(config.num_layers):
+        layer, figures = partial(make, GatedConvolution), cost(matrix + 2 * width, matrix)
+        nodes.append(Node(f"layers.{index}", layer, ("hidden",), (hidden,), figures, recomputable=True))
+    nodes.append(Node("output", partial(make, ByteHead), ("hidden",), (logits,), cost(table, table)))
+    return Graph(nodes, [smoothed_loss(config.label_smoothing)])
+
+
+register("byte_mixer", ByteMixerConfig, build_graph)
+
+# ----------------------------------------------------------------------------------------------------- dataset
+
+
+class StandardLibrary:
+    """A split of the standard library's modules: sample n is a piece of the text that a keyed draw chooses.
+
+    Args:
+        files: the modules of the split.
+        length: bytes of a row.
+    """
+
+    def __init__(self, files: list[Path], inputs: InputFormat, length: int, seed: int) -> None:
+        text = b"\n".join(path.read_bytes() for path in files)
+        self.text = np.frombuffer(text, np.uint8).astype(np.int64)
+        self.inputs, self.length, self.seed, self.files = inputs, length, seed, len(files)
+
+    def report_lines(self) -> list[str]:
+        """What the console is told."""
+        return [f"{self.files} modules of Python's standard library, {self.text.size:,} bytes"]
+
+    def microbatch(self, index: Sequence[int], fields: Collection[str], task: str = "") -> Microbatch:
+        """The samples of these numbers (contract: megatron_mm/data/dataset.py)."""
+        rows = []
+        for number in index:
+            draw = np.random.Generator(np.random.Philox(key=[self.seed, number]))
+            start = int(draw.integers(0, self.text.size - self.length))
+            tokens = self.text[start : start + self.length]
+            rows.append([Document(tokens, np.ones(tokens.size, bool), f"stdlib/{number}")])
+        return collate(rows, self.inputs, self.length, index, task).microbatch
+
+
+def build_datasets(config: Config) -> SimpleNamespace:
+    """Every tenth module is held out."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    args = (config.model.inputs, config.data.seq_length, config.training.seed)
+    train = [path for number, path in enumerate(files) if number % 10]
+    return SimpleNamespace(train=StandardLibrary(train, *args), valid=StandardLibrary(files[::10], *args))
