@@ -112,12 +112,11 @@ def plain_step(config, weights: dict, inputs: dict, fused: bool) -> Callable[[],
     """A step of the modelling file and torch's AdamW (returns the loss)."""
     import torch
 
-    from megatron_mm.inference.convert import hf_config
     from megatron_mm.inference.hf.configuration_synapse import SynapseConfig
     from megatron_mm.inference.hf.modeling_synapse import SynapseForCausalLM
-    from megatron_mm.inference.names import synapse_entries
+    from megatron_mm.inference.systems.synapse import fields, synapse_entries
 
-    model = SynapseForCausalLM(SynapseConfig(**hf_config(config))).train()
+    model = SynapseForCausalLM(SynapseConfig(**fields(config))).train()
     entries = synapse_entries(config.model)
     model.load_state_dict(dict(pair for entry in entries for pair in entry.split(weights[entry.training])))
     for name, parameter in model.named_parameters():

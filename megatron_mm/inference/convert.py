@@ -1,8 +1,8 @@
 """Training checkpoints to Hugging Face folders and back.
 
-Both walk the list of `names.synapse_entries` and hold one training tensor and one of its parts at a time, so that
-memory stays under twice the largest tensor. Everything is written to a temporary folder beside the destination and
-renamed at the end: a folder that exists is whole. `pretrained.py` adds the import of CLIP, Whisper and Llama.
+Both walk the list of entries of the system's adapter (systems/) and hold one training tensor and one of its parts at a
+time, so that memory stays under twice the largest tensor. Everything is written to a temporary folder beside the
+destination and renamed at the end: a folder that exists is whole. `pretrained.py` adds the import of others' weights.
 """
 
 from __future__ import annotations
@@ -19,111 +19,50 @@ from tqdm import tqdm
 
 from megatron_mm.config.load import config_from_tree, dump_config, load_config
 from megatron_mm.config.schema import Config
-from megatron_mm.config.systems import SynapseConfig
+from megatron_mm.config.systems import SystemConfig
+from megatron_mm.data.tokenizer import MASK
 from megatron_mm.inference.checkpoint_stream import CheckpointReader, write_checkpoint_weights
-from megatron_mm.inference.names import Entry, Part, synapse_entries
+from megatron_mm.inference.names import Entry, Part
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder, SafetensorsWriter
+from megatron_mm.inference.systems import SYSTEMS, Adapter, adapter_of, differences
 from megatron_mm.training import checkpoint_folder
 
 HF_FILES = Path(__file__).parent / "hf"
-MODELLING_FILES = ("configuration_synapse.py", "modeling_synapse.py", "processing_synapse.py")
+#: Fields of config.json that say how long a run's rows were, which another run may choose anew.
+ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-README = """# Synapse
+README = """# {name}
 
 Exported by megatron_mm (tools/convert_checkpoint.py export). Needs transformers, sentencepiece and Pillow.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = {auto}.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor([{"prompt": "<image>", "images": ["picture.png"]}])
-    print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]))
+    inputs = processor([{{"prompt": "<image>", "images": ["picture.png"]}}])
+    {use}
 """
+GENERATES = 'print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]))'
+EMBEDS = "print(model(**inputs))"
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
-
-
-def hf_config(config: Config) -> dict:
-    """config.json of an exported model, without transformers' own fields."""
-    model, data = config.model, config.data
-    decoder, cross = model.decoder, model.cross_attention
-    fields = {
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "intermediate_size": decoder.ffn_hidden_size,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_attention_heads,
-        "num_key_value_heads": decoder.num_query_groups,
-        "rope_theta": decoder.rotary_base,
-        "rms_norm_eps": decoder.layernorm_epsilon,
-        "initializer_range": model.init_std,
-        "max_position_embeddings": data.seq_length,
-        "cross_attention_every": cross.every,
-        "cross_attention_num_key_value_heads": cross.num_query_groups,
-        "cross_attention_qk_norm": cross.qk_layernorm,
-        "vision_patch_size": model.vision.patch_size,
-        "vision_image_size": model.vision.image_size,
-        "vision_max_frames": model.vision.max_frames,
-        "audio_num_mel_bins": model.audio.num_mel_bins,
-        "audio_sample_rate": model.audio.sample_rate,
-        "audio_seconds": model.audio.seconds,
-        "image_mean": list(data.image_mean),
-        "image_std": list(data.image_std),
-        "frames_per_video": data.frames_per_video,
-    }
-    for name, tower in (("vision", model.vision), ("audio", model.audio)):
-        fields[f"{name}_num_hidden_layers"] = tower.num_layers
-        fields[f"{name}_hidden_size"] = tower.hidden_size
-        fields[f"{name}_num_attention_heads"] = tower.num_attention_heads
-        fields[f"{name}_intermediate_size"] = tower.ffn_hidden_size
-    return fields
+def adapter_of_folder(fields: dict, source: Path) -> Adapter:
+    """The adapter of an exported folder, from its config.json; ValueError if nothing here exported it."""
+    name = fields.get("model_type")
+    if name not in SYSTEMS:
+        raise ValueError(
+            f"{source}: model_type is {name!r}, not one of {', '.join(SYSTEMS)}; restore takes a folder that export "
+            "wrote (import-pretrained takes others' models)"
+        )
+    return adapter_of(name, source)
 
 
 def config_from_hf(fields: dict, source: Path) -> Config:
     """The configuration of an exported model: its architecture and preprocessing, defaults elsewhere."""
-    if fields.get("model_type") != "synapse":
-        raise ValueError(
-            f'{source}: model_type is {fields.get("model_type")!r}, not "synapse"; restore takes a folder that export '
-            "wrote (import-pretrained takes CLIP, Whisper and Llama)"
-        )
-    get = fields.__getitem__
     try:
-        towers = {
-            name: {
-                "num_layers": get(f"{name}_num_hidden_layers"),
-                "hidden_size": get(f"{name}_hidden_size"),
-                "num_attention_heads": get(f"{name}_num_attention_heads"),
-                "ffn_hidden_size": get(f"{name}_intermediate_size"),
-            }
-            for name in ("vision", "audio")
-        }
-        towers["vision"] |= {k: get(f"vision_{k}") for k in ("patch_size", "image_size", "max_frames")}
-        towers["audio"] |= {k: get(f"audio_{k}") for k in ("num_mel_bins", "sample_rate", "seconds")}
-        decoder = {
-            "num_layers": get("num_hidden_layers"),
-            "hidden_size": get("hidden_size"),
-            "num_attention_heads": get("num_attention_heads"),
-            "num_query_groups": get("num_key_value_heads"),
-            "ffn_hidden_size": get("intermediate_size"),
-            "vocab_size": get("vocab_size"),
-            "rotary_base": get("rope_theta"),
-            "layernorm_epsilon": get("rms_norm_eps"),
-        }
-        cross = {
-            "every": get("cross_attention_every"),
-            "num_query_groups": get("cross_attention_num_key_value_heads"),
-            "qk_layernorm": get("cross_attention_qk_norm"),
-        }
-        data = {
-            "image_mean": get("image_mean"),
-            "image_std": get("image_std"),
-            "frames_per_video": get("frames_per_video"),
-            "seq_length": get("max_position_embeddings"),
-        }
-        model = {"decoder": decoder, "cross_attention": cross, "init_std": get("initializer_range"), **towers}
+        tree = adapter_of_folder(fields, source).tree(fields)
     except KeyError as error:
         raise ValueError(f"{source}: lacks the field {error}") from error
-    return config_from_tree({"model": model, "data": data}, source)
+    return config_from_tree(tree, source)
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
@@ -200,15 +139,16 @@ def check_vocabulary(tokenizer: Path, vocab_size: int) -> dict[str, int]:
     missing = [name for name, value in names.items() if value < 0]
     if missing:
         raise ValueError(f"{tokenizer}: has no {', '.join(missing)}; train it with tools/train_tokenizer.py")
-    return names
+    mask = pieces.piece_to_id(MASK)
+    return names | ({"mask_token_id": mask} if pieces.id_to_piece(mask) == MASK else {})
 
 
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def hf_tensors(config: SynapseConfig, reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_tensors(config: SystemConfig, reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:
     """Named Hugging Face tensors of a training checkpoint, one at a time."""
-    for entry in synapse_entries(config):
+    for entry in adapter_of(config.system, reader.folder).entries(config):
         yield from entry.split(reader.read(entry.training))
 
 
@@ -220,9 +160,8 @@ def _stored(reader: CheckpointReader, entry: Entry, dtype: torch.dtype) -> torch
     return reader.read(entry.training)
 
 
-def check_checkpoint(config: SynapseConfig, reader: CheckpointReader) -> None:
+def check_checkpoint(entries: list[Entry], reader: CheckpointReader) -> None:
     """Refuse a checkpoint that lacks parameters of the model or has them in other shapes, before reading any."""
-    entries = synapse_entries(config)
     missing = [e.training for e in entries if e.training not in reader]
     if missing:
         raise ValueError(f"{reader.folder}: lacks {len(missing)} of {len(entries)} parameters, first {missing[0]}")
@@ -248,7 +187,7 @@ def export(
     Args:
         checkpoint: checkpoint folder, or a folder of them.
         output: folder to write.
-        dtype: "fp32" or "bf16"; None keeps the stored type of the embedding.
+        dtype: "fp32" or "bf16"; None keeps the stored type.
         max_shard_bytes: most bytes of one safetensors file.
         tokenizer: SentencePiece model; None: the checkpoint's.
         overwrite: replace what `output` holds.
@@ -259,17 +198,15 @@ def export(
     """
     folder = find_checkpoint(checkpoint)
     config = load_config(folder / "config.yaml")
-    reader = CheckpointReader(folder)
-    check_checkpoint(config.model, reader)
+    adapter, reader = adapter_of(config.model.system, folder / "config.yaml"), CheckpointReader(folder)
+    entries = adapter.entries(config.model)
+    check_checkpoint(entries, reader)
     tokenizer_file = Path(tokenizer) if tokenizer else tokenizer_of(config, folder)
-    if tokenizer_file is None or not tokenizer_file.exists():
-        raise ValueError(f"{tokenizer_file or folder / 'tokenizer.model'}: missing; pass --tokenizer")
-    ids = check_vocabulary(tokenizer_file, config.model.decoder.vocab_size)
-    torch_dtype = DTYPES[dtype] if dtype else reader.dtype("decoder.embedding.word_embeddings.weight")
+    ids = special_ids(adapter, config.model, tokenizer_file, folder)
+    torch_dtype = DTYPES[dtype] if dtype else reader.dtype(entries[-1].training)
 
     with new_folder(Path(output), overwrite) as temporary:
-        write_hf_files(temporary, config, ids, torch_dtype, tokenizer_file)
-        entries = synapse_entries(config.model)
+        write_hf_files(temporary, adapter, config, ids, torch_dtype, tokenizer_file)
         plan = [(p.name, e.part_shape(p)) for e in entries for p in e.parts if p.name is not None]
         writer = SafetensorsWriter(temporary, plan, torch_dtype, max_shard_bytes)
         for entry in tqdm(entries, desc="export", unit="tensor", disable=quiet):
@@ -280,26 +217,41 @@ def export(
     return Path(output)
 
 
-def write_hf_files(folder: Path, config: Config, ids: dict[str, int], dtype: torch.dtype, tokenizer: Path) -> None:
+def special_ids(adapter: Adapter, model: SystemConfig, tokenizer: Path | None, folder: Path) -> dict[str, int]:
+    """Ids of special pieces; none of a model without text.
+
+    Raises:
+        ValueError: the model has text, and there is no tokenizer, or one that does not fit.
+    """
+    if not adapter.vocab_size(model):
+        return {}
+    if tokenizer is None or not tokenizer.exists():
+        raise ValueError(f"{tokenizer or folder / 'tokenizer.model'}: missing; pass --tokenizer")
+    return check_vocabulary(tokenizer, adapter.vocab_size(model))
+
+
+def write_hf_files(
+    folder: Path, adapter: Adapter, config: Config, ids: dict[str, int], dtype: torch.dtype, tokenizer: Path | None
+) -> None:
     """Everything of an exported folder but the weights."""
     import transformers
 
-    auto_map = {
-        "AutoConfig": "configuration_synapse.SynapseConfig",
-        "AutoModel": "modeling_synapse.SynapseModel",
-        "AutoModelForCausalLM": "modeling_synapse.SynapseForCausalLM",
-        "AutoProcessor": "processing_synapse.SynapseProcessor",
-    }
-    head = {"architectures": ["SynapseForCausalLM"], "model_type": "synapse", "auto_map": auto_map}
+    architecture = adapter.model_class.partition(".")[2]
+    head = {"architectures": [architecture], "model_type": adapter.name, "auto_map": adapter.auto_map(config.model)}
     version = {"transformers_version": transformers.__version__}
     tail = {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": False, **version}
     write = lambda name, tree: (folder / name).write_text(json.dumps(tree, indent=2) + "\n")  # noqa: E731
-    write("config.json", head | hf_config(config) | ids | tail)
-    write("generation_config.json", {"_from_model_config": True, **ids, **version})
-    for name in MODELLING_FILES:
+    write("config.json", head | adapter.fields(config) | ids | tail)
+    speaks = adapter.speaks(config.model)
+    if speaks:
+        generation_ids = {name: value for name, value in ids.items() if name != "mask_token_id"}
+        write("generation_config.json", {"_from_model_config": True, **generation_ids, **version})
+    for name in adapter.files:
         shutil.copyfile(HF_FILES / name, folder / name)
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    (folder / "README.md").write_text(README)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    words = {"auto": "AutoModelForCausalLM", "use": GENERATES} if speaks else {"auto": "AutoModel", "use": EMBEDS}
+    (folder / "README.md").write_text(README.format(name=architecture, **words))
 
 
 # ------------------------------------------------------------------------------------------------------------ restore
@@ -371,20 +323,20 @@ def restore(
     source = SafetensorsFolder(hf_folder)
     fields = read_json(hf_folder / "config.json")
     tree = load_config(config) if config else config_from_hf(fields, hf_folder / "config.json")
+    adapter = adapter_of_folder(fields, hf_folder / "config.json")
     if config:
-        theirs = hf_config(tree) | {"max_position_embeddings": fields.get("max_position_embeddings")}
-        differ = [f"{k}: {fields.get(k)} in the folder, {v} in the recipe" for k, v in theirs.items()
-                  if k != "initializer_range" and fields.get(k) != v]  # fmt: skip
+        ours = adapter.fields(tree) if tree.model.system == adapter.name else {"model_type": tree.model.system}
+        differ = differences(fields, {name: value for name, value in ours.items() if name not in ROW_LENGTH})
         if differ:
             raise ValueError(f"{config} does not describe {hf_folder}: {'; '.join(differ)}")
-    entries = synapse_entries(tree.model)
+    entries = adapter.entries(tree.model)
     for entry in entries:
         for part in entry.parts:
             if part.name is not None:
                 if part.name not in source:
                     raise ValueError(f"{hf_folder}: lacks the tensor {part.name}")
                 entry.check_part(part, source.shape(part.name))
-    torch_dtype = DTYPES[dtype] if dtype else source.dtype("lm_head.weight")
+    torch_dtype = DTYPES[dtype] if dtype else source.dtype(source.names[-1])
     tokenizer = hf_folder / "tokenizer.model"
     return write_training_checkpoint(
         Path(output), tree, entries, lambda entry: merge(entry, lambda part: source.read(part.name)), torch_dtype,

@@ -1,7 +1,7 @@
 """Captions and answers from an exported folder or a training checkpoint.
 
-Either becomes the exported modelling class (`hf/modeling_synapse.py`), so there is one implementation of generation,
-with its cache: a training checkpoint passes through the same list of names as an export, into memory.
+Either becomes the exported modelling class of its system (`hf/modeling_*.py`), so there is one implementation of
+generation, with its cache: a training checkpoint passes through the same list of names as an export, into memory.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_mm.config.load import load_config
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import (
     DTYPES,
+    adapter_of_folder,
     check_checkpoint,
-    check_vocabulary,
     find_checkpoint,
-    hf_config,
     hf_tensors,
     is_hf_folder,
+    read_json,
+    special_ids,
     tokenizer_of,
 )
-from megatron_mm.inference.hf.configuration_synapse import SynapseConfig
-from megatron_mm.inference.hf.modeling_synapse import SynapseForCausalLM
-from megatron_mm.inference.hf.processing_synapse import SynapseProcessor
+from megatron_mm.inference.hf.processing_mm import MultimodalProcessor
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder
+from megatron_mm.inference.systems import adapter_of
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Decoding:
 class Generator:
     """A model and its processor, ready to answer prompts."""
 
-    def __init__(self, model: SynapseForCausalLM, processor: SynapseProcessor):
+    def __init__(self, model: PreTrainedModel, processor: MultimodalProcessor):
         self.model, self.processor = model.eval(), processor
 
     @classmethod
@@ -91,20 +92,20 @@ class Generator:
         """
         path = Path(path)
         if is_hf_folder(path):
-            config, tensors = SynapseConfig.from_pretrained(path), _exported_tensors(path)
+            fields = read_json(path / "config.json")
+            adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
             file = Path(tokenizer) if tokenizer else path / "tokenizer.model"
         else:
             folder = find_checkpoint(path)
             recipe = load_config(folder / "config.yaml")
-            reader = CheckpointReader(folder)
-            check_checkpoint(recipe.model, reader)
+            adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
+            check_checkpoint(adapter.entries(recipe.model), reader)
             file = Path(tokenizer) if tokenizer else tokenizer_of(recipe, folder)
-            if file is None:
-                raise ValueError(f"{folder}: has no tokenizer.model; pass --tokenizer")
-            config = SynapseConfig(**hf_config(recipe), **check_vocabulary(file, recipe.model.decoder.vocab_size))
+            fields = adapter.fields(recipe) | special_ids(adapter, recipe.model, file, folder)
             tensors = hf_tensors(recipe.model, reader)
-        processor = SynapseProcessor(config, file)
-        model = build_model(config, tensors, DTYPES[dtype], device)
+        config = adapter.load_class(adapter.config_class)(**fields)
+        processor = MultimodalProcessor(config, file or Path("tokenizer.model"))
+        model = build_model(adapter.load_class(adapter.model_class), config, tensors, DTYPES[dtype], device)
         return cls(model, processor)
 
     def generate(
@@ -119,8 +120,10 @@ class Generator:
             progress: show a progress bar.
 
         Raises:
-            ValueError: a file is missing or does not decode; names it.
+            ValueError: a file is missing or does not decode (names it); the model does not generate text.
         """
+        if not (self.model.can_generate() and getattr(self.model.config, "speaks", True)):
+            raise ValueError(f"{type(self.model).__name__} of this folder generates no text: it embeds and compares")
         decoding = decoding or Decoding()
         arguments = decoding.arguments()
         if batch_size < 1:
@@ -137,11 +140,15 @@ class Generator:
 
 
 def build_model(
-    config: SynapseConfig, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, device: str
-) -> SynapseForCausalLM:
-    """The modelling class with given weights, each converted as it comes: no second copy of the model exists."""
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    device: str,
+) -> PreTrainedModel:
+    """A modelling class with given weights, each converted as it comes: no second copy of the model exists."""
     with torch.device("meta"):
-        model = SynapseForCausalLM(config)
+        model = kind(config)
     missing = set(model.state_dict())
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")

@@ -1,7 +1,7 @@
 """Pretrained Hugging Face CLIP, Whisper and Llama weights as a checkpoint from which a recipe's run starts.
 
 The exported model keeps their names inside its own (`model.vision_tower.` is CLIP's `vision_model.`), so an import is
-`names.synapse_entries` with the source's prefix. Everything is checked from configurations and file headers before a
+the list of entries with the source's prefix. Everything is checked from configurations and file headers before a
 tensor is read: a function that would differ (heads, activation, rotary base, …) is refused like a shape that does not
 fit.
 """
@@ -18,8 +18,9 @@ from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.inference.convert import DTYPES, merge, read_json, write_training_checkpoint
 from megatron_mm.inference.hf.modeling_synapse import sinusoids
-from megatron_mm.inference.names import Entry, Part, synapse_entries
+from megatron_mm.inference.names import Entry, Part
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder
+from megatron_mm.inference.systems.synapse import synapse_entries
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mm.evaluation.evaluate import swap_media, token_loss
 from megatron_mm.inference.generation import Generator
-from megatron_mm.inference.hf.processing_synapse import SynapseProcessor
+from megatron_mm.inference.hf.processing_mm import MultimodalProcessor
 from tests.inference.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def generator(tmp_path):
     model = hf_model(tiny_recipe())
-    return Generator(model, SynapseProcessor(model.config, train_tokenizer(tmp_path / "tokenizer.model")))
+    return Generator(model, MultimodalProcessor(model.config, train_tokenizer(tmp_path / "tokenizer.model")))
 
 
 @pytest.fixture

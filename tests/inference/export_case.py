@@ -17,10 +17,9 @@ from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.config.towers import AudioTowerConfig, CrossAttentionConfig, DecoderConfig, VisionTowerConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.inference.checkpoint_stream import write_checkpoint_weights
-from megatron_mm.inference.convert import hf_config
 from megatron_mm.inference.hf.configuration_synapse import SynapseConfig as HFConfig
 from megatron_mm.inference.hf.modeling_synapse import SynapseForCausalLM
-from megatron_mm.inference.names import synapse_entries
+from megatron_mm.inference.systems.synapse import fields, synapse_entries
 from megatron_mm.training import checkpoint_folder
 
 
@@ -70,7 +69,7 @@ def random_weights(config: SynapseConfig, seed: int = 0) -> dict[str, torch.Tens
 
 def hf_model(recipe: Config, seed: int = 0) -> SynapseForCausalLM:
     """The modelling class with `random_weights`."""
-    model = SynapseForCausalLM(HFConfig(**hf_config(recipe))).eval()
+    model = SynapseForCausalLM(HFConfig(**fields(recipe))).eval()
     weights = random_weights(recipe.model, seed)
     state = dict(pair for entry in synapse_entries(recipe.model) for pair in entry.split(weights[entry.training]))
     model.load_state_dict(state, strict=True)

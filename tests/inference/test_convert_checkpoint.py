@@ -29,9 +29,10 @@ from transformers import (
 from megatron_mm.config.load import dump_config
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import export, find_checkpoint, restore
-from megatron_mm.inference.names import Part, checkpoint_key, synapse_entries
+from megatron_mm.inference.names import Part, checkpoint_key
 from megatron_mm.inference.pretrained import import_pretrained, resize_rows
 from megatron_mm.inference.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
+from megatron_mm.inference.systems.synapse import synapse_entries
 from tests.inference.export_case import (
     hf_model,
     media_batch,

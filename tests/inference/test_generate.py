@@ -20,7 +20,7 @@ from megatron_mm.data.media import decode_image, decode_sound, decode_video
 from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resample
 from megatron_mm.inference.convert import export
 from megatron_mm.inference.generation import Decoding, Generator
-from megatron_mm.inference.hf.processing_synapse import SynapseProcessor, log_mel
+from megatron_mm.inference.hf.processing_mm import MultimodalProcessor, log_mel
 from megatron_mm.inference.prompts import read_prompts
 from tests.inference.export_case import (
     draw,
@@ -51,7 +51,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(work):
-    return SynapseProcessor.from_pretrained(work / "exported")
+    return MultimodalProcessor.from_pretrained(work / "exported")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_prompts_become_padded_rows_with_their_media(work, processor):
 
 
 def test_placeholders_are_added_only_where_missing():
-    complete = SynapseProcessor.with_placeholders
+    complete = MultimodalProcessor.with_placeholders
     assert complete({"prompt": "see", "images": ["a", "b"], "audios": ["c"]}) == "<image><image><audio>see"
     assert complete({"prompt": "see <image> and", "images": ["a", "b"]}) == "<image>see <image> and"
     assert complete({"prompt": "hear <audio>", "audios": ["a"]}) == "hear <audio>"

@@ -20,7 +20,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from megatron_mm.inference.hf.modeling_synapse import SynapseCache
+from megatron_mm.inference.hf.modeling_synapse import MemoryCache
 from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe
 
 
@@ -218,7 +218,7 @@ def test_cache_reorders_text_and_media_together(model):
     """Beams permuted across rows continue as the rows they came from, mask of the media included."""
     batch = media_batch(model)
     cache = model(**batch, use_cache=True).past_key_values
-    assert isinstance(cache, SynapseCache)
+    assert isinstance(cache, MemoryCache)
     order = torch.tensor([2, 3, 0, 1])
     token = torch.tensor([[7], [8], [9], [10]])
     cache.reorder_cache(order)

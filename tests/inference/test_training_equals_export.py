@@ -16,7 +16,7 @@ import torch
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import export, find_checkpoint, restore
 from megatron_mm.inference.generation import Generator
-from megatron_mm.inference.names import synapse_entries
+from megatron_mm.inference.systems.synapse import synapse_entries
 from tests.inference.export_case import media_batch, train_tokenizer, training_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -115,3 +115,22 @@ class SynapseConfig(PreTrainedConfig):
     def audio_tokens(self):
         """Memory positions of one sound."""
         return self.audio_frames // 2
+
+    @property
+    def inputs(self):
+        """What the processor must know; see processing_mm.py."""
+        return {
+            "packed": True,
+            "image_size": self.vision_image_size,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+            "video": "frames",
+            "frames_per_video": self.frames_per_video,
+            "sound": "log_mel",
+            "sample_rate": self.audio_sample_rate,
+            "seconds": self.audio_seconds,
+            "num_mel_bins": self.audio_num_mel_bins,
+            "padding_side": "left",
+            "row_multiple": 1,
+            "row_length": self.max_position_embeddings,
+        }

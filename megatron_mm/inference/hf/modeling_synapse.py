@@ -14,67 +14,26 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_synapse import SynapseConfig
-
-
-class SynapseCache(DynamicCache):
-    """Growing self-attention keys and values, and the keys and values of the media, computed once."""
-
-    def __init__(self, num_cross_layers):
-        super().__init__()
-        self.memory = [None] * num_cross_layers
-        self.memory_mask = None
-
-    def _map_memory(self, function):
-        self.memory = [pair if pair is None else (function(pair[0]), function(pair[1])) for pair in self.memory]
-        if self.memory_mask is not None:
-            self.memory_mask = function(self.memory_mask)
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self._map_memory(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self._map_memory(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self._map_memory(lambda x: x[indices])
-
-    def reset(self):
-        super().reset()
-        self.memory, self.memory_mask = [None] * len(self.memory), None
-
-
-class SynapseRMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def split_heads(x, head_dim):
-    """[B, T, heads·d] -> [B, heads, T, d]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def join_heads(x):
-    """[B, heads, T, d] -> [B, T, heads·d]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def attend(q, k, v, mask=None, is_causal=False):
-    """Grouped-query attention of [B, heads, T, d] on [B, groups, S, d]."""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
-
+from .text_layers import (
+    DecoderLayer,
+    MemoryCache,
+    MemoryGeneration,
+    RMSNorm,
+    attend,
+    begin,
+    cached_memory,
+    initialize,
+    join_heads,
+    kept_states,
+    next_token_loss,
+    positions_and_mask,
+    rotary_tables,
+    split_heads,
+)
 
 # ------------------------------------------------------------------------------------------------------------ towers
 
@@ -210,62 +169,7 @@ class SynapseAudioTower(nn.Module):
         return self.layer_norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------- decoder
-
-
-def rotary_tables(position_ids, head_dim, base, dtype):
-    """Cosines and sines [B, 1, T, d] of Llama's rotary positions (half rotation)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[:, None, :, None].float() / base**exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x, cos, sin):
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-class SynapseAttention(nn.Module):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.head_dim, self.layer_idx = config.head_dim, layer_idx
-        size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, kv_size, bias=False)
-        self.v_proj = nn.Linear(size, kv_size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
-
-    def forward(self, x, rotary, mask, cache):
-        q, k, v = (split_heads(f(x), self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        return self.o_proj(join_heads(attend(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1)))
-
-
-class SynapseMLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class SynapseDecoderLayer(nn.Module):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.self_attn = SynapseAttention(config, layer_idx)
-        self.mlp = SynapseMLP(config)
-        self.input_layernorm = SynapseRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = SynapseRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x, rotary, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+# ------------------------------------------------------------------------------------------------------ cross-attention
 
 
 class SynapseCrossAttention(nn.Module):
@@ -283,8 +187,8 @@ class SynapseCrossAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.qk_norm = config.cross_attention_qk_norm
         if self.qk_norm:
-            self.q_norm = SynapseRMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = SynapseRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def project_memory(self, image_memory, audio_memory):
         """Memories [B, M_image, C_image] and [B, M_audio, C_audio] (or None) -> keys and values [B, groups, M, d]."""
@@ -310,7 +214,7 @@ class SynapseCrossLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = SynapseRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn = SynapseCrossAttention(config)
         self.gate = nn.Parameter(torch.zeros(1))
 
@@ -324,26 +228,17 @@ class SynapsePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("text", "image", "audio")
-    _no_split_modules = ["SynapseDecoderLayer", "SynapseCrossLayer", "SynapseVisionLayer", "SynapseAudioLayer"]
+    _no_split_modules = ["DecoderLayer", "SynapseCrossLayer", "SynapseVisionLayer", "SynapseAudioLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
-            nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, SynapseRMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, SynapseCrossLayer):
+        initialize(module, self.config.initializer_range)
+        if isinstance(module, SynapseCrossLayer):
             nn.init.zeros_(module.gate)
-        elif isinstance(module, SynapseVisionEmbeddings):
-            nn.init.normal_(module.class_embedding, std=std)
+        if isinstance(module, SynapseVisionEmbeddings):
+            nn.init.normal_(module.class_embedding, std=self.config.initializer_range)
         if isinstance(module, SynapseVisionTower):
             nn.init.zeros_(module.temporal_embedding.weight)
 
@@ -352,9 +247,9 @@ class SynapseModel(SynapsePreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(SynapseDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.cross_layers = nn.ModuleList(SynapseCrossLayer(config) for _ in range(config.num_cross_layers))
-        self.norm = SynapseRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vision_tower = SynapseVisionTower(config)
         self.audio_tower = SynapseAudioTower(config)
         self.post_init()
@@ -422,24 +317,9 @@ class SynapseModel(SynapsePreTrainedModel):
         **kwargs,
     ):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, SynapseCache):
-            if cache.get_seq_length() > 0:
-                raise ValueError(f"past_key_values is a {type(cache).__name__}; Synapse continues from a SynapseCache")
-            cache = None
-        if cache is None and use_cache:
-            cache = SynapseCache(self.config.num_cross_layers)
-        past = cache.get_seq_length() if cache is not None else 0
         batch, length = input_ids.shape
-
-        if attention_mask is None and past > 0 and length > 1:
-            attention_mask = input_ids.new_ones(batch, past + length)
-        if position_ids is None:
-            if attention_mask is None:
-                position_ids = torch.arange(past, past + length, device=input_ids.device)[None]
-            else:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        mask = None if attention_mask is None else self._causal_mask(attention_mask, past, length)
+        cache, past = begin(past_key_values, use_cache, self.config.num_cross_layers)
+        position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past)
 
         if cache is not None and past > 0:
             memory_mask = cache.memory_mask
@@ -468,29 +348,17 @@ class SynapseModel(SynapsePreTrainedModel):
             if memory_mask is not None and index % self.config.cross_attention_every == 0:
                 number = index // self.config.cross_attention_every
                 cross = self.cross_layers[number]
-                if cache is not None and past > 0:
-                    keys, values = cache.memory[number]
-                else:
-                    keys, values = cross.cross_attn.project_memory(image_memory, audio_memory)
-                    if cache is not None:
-                        cache.memory[number] = (keys, values)
+                project = cross.cross_attn.project_memory
+                keys, values = cached_memory(cache, number, past, project, image_memory, audio_memory)
                 hidden = cross(hidden, keys, values, cross_mask, reads)
             hidden = layer(hidden, rotary, mask, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
 
-    @staticmethod
-    def _causal_mask(attention_mask, past, length):
-        """[B, past + T] of real tokens -> [B, 1, T, past + T]; padding attends to itself, so that no row is empty."""
-        total = past + length
-        if attention_mask.shape[1] != total:
-            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; cache and input hold {total}")
-        queries = torch.arange(past, total, device=attention_mask.device)[:, None]
-        keys = torch.arange(total, device=attention_mask.device)[None]
-        return ((keys <= queries) & attention_mask[:, None, None].bool()) | (keys == queries)
 
-
-class SynapseForCausalLM(SynapsePreTrainedModel, GenerationMixin):
+class SynapseForCausalLM(SynapsePreTrainedModel, MemoryGeneration, GenerationMixin):
     """Next-token prediction from text, images, video frames and sounds; see `SynapseModel.encode_media` for media."""
+
+    media_inputs = ("pixel_values", "image_mask", "image_frames", "input_features", "sound_mask")
 
     def __init__(self, config):
         super().__init__(config)
@@ -510,19 +378,9 @@ class SynapseForCausalLM(SynapsePreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False  # generate() leaves the cache to forward(), which makes a SynapseCache
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Run the towers before beams multiply the rows, so that each picture is encoded once."""
-        if expand_size > 1 and model_kwargs.get("media_memory") is None:
-            names = ("pixel_values", "image_mask", "image_frames", "input_features", "sound_mask")
-            memory = self.model.encode_media(**{name: model_kwargs.pop(name, None) for name in names})
-            model_kwargs["media_memory"] = tuple(
-                x if x is None else x.repeat_interleave(expand_size, dim=0) for x in memory
-            )
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+    def encode_media(self, **media):
+        """See SynapseModel.encode_media."""
+        return self.model.encode_media(**media)
 
     def forward(
         self,
@@ -560,17 +418,10 @@ class SynapseForCausalLM(SynapsePreTrainedModel, GenerationMixin):
             media_memory=media_memory,
             use_cache=use_cache,
         )
-        hidden = outputs.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
-            hidden = hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else next_token_loss(logits, labels)
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
         return result if return_dict else result.to_tuple()
 
 
-__all__ = ["SynapseCache", "SynapseConfig", "SynapseForCausalLM", "SynapseModel", "SynapsePreTrainedModel"]
+__all__ = ["MemoryCache", "SynapseConfig", "SynapseForCausalLM", "SynapseModel", "SynapsePreTrainedModel"]

@@ -1,8 +1,9 @@
-"""Prompts of an exported Synapse model: text, image, video and sound files to the tensors that it reads, and back.
+"""Prompts of an exported model: text, image, video and sound files to the tensors that it reads, and back.
 
 Part of every exported folder; needs torch, transformers, sentencepiece and Pillow, and, where sounds or videos are
 read, soundfile with soxr (sounds of another rate) and PyAV. `AutoProcessor.from_pretrained(folder,
-trust_remote_code=True)` gives a `SynapseProcessor`; its output goes to `model.generate(**inputs)` as it is.
+trust_remote_code=True)` gives a `MultimodalProcessor`; its output goes to `model.generate(**inputs)` as it is. What the
+model reads, and how, its configuration says (`config.inputs`).
 """
 
 import io
@@ -12,9 +13,11 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageSequence
+from transformers import AutoConfig
 from transformers.audio_utils import mel_filter_bank
+from transformers.utils import logging
 
-from .configuration_synapse import SynapseConfig
+logger = logging.get_logger(__name__)
 
 PLACEHOLDERS = {"images": "<image>", "audios": "<audio>", "videos": "<video>"}
 TOKENIZER_FILE = "tokenizer.model"
@@ -143,22 +146,42 @@ def log_mel(samples, num_mel_bins, rate, seconds):
     return (mel.maximum(mel.max() - 8.0) + 4.0) / 4.0
 
 
+def standard_waveform(samples, num_samples):
+    """Samples cut to a length, brought to mean 0 and deviation 1, then padded with zeros (wav2vec 2.0)."""
+    samples = samples[:num_samples]
+    out = torch.zeros(num_samples)
+    if samples.size:
+        out[: samples.size] = torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7))
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------- processor
 
 
-class SynapseProcessor:
-    """Prompts to model inputs, and generated ids to text."""
+class MultimodalProcessor:
+    """Prompts to model inputs, and generated ids to text.
+
+    Args:
+        config: the model's configuration, whose `inputs` has: `packed` (a row takes any number of media, in slots, or
+            one image or video and one sound), `image_size`, `image_mean`, `image_std`, `video` ("frames", "clips" or
+            "none"), `frames_per_video`, `sound` ("log_mel", "waveform" or "none"), `sample_rate`, `seconds`,
+            `num_mel_bins`, `padding_side`, `row_multiple` (rows are padded to a multiple of so many tokens) and
+            `row_length` (longest row).
+        tokenizer_file: SentencePiece model; a folder of a tower alone has none, and reads no text.
+    """
 
     def __init__(self, config, tokenizer_file):
-        if not os.path.exists(tokenizer_file):
+        self.config, self.inputs, self.tokenizer, self.warned = config, config.inputs, None, False
+        if os.path.exists(tokenizer_file):
+            self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+        elif getattr(config, "vocab_size", None):
             raise ValueError(f"{tokenizer_file}: missing; an exported folder carries its {TOKENIZER_FILE}")
-        self.config = config
-        self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
         """The processor of an exported folder."""
-        return cls(SynapseConfig.from_pretrained(folder), os.path.join(folder, TOKENIZER_FILE))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        return cls(config, os.path.join(folder, TOKENIZER_FILE))
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
@@ -166,18 +189,20 @@ class SynapseProcessor:
 
     def image(self, image):
         """A Pillow image to normalised pixels [3, size, size]."""
-        image = resize_and_centre_crop(to_rgb(image), self.config.vision_image_size)
+        image = resize_and_centre_crop(to_rgb(image), self.inputs["image_size"])
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.image_mean, self.config.image_std))
+        mean, std = (torch.tensor(self.inputs[name])[:, None, None] for name in ("image_mean", "image_std"))
         return (pixels - mean) / std
 
     def sound(self, samples):
-        """Samples at the model's rate to a log-mel spectrogram [mels, frames]."""
-        c = self.config
-        return log_mel(np.asarray(samples, np.float32), c.audio_num_mel_bins, c.audio_sample_rate, c.audio_seconds)
+        """Samples at the model's rate to a log-mel spectrogram [mels, frames] or a waveform [samples]."""
+        samples, rate, seconds = np.asarray(samples, np.float32), self.inputs["sample_rate"], self.inputs["seconds"]
+        if self.inputs["sound"] == "waveform":
+            return standard_waveform(samples, round(rate * seconds))
+        return log_mel(samples, self.inputs["num_mel_bins"], rate, seconds)
 
     def media(self, kind, path):
-        """One file to a list of (tensor, frame number).
+        """One file to a list of (tensor, frame number); a video of a model that reads clips to one tensor.
 
         Raises:
             ValueError: the file is missing or does not decode; names it.
@@ -191,9 +216,10 @@ class SynapseProcessor:
             if kind == "images":
                 return [(self.image(Image.open(io.BytesIO(data))), -1)]
             if kind == "videos":
-                frames = video_frames(data, self.config.frames_per_video)
-                return [(self.image(frame), i) for i, frame in enumerate(frames)]
-            return [(self.sound(read_sound(data, self.config.audio_sample_rate)), -1)]
+                frames = [self.image(frame) for frame in video_frames(data, self.inputs["frames_per_video"])]
+                clip = self.inputs["video"] == "clips"
+                return [(torch.stack(frames), -1)] if clip else [(frame, i) for i, frame in enumerate(frames)]
+            return [(self.sound(read_sound(data, self.inputs["sample_rate"])), -1)]
         except Exception as error:  # decoders raise whatever they like; the file is what the user must know
             raise ValueError(f"{path}: cannot be read as one of the {kind}: {error}") from error
 
@@ -213,40 +239,83 @@ class SynapseProcessor:
             front += token * (files - written)
         return front + text
 
-    def __call__(self, prompts):
-        """Model inputs of a batch, padded on the left.
+    def __call__(self, prompts, with_text=False):
+        """Model inputs of a batch, padded.
 
         Args:
             prompts: dicts (or one dict) with "prompt" (text, optional) and lists of files "images", "audios", "videos".
+            with_text: rows go on with "text" and the end of the document, cut to the longest row that was trained on:
+                what embeddings and matching read, where generation reads the prompt.
 
         Returns:
-            input_ids, attention_mask, and, where any prompt has them, pixel_values, image_mask, image_frames,
-            input_features and sound_mask.
+            input_ids, attention_mask, and, where any prompt has them, its media, with masks of the rows (or of the
+            slots of a row) that have one. Packed rows: pixel_values [B, K, 3, size, size], image_mask, image_frames,
+            input_features [B, J, mels, frames], sound_mask. Rows of one image or video, and one sound: pixel_values
+            [B, 3, size, size], image_mask, pixel_values_videos [B, F, 3, size, size], video_mask, input_values
+            [B, samples], sound_mask.
         """
         prompts = [prompts] if isinstance(prompts, dict) else list(prompts)
+        inputs = {} if self.tokenizer is None else self._rows(prompts, with_text)
+        return inputs | (self._slots(prompts) if self.inputs["packed"] else self._single_media(prompts))
+
+    def _rows(self, prompts, with_text):
         rows = []
         for prompt in prompts:
             text = self.with_placeholders(prompt)
-            rows.append([self.config.bos_token_id, *(self.tokenizer.encode(text) if text else [])])
-        length = max(map(len, rows))
+            row = [self.config.bos_token_id, *(self.tokenizer.encode(text) if text else [])]
+            if with_text:
+                row += [*self.tokenizer.encode(prompt.get("text") or ""), self.config.eos_token_id]
+                row = row[: self.inputs["row_length"]]
+            rows.append(row)
+        multiple = self.inputs["row_multiple"]
+        length = -(-max(map(len, rows)) // multiple) * multiple
         ids = torch.full((len(rows), length), self.config.pad_token_id)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
-            ids[i, length - len(row) :] = torch.tensor(row)
-            mask[i, length - len(row) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
+            start = length - len(row) if self.inputs["padding_side"] == "left" else 0
+            ids[i, start : start + len(row)] = torch.tensor(row)
+            mask[i, start : start + len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
 
+    def _slots(self, prompts):
         def read(kinds):
             return [[slot for kind in kinds for path in p.get(kind) or () for slot in self.media(kind, path)]
                     for p in prompts]  # fmt: skip
 
-        images, sounds = read(("images", "videos")), read(("audios",))
-        size = self.config.vision_image_size
+        images, sounds, inputs, size = read(("images", "videos")), read(("audios",)), {}, self.inputs["image_size"]
         if any(images):
             inputs["pixel_values"], inputs["image_mask"], inputs["image_frames"] = _pad_slots(images, (3, size, size))
         if any(sounds):
-            shape = (self.config.audio_num_mel_bins, self.config.audio_frames)
+            shape = (self.inputs["num_mel_bins"], round(self.inputs["seconds"] * 100))
             inputs["input_features"], inputs["sound_mask"], _ = _pad_slots(sounds, shape)
+        return inputs
+
+    def _single_media(self, prompts):
+        """As in training: a row's first image, or its first video where it has none, and its first sound."""
+        reads = {"images": True, "videos": self.inputs["video"] == "clips", "audios": self.inputs["sound"] != "none"}
+        chosen = {kind: [None] * len(prompts) for kind in PLACEHOLDERS}
+        for i, prompt in enumerate(prompts):
+            files = {kind: list(prompt.get(kind) or ()) for kind in PLACEHOLDERS}
+            taken = {kind: paths[:1] if reads[kind] else [] for kind, paths in files.items()}
+            taken["videos"] = [] if taken["images"] else taken["videos"]
+            left = [str(path) for kind in files for path in files[kind][len(taken[kind]) :]]
+            if left and not self.warned:
+                logger.warning(f"a row has no place for {', '.join(left)} (others like it are not reported)")
+                self.warned = True
+            for kind, paths in taken.items():
+                chosen[kind][i] = self.media(kind, paths[0])[0][0] if paths else None
+        names = {
+            "images": ("pixel_values", "image_mask"),
+            "videos": ("pixel_values_videos", "video_mask"),
+            "audios": ("input_values", "sound_mask"),
+        }
+        inputs = {}
+        for kind, (values, mask) in names.items():
+            present = [value for value in chosen[kind] if value is not None]
+            if present:
+                empty = torch.zeros_like(present[0])
+                inputs[values] = torch.stack([empty if value is None else value for value in chosen[kind]])
+                inputs[mask] = torch.tensor([value is not None for value in chosen[kind]])
         return inputs
 
     def decode(self, ids):
@@ -275,4 +344,4 @@ def _pad_slots(rows, shape):
     return values, mask, frames
 
 
-__all__ = ["SynapseProcessor"]
+__all__ = ["MultimodalProcessor"]
