@@ -89,6 +89,9 @@ def test_images_are_swinv2s(kind):
     gradients = flattened(tower, swin_case.exported(tower, {k: v.grad for k, v in parameters.items()}))
     for name, parameter in oracle.named_parameters():
         assert_close(gradients[name], parameter.grad, name)
+    graph, single = swin_case.build(tower, LayerSettings())
+    single.load_state_dict(modules.state_dict())
+    assert_close(swin_case.run(graph, single, batch).double(), expected, "memory in single precision")
 
 
 class Definition:
@@ -321,6 +324,7 @@ def parallel_case(settings: LayerSettings) -> tuple[Graph, Microbatch]:
     return Graph(nodes, [probe]), batch
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_processes_are_one(tmp_path):
     found = differences("tests.models.test_swin:parallel_case", tmp_path)
     assert any("head_weight" in key for key in found)

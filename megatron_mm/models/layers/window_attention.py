@@ -4,9 +4,8 @@ Queries and keys are normalised, each head scales their products by a learned fa
 log-spaced offset of two tokens says each head's bias. Heads are sharded over tensor parallelism: projections, biases,
 scales and the MLP's second layer by head; its first layer is whole on every process, its gradient summed.
 
-Linear layers are the backend's. The rest is torch on both backends: Transformer Engine's attention neither scales by
-head nor returns the gradient of a bias per head together with a mask. `scaled_dot_product_attention` has kernels for
-it on CUDA that store no scores.
+Linear layers are the backend's. The rest is torch on both backends: a learned bias rules FlashAttention out, and the
+memory-efficient kernel of `scaled_dot_product_attention` takes one on CUDA, with its gradient and no stored scores.
 
 Shape suffixes as in `windows`; B windows, N heads of this process, D width of a head.
 """
