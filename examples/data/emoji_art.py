@@ -132,6 +132,11 @@ def _write_drawings(icons: Path, codes: Path, target: Path) -> None:
     partial.rename(target)
 
 
+def pictures_of(vendor: str, package: Path) -> dict[str, Path]:
+    """A vendor's pictures by code points, without variation selectors."""
+    return {_without_selectors(path.stem): path for path in (package / ALL_VENDORS[vendor].pictures).iterdir()}
+
+
 def choose_names(fetched: dict[str, Path], count: int) -> list[Emoji]:
     """Base emoji that every vendor drew, with a unique name of one to three plain words.
 
@@ -144,8 +149,7 @@ def choose_names(fetched: dict[str, Path], count: int) -> list[Emoji]:
     """
     available = {}
     for vendor, package in fetched.items():
-        pictures = (package / ALL_VENDORS[vendor].pictures).iterdir()
-        available[vendor] = {_without_selectors(path.stem): path for path in pictures}
+        available[vendor] = pictures_of(vendor, package)
     chosen: dict[str, Emoji] = {}
     for record in json.loads((fetched["google"] / "emoji.json").read_text(encoding="utf-8")):
         code, name = _without_selectors(record["unified"]), readable_name(record["name"] or "")

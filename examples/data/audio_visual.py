@@ -1,0 +1,187 @@
+"""Prepares emoji that are seen, as stills and moving, and named aloud: the data of AVT's tiny run.
+
+    python -m examples.data.audio_visual --output outputs/avt-tiny/data
+
+Names have stills of several vendors, an animation (Fluent), and recordings of several voices (espeak-ng). Half of the
+names are learned with their animation, half from other vendors' stills alone: held out are the animations of the second
+half, and a voice, so neither the clip nor the recording of a held-out pair was ever met. Writes into the output folder
+
+    train.jsonl            clips or stills with a spoken name, and each of them alone; the text is the name
+    heldout_pairs.jsonl    an unseen clip and an unseen voice; heldout_clips.jsonl, heldout_sounds.jsonl: each alone
+    names.txt              for the tokenizer
+    LICENCES.txt           and the media
+
+A second run downloads, draws and speaks nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from examples.data import clips, emoji_art, speech
+from examples.data.emoji_art import ALL_VENDORS, Emoji, picture_path
+from examples.data.samples import sample, write_jsonl, write_lines
+
+#: Microsoft's three-dimensional and flat art resemble its animations: left out where those are held out.
+LIKE_THE_CLIPS = ("fluent", "flat")
+OTHER_VENDORS = tuple(name for name in ALL_VENDORS if name not in LIKE_THE_CLIPS)
+TRAIN_VOICES = ("en-us", "en-gb-x-rp+f2", "en-gb+m3", "en-029+f4", "en-us-nyc+m7", "en-us+f5")
+HELDOUT_VOICE = "en-gb-scotland+f3"
+TRAIN_SPEEDS = (210, 260)
+HELDOUT_SPEED = 240
+
+
+@dataclass
+class Arguments:
+    """What to prepare, and where."""
+
+    output: Path
+    """Folder to write."""
+    cache: Path | None = None
+    """Folder of downloaded packages; default: OUTPUT/packages."""
+    names: int = 0
+    """Names to learn; 0 takes all that move (about 150)."""
+    variants: int = 4
+    """Pictures and clips made of each training drawing."""
+    seed: int = 1
+    """Seed of who goes with whom, and of the order."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A name with all that shows or says it, paths relative to the output folder."""
+
+    emoji: Emoji
+    clip_is_held_out: bool
+
+    def pictures(self, variants: int) -> list[str]:
+        """Stills to learn from."""
+        vendors = OTHER_VENDORS if self.clip_is_held_out else ALL_VENDORS
+        return [picture_path(self.emoji, v, k) for v in vendors if v in self.emoji.pictures for k in range(variants)]
+
+    def clip(self, variant: int) -> str:
+        """The animation."""
+        return f"clips/{self.emoji.code}-{variant}.webp"
+
+    def recordings(self) -> list[tuple[str, int, str]]:
+        """(voice, speed, path) of each recording to learn from."""
+        return [(voice, speed, self.recording(voice, speed)) for voice in TRAIN_VOICES for speed in TRAIN_SPEEDS]
+
+    def recording(self, voice: str, speed: int) -> str:
+        """The name in a voice."""
+        return f"sounds/{voice}-{speed}/{self.emoji.name.replace(' ', '_')}.wav"
+
+
+def training_samples(things: list[Thing], variants: int, seed: int) -> list[dict]:
+    """Every still and, of names whose clip is learned, as many clips: with a recording, and alone; recordings alone."""
+    chance = random.Random(seed)
+    samples = []
+    for thing in things:
+        name, code = thing.emoji.name, thing.emoji.code
+        seen = [("images", path) for path in thing.pictures(variants)]
+        if not thing.clip_is_held_out:
+            seen += [("videos", thing.clip(k)) for k in range(variants) for _ in range(len(seen) // variants)]
+        heard = [path for *_, path in thing.recordings()]
+        for number, (kind, path) in enumerate(seen):
+            with_sound = {kind: [path], "audios": [chance.choice(heard)]}
+            samples.append(sample(f"both/{code}/{number}", name, **with_sound))
+            samples.append(sample(f"seen/{code}/{number}", name, **{kind: [path]}))
+        samples += [sample(f"heard/{code}/{n}", name, audios=[path]) for n, path in enumerate(heard)]
+    chance.shuffle(samples)
+    return samples
+
+
+def heldout_samples(things: list[Thing]) -> dict[str, list[dict]]:
+    """Pairs, clips alone and sounds alone of the names whose clip is held out."""
+    held = {"pairs": [], "clips": [], "sounds": []}
+    for thing in things:
+        if thing.clip_is_held_out:
+            name, code = thing.emoji.name, thing.emoji.code
+            seen = {"videos": [thing.clip(0)]}
+            heard = {"audios": [thing.recording(HELDOUT_VOICE, HELDOUT_SPEED)]}
+            for kind, media in (("pairs", seen | heard), ("clips", seen), ("sounds", heard)):
+                held[kind].append(sample(f"{kind}/{code}", name, **media))
+    return held
+
+
+def make_media(things: list[Thing], animations: dict[str, Path], variants: int, output: Path) -> float:
+    """Draws, animates and speaks all that is not there yet.
+
+    Returns:
+        Seconds of the longest recording.
+    """
+    for vendor in ALL_VENDORS:
+        drawn = [t.emoji for t in things if vendor in t.emoji.pictures]
+        if vendor in LIKE_THE_CLIPS:
+            drawn = [t.emoji for t in things if not t.clip_is_held_out]
+        emoji_art.draw_all(drawn, {vendor: variants}, output)
+    moving = [
+        (animations[t.emoji.code], {k: output / t.clip(k) for k in range(1 if t.clip_is_held_out else variants)})
+        for t in things
+    ]
+    spoken = [(t.emoji.name, voice, speed, output / path) for t in things for voice, speed, path in t.recordings()]
+    voice, speed = HELDOUT_VOICE, HELDOUT_SPEED
+    spoken += [(t.emoji.name, voice, speed, output / t.recording(voice, speed)) for t in things]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda job: clips.make_clips(*job), moving)
+        list(tqdm(made, total=len(moving), desc="animating", unit="emoji", mininterval=1))
+        seconds = pool.map(lambda job: speech.record(*job), spoken)
+        return max(tqdm(seconds, total=len(spoken), desc="speaking", unit="sound", mininterval=1))
+
+
+def choose_things(fetched: dict[str, Path], animations: dict[str, Path], count: int) -> list[Thing]:
+    """Names that the quick start's vendors drew and that move, every other one with its clip held out.
+
+    Args:
+        fetched: unpacked package of every vendor.
+        animations: by code points.
+        count: at most this many; 0 takes all.
+    """
+    base = {name: folder for name, folder in fetched.items() if name in emoji_art.VENDORS}
+    more = {name: folder for name, folder in fetched.items() if name not in base}
+    extra = {vendor: emoji_art.pictures_of(vendor, folder) for vendor, folder in more.items()}
+    things = []
+    for emoji in emoji_art.choose_names(base, 0):
+        if emoji.code in animations:
+            also = {vendor: files[emoji.code] for vendor, files in extra.items() if emoji.code in files}
+            things.append(replace(emoji, pictures=emoji.pictures | also))
+    things = random.Random(0).sample(things, min(count or len(things), len(things)))
+    return [Thing(emoji, number % 2 == 1) for number, emoji in enumerate(sorted(things, key=lambda e: e.code))]
+
+
+def main(arguments: Arguments) -> None:
+    """Fetches, draws, speaks and writes; raises ValueError for what a user can mend."""
+    output, cache = arguments.output, arguments.cache or arguments.output / "packages"
+    speech.install()
+    shipped = [vendor.package for vendor in ALL_VENDORS.values()] + list(clips.PACKAGES)
+    licences = [f"{package}: {package.licence}" for package in shipped] + [f"espeak-ng (apt): {speech.LICENCE}"]
+    print(*licences, sep="\n", flush=True)
+    fetched = {vendor.name: emoji_art.fetch(vendor, cache) for vendor in ALL_VENDORS.values()}
+    animations = clips.fetch(cache)
+    things = choose_things(fetched, animations, arguments.names)
+    longest = make_media(things, animations, arguments.variants, output)
+    train = training_samples(things, arguments.variants, arguments.seed)
+    write_jsonl(output / "train.jsonl", train)
+    for kind, lines in heldout_samples(things).items():
+        write_jsonl(output / f"heldout_{kind}.jsonl", lines)
+    write_lines(output / "names.txt", [thing.emoji.name for thing in things])
+    write_lines(output / "LICENCES.txt", licences)
+    held = sum(thing.clip_is_held_out for thing in things)
+    print(f"{len(things)} names, the clips of {held} held out; {len(train)} training samples; longest sound "
+          f"{longest:.2f} s; in {output}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, description=__doc__))
+    except ValueError as error:
+        print(f"audio_visual.py: {error}", file=sys.stderr)
+        sys.exit(1)
