@@ -40,6 +40,8 @@ class ParallelConfig:
     """Activations to recompute in the backward pass: none, core attention, or whole layers."""
     pipeline_cuts: list[str] | None = None
     """Names of the nodes that begin chunks 2, 3, …; null lets the partitioner choose."""
+    memory_limit_gb: float | None = None
+    """GiB that a process may hold by the planner's estimate, which the partitioner then keeps; null: no limit."""
     world_size: Annotated[int | None, megatron("world-size")] = None
     """Processes that a dry run plans for; null: those it was started on. A real run has what torchrun starts."""
     distributed_timeout_minutes: Annotated[float, megatron("distributed-timeout-minutes")] = 10.0

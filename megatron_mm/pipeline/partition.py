@@ -16,6 +16,10 @@ from megatron_mm.models.graph import Graph
 Fits = Callable[[int, int, int], bool]
 
 
+class NothingFits(ValueError):
+    """Every cut has a chunk that may not be."""
+
+
 def balance(costs: Sequence[float], chunks: int, fits: Fits | None = None) -> list[int]:
     """Positions of chunk beginnings and the end: [0, …, len(costs)], strictly increasing.
 
@@ -25,7 +29,8 @@ def balance(costs: Sequence[float], chunks: int, fits: Fits | None = None) -> li
         fits: whether a chunk may hold a range of nodes; None: always.
 
     Raises:
-        ValueError: fewer nodes than chunks, or nothing fits.
+        ValueError: fewer nodes than chunks.
+        NothingFits: as it says.
     """
     count = len(costs)
     if count < chunks:
@@ -57,7 +62,7 @@ def _solve(count, chunks, fits, cost, join) -> tuple[float, list[int]]:
                 if joined < row.get(stop, (float("inf"), 0))[0]:
                     row[stop] = (joined, start)
         if not row:
-            raise ValueError(f"no cut into {chunks} chunks fits into memory; use more stages or recomputation")
+            raise NothingFits(f"no cut into {chunks} chunks fits")
         best.append(row)
     cuts = [count]
     for chunk in range(chunks, 0, -1):

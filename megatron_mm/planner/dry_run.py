@@ -27,6 +27,7 @@ from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan, field_shapes
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import node_times
+from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes
 from megatron_mm.platform import cpu, setup
 
 
@@ -149,7 +150,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
     batch = meta_microbatch(config, plan)
     parameters: dict[int, torch.nn.Parameter] = {}
     kept, executed = 0, _Executed()
-    in_flight = _microbatches_in_flight(config, sizes, stage)
+    in_flight = microbatches_in_flight(config, sizes, stage)
     for virtual in range(sizes.vpp):
         with torch.device("meta"):
             chunk = PipelineChunk(
@@ -179,7 +180,6 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
     if trainable and sizes.dp * sizes.cp > 1:
         executed.communicated["gradients, once a step (data parallel)"] += trainable * 4
     shards = sizes.dp * sizes.cp if config.parallel.use_distributed_optimizer else 1
-    state = 12 if dtype == torch.bfloat16 else 8  # fp32 moments, and the fp32 master weight in mixed precision
     return StageReport(
         stage=stage,
         first_node=graph.nodes[cuts[stage]].name,
@@ -188,21 +188,12 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
         trainable_parameters=trainable,
         weight_bytes=total * dtype.itemsize,
         gradient_bytes=trainable * 4,
-        optimizer_bytes=trainable * state // shards,
+        optimizer_bytes=trainable * optimizer_bytes(dtype) // shards,
         activation_bytes=kept,
         flops=executed.flops,
         communicated=dict(executed.communicated),
         seconds=time.perf_counter() - began,
     )
-
-
-def _microbatches_in_flight(config: Config, sizes: ParallelSizes, stage: int) -> int:
-    """Forward passes of a chunk whose backward pass is still to come, at most, under 1F1B."""
-    microbatches = config.training.global_batch_size // (config.training.micro_batch_size * sizes.dp)
-    if sizes.vpp == 1:
-        return min(microbatches, sizes.pp - stage)
-    warm_up = (sizes.pp - stage - 1) * 2 + (sizes.vpp - 1) * sizes.pp + 1
-    return min(microbatches, -(-warm_up // sizes.vpp))
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -13,9 +13,10 @@ from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
-from megatron_mm.pipeline.partition import balance, cuts_by_name
+from megatron_mm.pipeline.partition import NothingFits, balance, cuts_by_name
 from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
 from megatron_mm.planner.costs import node_times
+from megatron_mm.planner.memory import memory_limit
 from megatron_mm.training.node_groups import phase_graph
 
 
@@ -75,12 +76,19 @@ def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]
     """The user's cut, or the balanced one.
 
     Raises:
-        ValueError: the user's cut is wrong, or there are fewer nodes than chunks.
+        ValueError: the user's cut is wrong, there are fewer nodes than chunks, or no cut keeps the memory limit.
     """
     if config.parallel.pipeline_cuts is not None:
         return cuts_by_name(graph, config.parallel.pipeline_cuts, sizes.chunks)
-    recompute = config.parallel.recompute_granularity == "full"
-    return balance(node_times(graph, full_plan(config), recompute), sizes.chunks)
+    recompute, plan = config.parallel.recompute_granularity == "full", full_plan(config)
+    fits = memory_limit(config, graph, plan, sizes, layer_dtype(config))
+    try:
+        return balance(node_times(graph, plan, recompute), sizes.chunks, fits)
+    except NothingFits:
+        raise ValueError(
+            f"parallel.memory_limit_gb is {config.parallel.memory_limit_gb}: no cut into {sizes.chunks} chunks keeps "
+            "it; use more stages, more tensor parallelism or recomputation"
+        ) from None
 
 
 def build_model(

@@ -63,6 +63,32 @@ def test_synapse_70b_is_cut_as_well_as_whole_nodes_allow():
     assert not can_do_better(times, 8, slowest(times, cuts) * (1 - 1e-9))
 
 
+def test_a_memory_limit_in_the_recipe_moves_the_cut_or_is_refused():
+    """The balanced cut's first stage holds most (towers, embedding, eight microbatches in flight)."""
+    pytest.importorskip("megatron.core")
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()
+    from megatron_mm.planner.memory import ChunkMemory
+    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_dtype, model_graph
+
+    config = load_config(RECIPES / "synapse-70b.yaml")
+    sizes = parallel_sizes(config, 256)
+    graph = model_graph(config, sizes, "cpu", 0)
+    memory = ChunkMemory(config, graph, full_plan(config), sizes, layer_dtype(config))
+
+    def held(cuts) -> list[float]:
+        return [memory(chunk, *cuts[chunk : chunk + 2]) / 2**30 for chunk in range(sizes.chunks)]
+
+    free = choose_cuts(config, graph, sizes)
+    config.parallel.memory_limit_gb = max(held(free)) * 0.95
+    bound = choose_cuts(config, graph, sizes)
+    assert bound != free and max(held(bound)) <= config.parallel.memory_limit_gb
+    config.parallel.memory_limit_gb = max(held(free)) * 0.5
+    with pytest.raises(ValueError, match=r"parallel\.memory_limit_gb is .*: no cut into 8 chunks keeps it"):
+        choose_cuts(config, graph, sizes)
+
+
 def can_do_better(times, chunks, limit) -> bool:
     """Whether some contiguous cut keeps every chunk under the limit: filling greedily is optimal for that question."""
     used, load = 1, 0.0

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_mm.config.load import RECIPES, dump_config
+from megatron_mm.config.load import RECIPES, dump_config, load_config
 from tests.recipes import small_config
 
 
@@ -56,5 +56,24 @@ def test_synapse_70b_on_256_processes(tmp_path):
     assert len(result["stages"]) == 8
     assert all(stage["memory_bytes"] < 80e9 for stage in result["stages"])
     assert result["slowest_over_mean"] <= 1.10 and "in chunk" in result["bottleneck"]
+    assert [stage["memory_bytes"] for stage in result["stages"]] == pytest.approx(estimates(256), rel=0.10)
     sharded = sum(stage["parameters"] for stage in result["stages"]) * 8
     assert sharded == pytest.approx(result["total_parameters"], rel=1e-3)
+
+
+def estimates(world_size: int) -> list[float]:
+    """What the partitioner takes for the memory of each stage of synapse-70b."""
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()
+    from megatron_mm.config.validate import parallel_sizes
+    from megatron_mm.planner.memory import ChunkMemory
+    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_dtype, model_graph
+    from megatron_mm.training.node_groups import LAST_PHASE
+
+    config = load_config(RECIPES / "synapse-70b.yaml")
+    sizes = parallel_sizes(config, world_size)
+    graph = model_graph(config, sizes, "cpu", LAST_PHASE)
+    memory = ChunkMemory(config, graph, full_plan(config), sizes, layer_dtype(config))
+    cuts = choose_cuts(config, graph, sizes)
+    return [memory(chunk, *cuts[chunk : chunk + 2]) for chunk in range(sizes.chunks)]
