@@ -107,7 +107,10 @@ class EmbeddingHead(nn.Module):
 
 
 class LogitScale(nn.Module):
-    """The learned inverse temperature of a contrastive loss, held as its logarithm and bounded (CLIP)."""
+    """The learned inverse temperature of a contrastive loss, held as its logarithm and bounded (CLIP).
+
+    The gradient passes the bound unchanged: a scale that has grown beyond it can fall again.
+    """
 
     def __init__(self, settings: LayerSettings, max_scale: float) -> None:
         super().__init__()
@@ -116,7 +119,8 @@ class LogitScale(nn.Module):
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[1], fp32."""
-        return self.log_scale.float().exp().clamp(max=self.max_scale)
+        scale = self.log_scale.float().exp()
+        return scale + (scale.clamp(max=self.max_scale) - scale).detach()
 
 
 def embedding_head(
