@@ -1,35 +1,15 @@
 """The quick start's samples: what is held out, what names are taken, and that a package is fetched once."""
 
-import json
 import subprocess
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from examples.data import emoji_art, speech
 from examples.quickstart import prepare, report
-
-
-def write_packages(root: Path, names: dict[str, str]) -> dict[str, Path]:
-    """Unpacked packages of every vendor with a drawing of each code."""
-    packages = {}
-    records = [{"unified": code.upper(), "name": name, "category": "Food & Drink"} for code, name in names.items()]
-    for vendor in emoji_art.VENDORS.values():
-        folder = packages[vendor.name] = root / vendor.name
-        (folder / vendor.pictures).mkdir(parents=True)
-        (folder / "package.json").write_text("{}")
-        (folder / "emoji.json").write_text(json.dumps(records))
-        for code in names:
-            picture = Image.new("RGBA", (72, 72))
-            ImageDraw.Draw(picture).ellipse((10, 20, 60, 50), fill=(200, 40, 30, 255))
-            picture.save(folder / vendor.pictures / f"{code}.png")
-    return packages
-
-
-NAMES = {"1f34e": "RED APPLE", "1f4d7": "GREEN BOOK", "2601-fe0f": "Cloud", "1f575": "SLEUTH OR SPY NUMBER 7"}
+from tests.examples.art import NAMES, write_packages
 
 
 def test_names_are_plain_and_every_vendor_has_them(tmp_path):
