@@ -14,7 +14,7 @@ import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.data.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.models.graph import Graph, ParallelSizes, Stream
 from megatron_mm.pipeline.partition import Fits
 from megatron_mm.planner.costs import gradient_reaches
 
@@ -49,24 +49,25 @@ class ChunkMemory:
         learning = 4.0 + optimizer_bytes(dtype) / shards  # fp32 gradients
         recompute = config.parallel.recompute_granularity == "full"
         held, kept, again = [], [], []
+        streams: dict[str, Stream] = {}
         for position, node in enumerate(graph.nodes):
             cost = node.cost(plan)
             held.append(cost.parameters / sizes.tp * (dtype.itemsize + (learning if node.trainable else 0.0)))
             learns = node.trainable or gradient_reaches(graph, position)
             activations = cost.activation_bytes / (sizes.tp * sizes.cp) * dtype.itemsize / 2 if learns else 0.0
             redone = recompute and node.recomputable and learns
-            kept.append(sum(map(self._bytes, node.reads)) if redone else activations)
+            kept.append(sum(self._bytes(streams[name]) for name in node.reads) if redone else activations)
             again.append(activations if redone else 0.0)
+            streams.update({stream.name: stream for stream in node.writes})  # a rewritten stream may change its shape
         self._held, self._kept, self._again = [0.0, *accumulate(held)], [0.0, *accumulate(kept)], again
 
-    def _bytes(self, stream: str) -> int:
-        found = self.graph.streams[stream]
-        return prod(found.local_shape(self.plan, self.sizes)) * (found.dtype or self.dtype).itemsize
+    def _bytes(self, stream: Stream) -> int:
+        return prod(stream.local_shape(self.plan, self.sizes)) * (stream.dtype or self.dtype).itemsize
 
     def __call__(self, chunk: int, start: int, stop: int) -> float:
         """Bytes of nodes start … stop-1 as chunk number `chunk`."""
         flight = microbatches_in_flight(self.config, self.sizes, chunk % self.sizes.pp)
-        received = sum(self._bytes(stream.name) for stream in self.graph.live(start)) if start else 0
+        received = sum(self._bytes(stream) for stream in self.graph.live(start)) if start else 0
         kept = self._kept[stop] - self._kept[start] + received
         return self._held[stop] - self._held[start] + flight * kept + max(self._again[start:stop])
 

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -61,31 +67,52 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
         "optimizer_step": optimizer.steps,
     }
     part = checkpoint_folder.folder_of(root, position.iteration).with_suffix(".part")
-    problem = None
-    if dist.get_rank() == 0:
-        try:
-            checkpoint_folder.begin(root, position.iteration)
-        except OSError as error:
-            problem = str(error)
-    _raise_together(problem, part)
+    _together(part, lambda: checkpoint_folder.begin(root, position.iteration), first_rank_only=True)
     _raise_together(_lacks_space(state, root), part)
-    try:
-        dist_checkpointing.save(state, str(part), validate_access_integrity=False)
-    except (Exception, CheckpointException) as error:  # whatever storage does, the run goes on and says so
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        problem = f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
-    _raise_together(problem, part)
-    if dist.get_rank() == 0:
-        try:
-            dump_config(config, part / "config.yaml")
-            if config.data.tokenizer:
-                shutil.copyfile(config.data.tokenizer, part / "tokenizer.model")
-            checkpoint_folder.finish(part, {"iteration": position.iteration})
-            checkpoint_folder.prune(root, config.checkpoint.keep_last, position.iteration)
-        except OSError as error:
-            problem = str(error)
-    _raise_together(problem, part)
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    strategy = get_default_save_sharded_strategy()
+
+    def finish() -> None:
+        TorchCommonSaveStrategy("torch", 1).save_common(common, part)
+        save_config(CheckpointingConfig(strategy.backend, strategy.version), str(part))
+        dump_config(config, part / "config.yaml")
+        if config.data.tokenizer:
+            shutil.copyfile(config.data.tokenizer, part / "tokenizer.model")
+        checkpoint_folder.finish(part, {"iteration": position.iteration})
+        checkpoint_folder.prune(root, config.checkpoint.keep_last, position.iteration)
+
+    _together(part, lambda: _write_shards(strategy, sharded, part))
+    _together(part, finish, first_rank_only=True)
     return part.with_suffix("")
+
+
+def _write_shards(strategy: AsyncSaveShardedStrategy, sharded: dict, part: Path) -> None:
+    """Every process writes its shards, then rank 0 `.metadata`. Collective.
+
+    It is dist_checkpointing.save without the small files, because that leaves the other processes waiting where rank 0
+    alone fails.
+    """
+    request = strategy.async_save(sharded, part)
+    shards_written: list[bool] = []
+    request.finalize_fns.insert(0, lambda: shards_written.append(True))
+    try:
+        request.execute_sync()
+    except OSError:
+        if shards_written:  # `.metadata` failed: the others wait for rank 0 to say whether the shards did
+            dist.broadcast(torch.ones(1, dtype=torch.int, device=torch.cuda.current_device()), src=0)
+        raise
+
+
+def _together(part: Path, write: Callable[[], object], first_rank_only: bool = False) -> None:
+    """Writes something, and raises SaveError on every process if that fails on any. Collective."""
+    problem = None
+    if dist.get_rank() == 0 or not first_rank_only:
+        try:
+            write()
+        except (Exception, CheckpointException) as error:  # whatever storage does, the run goes on and says so
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            problem = f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    _raise_together(problem, part)
 
 
 def _lacks_space(state: dict, root: Path) -> str | None:

@@ -1,0 +1,61 @@
+"""What happens if rank 0 alone cannot write one of the small files: an error everywhere, and the next save works.
+
+A folder in the place of a file makes writing it fail as a full disk does. Under torchrun, each save must end within
+seconds; a process left waiting in a collective would run into the time-out of this test.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+SMALL_FILES = (".metadata", "common.pt", "metadata.json", "config.yaml", "manifest.json")
+
+
+def save_with_obstacles(root: str) -> None:
+    """Run by each process: a save fails for each small file, then one works."""
+    from pathlib import Path
+
+    from megatron_mm.platform import setup
+    from megatron_mm.training import checkpoint, checkpoint_folder
+    from tests.pipeline import toy
+
+    setup.initialize(toy.sizes_of("PP2"), seed=1, timeout_minutes=1)
+    pipeline, optimizer, config = toy.build(toy.Case("PP2"))
+    begin = checkpoint_folder.begin
+
+    def begin_with(name: str):
+        def blocked(root, iteration):
+            (begin(root, iteration) / name).mkdir()
+
+        return blocked
+
+    for name in SMALL_FILES:
+        checkpoint_folder.begin = begin_with(name)
+        try:
+            checkpoint.save(config, Path(root), pipeline, optimizer, checkpoint.Position(1, 16))
+            print(f"rank {setup.rank()} saved in spite of {name}", flush=True)
+        except checkpoint.SaveError as error:
+            print(f"rank {setup.rank()} {name}: {error}", flush=True)
+    checkpoint_folder.begin = begin
+    folder = checkpoint.save(config, Path(root), pipeline, optimizer, checkpoint.Position(2, 32))
+    print(f"rank {setup.rank()} wrote {folder.name}", flush=True)
+    setup.shutdown()
+
+
+@pytest.mark.slow
+def test_every_process_hears_of_it(tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "tests.training.test_full_disk", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        for name in SMALL_FILES:
+            (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"rank {rank} {name}: ")]
+            assert "iter_0000001 was not written: " in line and "irectory" in line, line
+        assert f"rank {rank} wrote iter_0000002" in done.stdout
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
+
+
+if __name__ == "__main__":
+    save_with_obstacles(sys.argv[1])
