@@ -133,10 +133,20 @@ class Generator:
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 inputs = {key: value.to(self.model.device) for key, value in self.processor(batch).items()}
+                arguments["max_new_tokens"] = self._new_tokens(inputs["attention_mask"], decoding.max_new_tokens)
                 with torch.inference_mode():
                     out = self.model.generate(**inputs, **arguments)
                 bar.update(len(batch))
                 yield from self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :].tolist())
+
+    def _new_tokens(self, attention_mask: torch.Tensor, wanted: int) -> int:
+        """Tokens that an answer may have: those wanted, or as many as positions are left."""
+        limit, prompt = getattr(self.model.config, "longest_text", None), int(attention_mask.sum(dim=1).max())
+        if limit is None:
+            return wanted
+        if prompt >= limit:
+            raise ValueError(f"a prompt has {prompt} tokens; this model has {limit} positions for prompt and answer")
+        return min(wanted, limit - prompt)
 
 
 def build_model(

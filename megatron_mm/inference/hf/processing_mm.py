@@ -174,7 +174,7 @@ class MultimodalProcessor:
         self.config, self.inputs, self.tokenizer, self.warned = config, config.inputs, None, False
         if os.path.exists(tokenizer_file):
             self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
-        elif getattr(config, "vocab_size", None):
+        elif getattr(config, "has_text", True):
             raise ValueError(f"{tokenizer_file}: missing; an exported folder carries its {TOKENIZER_FILE}")
 
     @classmethod

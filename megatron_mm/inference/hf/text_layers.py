@@ -222,8 +222,8 @@ def memory_masks(memory_mask, dtype):
     """[B, M] of positions that exist -> the `mask` and `reads` [B, 1, 1] of MemoryAttention."""
     has_memory = memory_mask.any(dim=1, keepdim=True)
     # A row without memory reads everything and multiplies it by zero: an all-masked softmax would be NaN.
-    mask = None if memory_mask.all() else (memory_mask | ~has_memory)[:, None, None]
-    return mask, has_memory[..., None].to(dtype)
+    mask = memory_mask | ~has_memory
+    return None if mask.all() else mask[:, None, None], has_memory[..., None].to(dtype)
 
 
 def cached_memory(cache, number, past, project, *memory):
@@ -234,30 +234,6 @@ def cached_memory(cache, number, past, project, *memory):
     if cache is not None:
         cache.memory[number] = pair
     return pair
-
-
-def slot_mask(name, mask, rows, values):
-    """[B] bool: rows that have a medium; without a mask all do.
-
-    Raises:
-        ValueError: mask or media have another number of rows.
-    """
-    if len(values) != rows:
-        raise ValueError(f"there are {rows} rows and {len(values)} media under {name}: one is needed a row")
-    if mask is None:
-        return torch.ones(rows, dtype=torch.bool, device=values.device)
-    if tuple(mask.shape) != (rows,):
-        raise ValueError(f"{name} has shape {list(mask.shape)}; there are {rows} rows")
-    return mask.bool()
-
-
-def spread_rows(values, mask):
-    """Values of the rows that have a medium [N, …] -> [B, …], zero in the other rows."""
-    if mask.all():
-        return values
-    full = values.new_zeros(len(mask), *values.shape[1:])
-    full[mask] = values
-    return full
 
 
 def last_token(hidden, attention_mask):

@@ -1,0 +1,144 @@
+"""Every system's checkpoint as an exported folder and back: the same outputs, the same tokens, the same weights.
+
+Truth: the streams of the training graph, greedy tokens of the training model computed anew for each, and the tensors
+that the training code saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mm.inference.checkpoint_stream import CheckpointReader
+from megatron_mm.inference.convert import export, restore
+from megatron_mm.inference.generation import Generator
+from megatron_mm.inference.names import checkpoint_key
+from megatron_mm.inference.systems import adapter_of
+from tests import recipes
+from tests.inference import system_case as case
+from tests.inference.export_case import train_tokenizer
+
+SYSTEMS = {
+    "vlm": lambda: recipes.small_vlm(),
+    "vlm-mae": lambda: recipes.small_vlm(phase="mae"),
+    "vlm-contrastive": lambda: recipes.small_vlm(causal_lm_weight=0.0),
+    "vlm-captions": lambda: recipes.small_vlm(contrastive_weight=0.0),
+    "dual_encoder": lambda: recipes.small_dual_encoder(),
+    "dual_encoder-mae": lambda: recipes.small_dual_encoder(phase="mae"),
+    "dual_encoder-contrastive": lambda: recipes.small_dual_encoder(causal_lm_weight=0.0, mae_weight=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "spm.model")
+
+
+class Work:
+    """A system's training model, its checkpoint and its export."""
+
+    def __init__(self, name: str, root: Path, tokenizer: Path) -> None:
+        self.config = case.with_vocabulary(SYSTEMS[name]())
+        self.trained = case.trained(self.config)
+        self.checkpoint = self.trained.save(root / "run" / "checkpoints", tokenizer)
+        self.exported = export(root / "run", root / "exported", max_shard_bytes=100_000, quiet=True)
+        self.model = Generator.from_path(self.exported).model
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def work(request, tmp_path_factory, tokenizer):
+    return Work(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    scale = max(1.0, wanted.abs().max().item())
+    assert found.shape == wanted.shape, (name, found.shape, wanted.shape)
+    assert (found - wanted).abs().max().item() <= 1e-5 * scale, name
+
+
+def test_entries_are_the_weights_that_training_saved(work):
+    """Each once, with the keys of the checkpoint: nothing is lost on the way."""
+    entries = adapter_of(work.config.model.system, "").entries(work.config.model)
+    names = [entry.training for entry in entries]
+    weights = work.trained.weights()
+    assert sorted(names) == sorted(weights)
+    assert {entry.training: entry.shape for entry in entries} == {n: tuple(w.shape) for n, w in weights.items()}
+    saved = CheckpointReader(work.checkpoint)._metadata.state_dict_metadata
+    assert {checkpoint_key(name) for name in names} == saved.keys()
+    state = work.model.state_dict()
+    assert sorted(p.name for e in entries for p in e.parts) == sorted(state)
+
+
+def test_restored_weights_are_the_checkpoints(work, tmp_path):
+    restored = restore(work.exported, tmp_path / "restored", quiet=True)
+    before, after = CheckpointReader(work.checkpoint), CheckpointReader(restored)
+    for name in work.trained.weights():
+        assert torch.equal(before.read(name), after.read(name)), name
+    from megatron_mm.config.load import load_config
+
+    assert load_config(restored / "config.yaml").model == load_config(work.checkpoint / "config.yaml").model
+    assert (restored / "tokenizer.model").read_bytes() == (work.checkpoint / "tokenizer.model").read_bytes()
+
+
+def test_outputs_are_the_training_graphs(work):
+    """Logits of real tokens, embeddings, predictions, on rows with and without media, whichever side is padded."""
+    batch = case.rows(work.config)
+    streams = work.trained.streams(batch)
+    images = batch.image_slots_RK[:, 0]
+    assert (images >= 0).any() and (images < 0).any()
+    for left in (True, False):
+        inputs = case.exported_inputs(batch, left)
+        with torch.no_grad():
+            out = work.model(**inputs)
+        checked = set()
+        if "logits" in streams:
+            wanted = streams["logits"].view(*batch.tokens_RT.shape, -1)[batch.document_ids_RT >= 0]
+            close(out.logits[inputs["attention_mask"].bool()], wanted, "logits")
+            checked.add("logits")
+        for field, stream, real in (
+            ("text_embeds", "text_embedding", torch.ones_like(images, dtype=torch.bool)),
+            ("image_embeds", "image_embedding", images >= 0),
+        ):
+            if stream in streams:
+                close(out[field][real], streams[stream][real], field)
+                assert (out[field][~real] == 0).all()
+                checked.add(field)
+        if "mae_prediction" in streams:
+            wanted = streams["mae_prediction"][images[images >= 0]]
+            close(out.mae_prediction[images >= 0], wanted, "mae_prediction")
+            checked.add("mae_prediction")
+        assert checked | {"past_key_values"} == out.keys() | {"past_key_values"}
+
+
+def test_features_alone_are_those_of_the_forward_pass(work):
+    if not work.model.config.contrasts:
+        with pytest.raises(ValueError, match="trained without that objective"):
+            work.model.get_image_features(torch.zeros(1, 3, 32, 32))
+        return
+    inputs = case.exported_inputs(case.rows(work.config))
+    with torch.no_grad():
+        out = work.model(**inputs)
+        close(work.model.get_image_features(**inputs), out.image_embeds, "image")
+        close(work.model.get_text_features(**inputs), out.text_embeds, "text")
+
+
+def test_greedy_tokens_are_the_training_models(work):
+    if not work.model.config.speaks:
+        with pytest.raises(ValueError, match="generates no text"):
+            next(Generator(work.model, None).generate([{"prompt": "a"}]))
+        return
+    batch = case.rows(work.config)
+    lengths = torch.tensor([2, 5, 3, 6, 4, 9])
+    inputs = case.exported_inputs(case.prefix(batch, lengths))
+    inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, -9:], inputs["attention_mask"][:, -9:]
+    inputs.pop("patch_noise", None)
+    wanted = case.greedy(work.trained, batch, lengths, 8)
+    for arguments in ({}, {"num_beams": 2, "use_cache": True}, {"num_beams": 2, "use_cache": False}):
+        found = work.model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, **arguments)
+        if "num_beams" not in arguments:
+            assert found[:, 9:].tolist() == wanted.tolist()
+            continue
+        wanted = found if arguments["use_cache"] else wanted
+        assert found.tolist() == wanted.tolist(), "beams with and without cache"
