@@ -16,6 +16,7 @@ from megatron_mm.inference.convert import export, restore
 from megatron_mm.inference.generation import Generator
 from megatron_mm.inference.names import checkpoint_key
 from megatron_mm.inference.systems import adapter_of
+from megatron_mm.objectives.matching import hard_negatives
 from tests import recipes
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
@@ -28,7 +29,11 @@ SYSTEMS = {
     "dual_encoder": lambda: recipes.small_dual_encoder(),
     "dual_encoder-mae": lambda: recipes.small_dual_encoder(phase="mae"),
     "dual_encoder-contrastive": lambda: recipes.small_dual_encoder(causal_lm_weight=0.0, mae_weight=0.0),
+    "perceiver_fusion": lambda: recipes.small_perceiver_fusion(),
+    "perceiver_fusion-matching": lambda: recipes.small_perceiver_fusion(masked_lm_weight=0.0, contrastive_weight=0.0),
 }
+IMAGE_TEXT = [name for name in SYSTEMS if name.startswith(("vlm", "dual_encoder"))]
+PERCEIVER = [name for name in SYSTEMS if name.startswith("perceiver_fusion")]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,7 @@ def test_restored_weights_are_the_checkpoints(work, tmp_path):
     assert (restored / "tokenizer.model").read_bytes() == (work.checkpoint / "tokenizer.model").read_bytes()
 
 
+@pytest.mark.parametrize("work", IMAGE_TEXT, indirect=True)
 def test_outputs_are_the_training_graphs(work):
     """Logits of real tokens, embeddings, predictions, on rows with and without media, whichever side is padded."""
     batch = case.rows(work.config)
@@ -112,12 +118,50 @@ def test_outputs_are_the_training_graphs(work):
         assert checked | {"past_key_values"} == out.keys() | {"past_key_values"}
 
 
+@pytest.mark.parametrize("work", PERCEIVER, indirect=True)
+def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
+    """Own pairs and hard negatives of clean texts; logits of masked texts; rows cut to fewer segments or not."""
+    batch, model = case.rows(work.config), work.model
+    streams = work.trained.streams(batch)
+    images, real = batch.image_slots_RK[:, 0], batch.document_ids_RT >= 0
+    inputs = case.exported_inputs(batch, left=False)
+    with torch.no_grad():
+        clean = model(**inputs)
+        memory, memory_mask = model.encode_media(inputs["pixel_values"], inputs["image_mask"])
+        states, mask = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+    close(clean.text_embeds, streams["text_embedding"], "text_embeds")
+    close(clean.image_embeds[images >= 0], streams["image_embedding"][images >= 0], "image_embeds")
+    embeddings = (streams[name] for name in ("image_embedding", "text_embedding", "logit_scale"))
+    wrong_text, wrong_image, valid = hard_negatives(batch, *embeddings)
+    assert valid.any() and not valid.all()
+    own, with_text, with_image = streams["match_logits"].chunk(3)
+    close(clean.match_logits, own, "own pairs")
+    with torch.no_grad():
+        texts = model.fuse(memory, memory_mask, states[wrong_text], mask[wrong_text])
+        pictures = model.fuse(memory[wrong_image], memory_mask[wrong_image], states, mask)
+        for latents, wanted, name in ((texts, with_text, "wrong texts"), (pictures, with_image, "wrong images")):
+            found = model.match_projection(model.match_norm(latents.mean(dim=1)))
+            close(found[valid > 0], wanted[valid > 0], name)
+    if model.predicts:
+        wanted = streams["logits"].view(*real.shape, -1)
+        inputs["input_ids"] = batch.masked_tokens_RT
+        short = real.sum(1).argmin()
+        count = int(real[short].sum())
+        with torch.no_grad():
+            close(model(**inputs).logits[real], wanted[real], "logits")
+            one = {name: value[short : short + 1] for name, value in inputs.items()}
+            one |= {name: one[name][:, :count] for name in ("input_ids", "attention_mask")}
+            close(model(**one).logits[0], wanted[short, :count], "logits of a row alone, unpadded")
+        with pytest.raises(ValueError, match="padded on the right"):
+            model(**case.exported_inputs(batch))
+
+
 def test_features_alone_are_those_of_the_forward_pass(work):
     if not work.model.config.contrasts:
         with pytest.raises(ValueError, match="trained without that objective"):
             work.model.get_image_features(torch.zeros(1, 3, 32, 32))
         return
-    inputs = case.exported_inputs(case.rows(work.config))
+    inputs = case.exported_inputs(case.rows(work.config), left=work.model.config.inputs["padding_side"] == "left")
     with torch.no_grad():
         out = work.model(**inputs)
         close(work.model.get_image_features(**inputs), out.image_embeds, "image")
