@@ -26,6 +26,8 @@ from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint
 from megatron_mm.training.assembly import build_model
 
+_TOKENS = frozenset({"tokens_RT", "masked_tokens_RT"})
+
 
 class GraphReader:
     """The whole graph of a recipe in this process, in evaluation mode.
@@ -88,19 +90,31 @@ class GraphReader:
         return frozenset().union(*(self.graph.nodes[number].fields for number in self.needed(names)))
 
     @torch.inference_mode()
-    def run(self, batch: Microbatch, names: Collection[str]) -> tuple[dict[str, torch.Tensor], ForwardContext]:
+    def run(
+        self, batch: Microbatch, names: Collection[str], kept: dict[int, tuple[torch.Tensor, ...]] | None = None
+    ) -> tuple[dict[str, torch.Tensor], ForwardContext]:
         """The streams as the end of the graph sees them, and the context in which they were made.
 
         Args:
             batch: with at least `fields(names)`.
             names: of streams.
+            kept: results of nodes that depend on no token, by number: used where there, else added. For runs that
+                differ in their tokens alone.
         """
-        context, streams = ForwardContext(batch.to(self.device)), {}
+        context, streams, of_tokens = ForwardContext(batch.to(self.device)), {}, set()
         for number in self.needed(names):
             node, module = self.graph.nodes[number], self._chunk.node_modules[number]
-            written = module(*(streams[name] for name in node.reads), context)
-            written = (written,) if isinstance(written, torch.Tensor) else written
-            streams.update(zip((stream.name for stream in node.writes), written))
+            writes = [stream.name for stream in node.writes]
+            depends = bool(node.fields & _TOKENS) or not of_tokens.isdisjoint(node.reads)
+            of_tokens = of_tokens.union(writes) if depends else of_tokens.difference(writes)
+            if kept is not None and number in kept:
+                written = kept[number]
+            else:
+                written = module(*(streams[name] for name in node.reads), context)
+                written = (written,) if isinstance(written, torch.Tensor) else written
+                if kept is not None and not depends:
+                    kept[number] = written
+            streams.update(zip(writes, written))
         return {name: streams[name] for name in names}, context
 
 

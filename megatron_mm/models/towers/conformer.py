@@ -18,6 +18,7 @@ from torch.nn import functional
 from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.initialization import Init
 from megatron_mm.models.layers.conformer import conformer_cost, conformer_layer
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe
@@ -90,7 +91,12 @@ def conformer_nodes(tower: ConformerConfig, settings: LayerSettings, init_std: f
     memory = Stream("audio_memory", lambda plan: (plan.num_sounds, tokens, width))
 
     def front() -> nn.Module:
-        return describe(WaveformFront(tower, settings, shape), init_std=init_std)
+        module = describe(WaveformFront(tower, settings, shape), init_std=init_std)
+        # Silence, which pads every sound, would pass convolutions without bias as exact zeros, and the gradient of each
+        # norm at zero is 1/sqrt(eps): 1e12 through four of them.
+        for layer in module.convolutions:
+            layer.convolution.bias.init = Init("normal", std=init_std)
+        return module
 
     def output() -> nn.Module:
         return describe(AudioOutput(settings, shape), init_std=init_std)

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# AVT-33B's graph on a laptop: trains avt-tiny on moving emoji and their spoken names, and scores it on unseen ones.
+#
+#   examples/avt_33b/tiny.sh            at most 8 minutes on two cores, downloads (500 MB) included
+#   examples/avt_33b/tiny.sh --smoke    the same steps on a few samples, to see that they work
+#
+# Options: --output DIR (default outputs/avt-tiny), --cache DIR (downloaded packages; default DIR/data/packages),
+# --recipe FILE (default megatron_mm/recipes/avt-tiny.yaml). Needs Python 3.10 or later and npm; installs espeak-ng
+# with apt-get where it is missing. Data are kept in DIR/data, everything else in DIR is made again on each run. Ends
+# with a table of held-out figures (results.json); fails if one is not far above its baseline, but not with --smoke.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+output=outputs/avt-tiny
+recipe=megatron_mm/recipes/avt-tiny.yaml
+cache=
+smoke=
+usage() { echo "tiny.sh: $1 (see --help)" >&2 && exit 2; }
+while [ $# -gt 0 ]; do
+    case $1 in
+    --smoke) smoke=1 ;;
+    --output | --recipe | --cache)
+        [ $# -gt 1 ] || usage "$1 needs a value"
+        declare "${1#--}=$2" && shift
+        ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) usage "unknown option $1" ;;
+    esac
+    shift
+done
+cache=${cache:-$output/data/packages}
+
+heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+heading "Environment"
+. tools/setup_env.sh
+export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
+rm -rf "$output"/{shards,run,tokenizer.model,results.json}
+mkdir -p "$output"
+
+if [ $smoke ]; then
+    iterations=8 names=24 limit=8 training="--optimizer.lr-warmup-iters 2"
+else
+    iterations=$(python -c 'import sys; from megatron_mm.config.load import load_config
+print(load_config(sys.argv[1]).training.train_iters)' "$recipe")
+    names=0 limit=0 training=
+fi
+stop=$((iterations / 2))
+
+heading "Data: moving and still emoji (npm) and spoken names (espeak-ng)"
+python -m examples.data.audio_visual --output "$output/data" --cache "$cache" --names $names
+
+heading "Tokenizer"
+python tools/train_tokenizer.py --input "$output/data/names.txt" --vocab-size 1024 --model-type bpe \
+    --output "$output/tokenizer.model"
+
+heading "Shards"
+python tools/preprocess_multimodal.py --input "$output/data/train.jsonl" --output "$output/shards" \
+    --tokenizer-model "$output/tokenizer.model" --no-check --overwrite
+
+pretrain() { # [options]: two processes on the run's data
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
+        --logging.output "$output/run" --data-path "$output/shards" --data.tokenizer "$output/tokenizer.model" \
+        --lr-decay-iters "$iterations" $training "$@"
+}
+
+heading "Pretraining, tensor parallel 2, to iteration $stop of $iterations"
+pretrain --tensor-model-parallel-size 2 --train-iters "$stop"
+
+heading "Resuming in another layout: data parallel 2, to iteration $iterations"
+pretrain --micro-batch-size 32 --train-iters "$iterations"
+
+heading "Report on held-out clips and an unseen voice"
+python -m examples.avt_33b.report --folder "$output" --limit $limit --seconds $SECONDS ${smoke:+--no-require}
+printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
