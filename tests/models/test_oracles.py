@@ -6,8 +6,6 @@ same map applied to their gradients gives what ours must be.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, WhisperConfig
@@ -20,73 +18,7 @@ from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 from tests.models import synapse_case as case
-
-Get = Callable[[str], torch.Tensor]
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
-    scale = max(expected.abs().max().item(), 1e-3)
-    assert (found - expected).abs().max().item() <= 1e-5 * scale, name
-
-
-def fused_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
-    """Rows of megatron-core's fused projection: for each group its queries, its key, its value."""
-    width = q.shape[0] // heads
-    parts = [x.reshape(groups, -1, width, *x.shape[1:]) for x in (q, k, v)]
-    return torch.cat(parts, dim=1).flatten(0, 2)
-
-
-def pairs_of_kv(k: torch.Tensor, v: torch.Tensor, groups: int) -> torch.Tensor:
-    return torch.stack((k.unflatten(0, (groups, -1)), v.unflatten(0, (groups, -1))), dim=1).flatten(0, 2)
-
-
-def check(modules: torch.nn.Module, oracle: torch.nn.Module, ours: Callable[[Get], dict[str, torch.Tensor]]) -> None:
-    """Compares the gradients of all parameters that `ours` names."""
-    parameters = dict(oracle.named_parameters())
-    expected = ours(lambda name: parameters[name].grad)
-    found = {name.replace("/", "."): parameter for name, parameter in modules.named_parameters()}
-    for name, gradient in expected.items():
-        assert_close(found[name].grad, gradient, name)
-
-
-def load(modules: torch.nn.Module, oracle: torch.nn.Module, ours: Callable[[Get], dict[str, torch.Tensor]]) -> None:
-    """Fills our parameters; biases and norms of the oracle are made random first, so that nothing is 0 or 1."""
-    parameters = dict(oracle.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
-            elif "embed_positions" not in name:
-                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
-        mine = {name.replace("/", "."): parameter for name, parameter in modules.named_parameters()}
-        for name, value in ours(lambda name: parameters[name]).items():
-            assert mine[name].shape == value.shape, name
-            mine[name].copy_(value)
-
-
-def llama_names(config, get: Get) -> dict[str, torch.Tensor]:
-    decoder = config.decoder
-    names = {
-        "decoder.embedding.word_embeddings.weight": get("model.embed_tokens.weight"),
-        "decoder.output.final_layernorm.weight": get("model.norm.weight"),
-        "decoder.output.output_layer.weight": get("lm_head.weight"),
-    }
-    for i in range(decoder.num_layers):
-        theirs, ours = f"model.layers.{i}.", f"decoder.layers.{i}."
-        qkv = [get(f"{theirs}self_attn.{x}_proj.weight") for x in "qkv"]
-        names |= {
-            ours + "input_layernorm.weight": get(theirs + "input_layernorm.weight"),
-            ours + "self_attention.linear_qkv.weight": fused_qkv(
-                *qkv, decoder.num_attention_heads, decoder.num_query_groups
-            ),
-            ours + "self_attention.linear_proj.weight": get(theirs + "self_attn.o_proj.weight"),
-            ours + "pre_mlp_layernorm.weight": get(theirs + "post_attention_layernorm.weight"),
-            ours + "mlp.linear_fc1.weight": torch.cat(
-                (get(theirs + "mlp.gate_proj.weight"), get(theirs + "mlp.up_proj.weight"))
-            ),
-            ours + "mlp.linear_fc2.weight": get(theirs + "mlp.down_proj.weight"),
-        }
-    return names
+from tests.models.oracle import Get, assert_close, check, fused_qkv, llama_names, load, pairs_of_kv
 
 
 def test_decoder_with_closed_gates_is_llama():
@@ -107,7 +39,7 @@ def test_decoder_with_closed_gates_is_llama():
     ).train()
     graph = build_graph(config, LayerSettings())
     modules = case.build(graph)
-    load(modules, llama, lambda get: llama_names(config, get))
+    load(modules, llama, lambda get: llama_names(config.decoder, get))
     batch = case.make_batch(config)
     rows, length = batch.tokens_RT.shape
     # One document a row, full length, then the plan without a mask and the plan with one must agree with Llama.
@@ -129,7 +61,7 @@ def test_decoder_with_closed_gates_is_llama():
         loss = graph.losses[0].compute(streams["logits"], context)
         assert_close(loss.detach(), (losses * batch.loss_mask_RT.flatten()).sum().detach(), "loss")
         loss.backward()
-        check(modules, llama, lambda get: llama_names(config, get))
+        check(modules, llama, lambda get: llama_names(config.decoder, get))
 
 
 def test_packed_documents_are_what_they_are_alone():
@@ -172,11 +104,11 @@ def one_document(packed: Microbatch, row: int, document: int) -> Microbatch:
         image_documents,
         sound_slots,
         sound_documents,
-        packed.tokens_RT[row][where][None],
-        packed.labels_RT[row][where][None],
-        packed.images_ICHW,
-        packed.image_frames_I,
-        packed.sounds_AMF,
+        tokens_RT=packed.tokens_RT[row][where][None],
+        labels_RT=packed.labels_RT[row][where][None],
+        images_ICHW=packed.images_ICHW,
+        image_frames_I=packed.image_frames_I,
+        sounds_AMF=packed.sounds_AMF,
     )
 
 

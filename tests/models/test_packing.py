@@ -41,18 +41,19 @@ def packed_batch(counted: bool):
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("counted", [True, False])
-def test_documents(cp_size: int, counted: bool):
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents(cp_size: int, counted: bool, causal: bool):
     batch = packed_batch(counted)
     rows, length = batch.tokens_RT.shape
     query, key, value = torch.randn(3, rows, length, 8)
-    expected = (query @ key.transpose(1, 2) + document_mask(batch, torch.float32)[:, 0]).softmax(-1) @ value
+    expected = (query @ key.transpose(1, 2) + document_mask(batch, torch.float32, causal)[:, 0]).softmax(-1) @ value
     for rank in range(cp_size):
         local = zigzag_slice(query, cp_size, rank)
-        calls = document_segments(batch, cp_size, rank, causal=True)
+        calls = document_segments(batch, cp_size, rank, causal)
         assert len(calls) == (1 if cp_size == 1 else 2)
         pieces = [
             variable_length(
-                local[:, call.begin : call.end].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), call, True
+                local[:, call.begin : call.end].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), call, causal
             ).view(rows, -1, 8)
             for call in calls
         ]
