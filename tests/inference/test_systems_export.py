@@ -6,6 +6,7 @@ that the training code saved.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,12 @@ SYSTEMS = {
     "dual_encoder-contrastive": lambda: recipes.small_dual_encoder(causal_lm_weight=0.0, mae_weight=0.0),
     "perceiver_fusion": lambda: recipes.small_perceiver_fusion(),
     "perceiver_fusion-matching": lambda: recipes.small_perceiver_fusion(masked_lm_weight=0.0, contrastive_weight=0.0),
+    "avt": lambda: recipes.small_avt(),
+    "avt-contrastive": lambda: recipes.small_avt(masked_lm_weight=0.0, generation_weight=0.0),
+    "avt-masked": lambda: recipes.small_avt(contrastive_weight=0.0, generation_weight=0.0, masked_lm_share=1.0),
 }
 IMAGE_TEXT = [name for name in SYSTEMS if name.startswith(("vlm", "dual_encoder"))]
+AVT = [name for name in SYSTEMS if name.startswith("avt")]
 PERCEIVER = [name for name in SYSTEMS if name.startswith("perceiver_fusion")]
 
 
@@ -156,6 +161,48 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
             model(**case.exported_inputs(batch))
 
 
+@pytest.mark.parametrize("work", AVT, indirect=True)
+def test_tokens_of_both_tasks_are_the_training_graphs(work):
+    """Causal and masked microbatches of rows with an image or a clip, a sound, both or nothing."""
+    kinds = {"all": range(12), "no clips": [1, 4, 0, 7], "sounds alone": [0, 7, 12], "no media": [7, 15]}
+    for kind, numbers in kinds.items():
+        for task in ("generation", "masked_lm"):
+            batch = case.rows(work.config, numbers, task)
+            streams, masked = work.trained.streams(batch), task == "masked_lm"
+            seen, heard = (batch.image_slots_RK[:, 0] >= 0) | (batch.clip_slots_R >= 0), batch.sound_slots_RJ[:, 0] >= 0
+            assert kind != "all" or ((seen & heard).any() and (~seen & ~heard).any())
+            if masked:
+                batch = replace(batch, tokens_RT=batch.masked_tokens_RT)
+            for left in (True, False):
+                inputs = case.exported_inputs(batch, left)
+                with torch.no_grad():
+                    out = work.model(**inputs, bidirectional=masked)
+                if work.model.config.has_text:
+                    wanted = streams["logits"].view(*batch.tokens_RT.shape, -1)[batch.document_ids_RT >= 0]
+                    close(out.logits[inputs["attention_mask"].bool()], wanted, f"logits, {kind}, {task}")
+                for name, real in (("vision", seen), ("audio", heard)):
+                    if work.model.config.contrasts and real.any():
+                        found = out[f"{name}_embeds"]
+                        close(found[real], streams[f"{name}_embedding"][real], f"{name}, {kind}")
+                        assert (found[~real] == 0).all()
+                    else:
+                        assert f"{name}_embeds" not in out
+
+
+@pytest.mark.parametrize("work", ["avt"], indirect=True)
+def test_sights_and_sounds_are_embedded_alone(work):
+    inputs = case.exported_inputs(case.rows(work.config, range(12)))
+    with torch.no_grad():
+        out, model = work.model(**inputs), work.model
+        close(model.get_image_features(**inputs) + model.get_video_features(**inputs), out.vision_embeds, "vision")
+        close(model.get_audio_features(**inputs), out.audio_embeds, "audio")
+        assert model.similarity(out.vision_embeds, out.audio_embeds).shape == (12, 12)
+        both = {"image_mask": torch.ones(12).bool(), "video_mask": torch.ones(12).bool()}
+        with pytest.raises(ValueError, match="both an image and a video"):
+            model(**(inputs | both))
+
+
+@pytest.mark.parametrize("work", IMAGE_TEXT + PERCEIVER, indirect=True)
 def test_features_alone_are_those_of_the_forward_pass(work):
     if not work.model.config.contrasts:
         with pytest.raises(ValueError, match="trained without that objective"):
@@ -173,7 +220,7 @@ def test_greedy_tokens_are_the_training_models(work):
         with pytest.raises(ValueError, match="generates no text"):
             next(Generator(work.model, None).generate([{"prompt": "a"}]))
         return
-    batch = case.rows(work.config)
+    batch = case.rows(work.config, task="generation")
     lengths = torch.tensor([2, 5, 3, 6, 4, 9])
     inputs = case.exported_inputs(case.prefix(batch, lengths))
     inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, -9:], inputs["attention_mask"][:, -9:]

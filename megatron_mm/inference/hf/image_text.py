@@ -12,30 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .text_layers import contrastive_logits, initialize
+from .text_layers import contrastive_logits, initialize, media_mask, spread_rows
 from .vit import MAEDecoder, ViTTower
-
-
-def media_mask(name, mask, values):
-    """[B] bool: rows that have a medium; without a mask all do.
-
-    Raises:
-        ValueError: mask and media have different numbers of rows.
-    """
-    if mask is None:
-        return torch.ones(len(values), dtype=torch.bool, device=values.device)
-    if tuple(mask.shape) != (len(values),):
-        raise ValueError(f"{name} has shape {list(mask.shape)}; the media have {len(values)} rows")
-    return mask.bool()
-
-
-def spread_rows(values, mask):
-    """Values of the rows that have a medium [N, …] -> [B, …], zero in the other rows."""
-    if mask.all():
-        return values
-    full = values.new_zeros(len(mask), *values.shape[1:])
-    full[mask] = values
-    return full
 
 
 class ImageTextModel(PreTrainedModel):

@@ -138,7 +138,8 @@ def rotate(x, cos, sin):
 
 
 class RotaryAttention(nn.Module):
-    """Grouped-query self-attention without biases; without `rotary`, without positions."""
+    """Grouped-query self-attention without biases. With rotary positions it is causal unless a mask says otherwise;
+    without them there are no positions, and all see all."""
 
     def __init__(self, size, num_heads, num_groups, layer_idx=None):
         super().__init__()
@@ -150,10 +151,12 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x, rotary, mask, cache):
         q, k, v = (split_heads(f(x), self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        return self.o_proj(join_heads(attend(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1)))
+        causal = rotary is not None and mask is None and q.shape[2] > 1
+        return self.o_proj(join_heads(attend(q, k, v, mask, causal)))
 
 
 class SwiGLU(nn.Module):
@@ -236,6 +239,28 @@ def cached_memory(cache, number, past, project, *memory):
     return pair
 
 
+def media_mask(name, mask, values):
+    """[B] bool: rows that have a medium; without a mask all do.
+
+    Raises:
+        ValueError: mask and media have different numbers of rows.
+    """
+    if mask is None:
+        return torch.ones(len(values), dtype=torch.bool, device=values.device)
+    if tuple(mask.shape) != (len(values),):
+        raise ValueError(f"{name} has shape {list(mask.shape)}; the media have {len(values)} rows")
+    return mask.bool()
+
+
+def spread_rows(values, mask):
+    """Values of the rows that have a medium [N, …] -> [B, …], zero in the other rows."""
+    if mask.all():
+        return values
+    full = values.new_zeros(len(mask), *values.shape[1:])
+    full[mask] = values
+    return full
+
+
 def last_token(hidden, attention_mask):
     """The state of each row's last real token, [B, T, C] -> [B, C]."""
     if attention_mask is None:
@@ -260,6 +285,8 @@ class MultimodalOutput(ModelOutput):
     past_key_values: MemoryCache | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
+    vision_embeds: torch.FloatTensor | None = None
+    """Of images or clips."""
     audio_embeds: torch.FloatTensor | None = None
     match_logits: torch.FloatTensor | None = None
     """[B, 2]: that image and text belong together, and that they do not."""

@@ -1,0 +1,153 @@
+"""A small model of any system with random weights, saved as training saves it, and generated rows for both sides: what
+the training graph reads, and what the exported model reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_mm.config.load import dump_config
+from megatron_mm.config.schema import Config
+from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
+from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.platform import setup
+from megatron_mm.training import checkpoint, checkpoint_folder
+from megatron_mm.training.assembly import build_model
+
+VOCABULARY = 320  # holds the tests' tokenizer
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The recipe with a vocabulary for the tests' tokenizer."""
+    config = copy.deepcopy(config)
+    part = config.model.decoder if hasattr(config.model, "decoder") else config.model.text
+    part.vocab_size = VOCABULARY
+    return config
+
+
+@dataclass
+class Trained:
+    """The training side, in this process."""
+
+    config: Config
+    pipeline: Pipeline
+
+    @property
+    def graph(self) -> Graph:
+        """The system's graph."""
+        return self.pipeline.bare_chunks[0].graph
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters by training name; tied ones once, under their owner's."""
+        (chunk,) = self.pipeline.bare_chunks
+        seen, weights = set(), {}
+        for node, module in zip(chunk.nodes, chunk.node_modules):
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    weights[f"{node.name}.{name}"] = parameter.detach()
+        return weights
+
+    @torch.no_grad()
+    def streams(self, batch: Microbatch) -> dict[str, torch.Tensor]:
+        """All streams at the end of the graph."""
+        (chunk,) = self.pipeline.bare_chunks
+        context, streams = ForwardContext(batch), {}
+        for node, module in zip(chunk.nodes, chunk.node_modules):
+            written = module(*(streams[name] for name in node.reads), context)
+            written = (written,) if isinstance(written, torch.Tensor) else written
+            streams.update(zip((stream.name for stream in node.writes), written))
+        return streams
+
+    def logits(self, batch: Microbatch) -> torch.Tensor:
+        """[R, T, V]."""
+        return self.streams(batch)["logits"].view(*batch.tokens_RT.shape, -1)
+
+    def save(self, root: Path, tokenizer: Path | None) -> Path:
+        """A checkpoint `root/iter_0000007`, its weights written by the training code."""
+        part = checkpoint_folder.begin(root, 7)
+        state = {**checkpoint.weights_of(self.pipeline), "iteration": 7, "consumed_samples": 0}
+        dist_checkpointing.save(state, str(part), validate_access_integrity=False)
+        dump_config(self.config, part / "config.yaml")
+        if tokenizer is not None:
+            (part / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        return checkpoint_folder.finish(part, {"iteration": 7})
+
+
+def trained(config: Config, seed: int = 0) -> Trained:
+    """Random weights everywhere: norms near one, biases and gates away from zero."""
+    device = setup.initialize(ParallelSizes(), seed=1)
+    pipeline = build_model(config, ParallelSizes(), device, seed=3)
+    generator = torch.Generator().manual_seed(seed)
+    (chunk,) = pipeline.bare_chunks
+    chunk.eval()
+    with torch.no_grad():
+        for name, parameter in chunk.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * noise)
+            elif "scale" in name:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise * (0.3 if parameter.dim() < 2 else 0.08))
+    return Trained(config, pipeline)
+
+
+def rows(config: Config, numbers: Sequence[int] = range(6), task: str = "") -> Microbatch:
+    """Generated rows of a format, of different lengths; the first six are with and without media."""
+    return GeneratedRows(config).microbatch(numbers, task=task)
+
+
+def of_rows(values: torch.Tensor, slots_R: torch.Tensor) -> torch.Tensor:
+    """Media listed once [I, …] as a medium a row [R, …], zero where there is none."""
+    out = values.new_zeros(len(slots_R), *values.shape[1:])
+    out[slots_R >= 0] = values[slots_R[slots_R >= 0]]
+    return out
+
+
+def exported_inputs(batch: Microbatch, left: bool = True) -> dict[str, torch.Tensor]:
+    """The rows as the exported model reads them, padded on the left or (as in training) on the right."""
+    real = batch.document_ids_RT >= 0
+    ids, mask = batch.tokens_RT.clone(), real.long()
+    if left:
+        for row in range(len(ids)):
+            count = int(real[row].sum())
+            ids[row], mask[row] = ids[row].roll(-count), mask[row].roll(-count)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    images, sounds = batch.image_slots_RK[:, 0], batch.sound_slots_RJ[:, 0]
+    if batch.images_ICHW is not None:
+        inputs |= {"pixel_values": of_rows(batch.images_ICHW, images), "image_mask": images >= 0}
+    if batch.clips_VFCHW is not None:
+        clips = batch.clip_slots_R
+        inputs |= {"pixel_values_videos": of_rows(batch.clips_VFCHW, clips), "video_mask": clips >= 0}
+    if batch.waveforms_AN is not None:
+        inputs |= {"input_values": of_rows(batch.waveforms_AN, sounds), "sound_mask": sounds >= 0}
+    if batch.patch_noise_IP is not None:
+        inputs["patch_noise"] = of_rows(batch.patch_noise_IP, images)
+    return inputs
+
+
+def prefix(batch: Microbatch, lengths: torch.Tensor) -> Microbatch:
+    """The first tokens of each row as one document, padded."""
+    kept = torch.arange(batch.plan.row_length)[None] < lengths[:, None]
+    documents = torch.where(kept, 0, -1)
+    positions = torch.arange(batch.plan.row_length).expand_as(documents)
+    return replace(batch, tokens_RT=batch.tokens_RT * kept, document_ids_RT=documents, position_ids_RT=positions)
+
+
+def greedy(model: Trained, batch: Microbatch, lengths: torch.Tensor, steps: int) -> torch.Tensor:
+    """Tokens [R, steps] after the first `lengths` of each row, by argmax of the training model, computed anew for
+    each."""
+    every, tokens, lengths = torch.arange(len(lengths)), batch.tokens_RT.clone(), lengths.clone()
+    for _ in range(steps):
+        found = model.logits(prefix(replace(batch, tokens_RT=tokens), lengths))[every, lengths - 1].argmax(-1)
+        tokens[every, lengths] = found
+        lengths += 1
+    return torch.stack([tokens[row, lengths[row] - steps : lengths[row]] for row in range(len(lengths))])
