@@ -10,13 +10,22 @@ Passes if every step's loss agrees to 1e-5 and every parameter's gradient to 1e-
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from megatron_mm.config.load import fail, load_config
-from megatron_mm.training.layouts import DEFAULT_LAYOUTS, Comparison, compare, for_layout, launch, parse_layout, to_json
+from megatron_mm.training.layouts import (
+    DEFAULT_LAYOUTS,
+    Comparison,
+    compare,
+    for_layout,
+    launch,
+    notes,
+    parse_layout,
+    to_json,
+)
 
 
 @dataclass
@@ -59,10 +68,13 @@ def main() -> None:
             result = compare(layout, launch(changed, layout), reference)
         except ValueError as error:
             result = Comparison(layout.name, layout.world_size, float("nan"), float("nan"), "", str(error))
+        result = replace(result, notes=notes(changed, layout))
         comparisons.append(result)
         verdict = "pass" if result.passed else "FAIL"
         print(f"{result.layout:34} {result.processes:9} {result.loss:9.1e} {result.gradient:9.1e}  {result.parameter} "
               f"{verdict}{': ' + result.error if result.error else ''}", flush=True)  # fmt: skip
+        for note in result.notes:
+            print(f"  {note}", flush=True)
     if arguments.json:
         to_json(comparisons, arguments.json)
     failed = [result.layout for result in comparisons if not result.passed]

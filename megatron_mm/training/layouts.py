@@ -213,6 +213,8 @@ class Comparison:
     parameter: str
     """Whose gradient that is."""
     error: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the layout does not divide in this model; it is repeated instead."""
 
     @property
     def passed(self) -> bool:
@@ -244,6 +246,17 @@ def compare(layout: Layout, measured: dict, reference: dict) -> Comparison:
         if relative > worst:
             worst, where = relative, name.removeprefix("gradient.")
     return Comparison(layout.name, layout.world_size, loss, worst, where)
+
+
+def notes(config: Config, layout: Layout) -> tuple[str, ...]:
+    """What a layout does not divide in a recipe's model.
+
+    Args:
+        config: from `for_layout`.
+    """
+    from megatron_mm.config.validate import parallel_sizes
+
+    return tuple(config.model.notes(parallel_sizes(config, layout.world_size)))
 
 
 def launch(config: Config, layout: Layout, threads: int = 1) -> dict:

@@ -201,7 +201,7 @@ class Trainer:
             raise NotFiniteError(explain_loss(self.pipeline, result, microbatches, iteration))
         norm = self.optimizer.gradient_norm()
         if not math.isfinite(norm):
-            raise NotFiniteError(explain_gradient(self.pipeline, norm, iteration))
+            raise NotFiniteError(explain_gradient(self.pipeline, norm, microbatches, iteration))
         self.optimizer.step(norm, training.global_batch_size)
         position.iteration = iteration
         position.consumed_samples += training.global_batch_size

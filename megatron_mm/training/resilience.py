@@ -8,13 +8,15 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.pipeline.schedule import BatchResult, Pipeline
+from megatron_mm.pipeline.schedule import BatchResult, Pipeline, run_batch
+from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.platform.setup import exit_at_once
 
 
@@ -107,34 +109,83 @@ def explain_loss(pipeline: Pipeline, result: BatchResult, microbatches: list[Mic
     for chunk in pipeline.bare_chunks:
         for number, finite in enumerate(chunk.finite):
             if not bool(finite):
-                nodes = f"{chunk.nodes[0].name} … {chunk.nodes[-1].name}"
-                seen.append((chunk.start, number, nodes, microbatches[number].sample_ids))
+                seen.append(_Sighting(number, chunk.start, _nodes(chunk), _samples(microbatches, number, 1)))
                 break
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, seen)
-    found = [(start, number, rank, *rest) for rank, items in enumerate(everyone) for start, number, *rest in items]
     values = ", ".join(f"{name} {value}" for name, value in result.losses.items())
-    if not found:
-        return f"iteration {iteration}: {values}"
-    start, number, rank, nodes, ids = min(found)
-    shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-    stage = pipeline.cuts.index(start) % pipeline.sizes.pp
-    return (
-        f"iteration {iteration}: {values}; first seen on rank {rank}, pipeline stage {stage} ({nodes}), "
-        f"microbatch {number}, samples {shown}"
-    )
+    return f"iteration {iteration}: {values}{_first(pipeline, seen)}"
 
 
-def explain_gradient(pipeline: Pipeline, norm: float, iteration: int) -> str:
-    """Which parameters have gradients that are not finite. Collective."""
-    names = []
-    for chunk in pipeline.bare_chunks:
-        for node, module in zip(chunk.nodes, chunk.node_modules):
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad and not bool(torch.isfinite(parameter.main_grad).all()):
-                    names.append(f"{node.name}.{name}")
+def explain_gradient(pipeline: Pipeline, norm: float, microbatches: list[Microbatch], iteration: int) -> str:
+    """Where a gradient norm that is not finite comes from: rank, stage, parameter, microbatch and its samples.
+
+    The gradient of a step is a sum over microbatches and processes, so its microbatches are run again one by one
+    (under the interleaved schedule, as many at a time as there are stages). Gradients are lost. Collective.
+    """
+    text = f"iteration {iteration}: the gradient norm is {norm}"
+    reduced = [name for chunk in pipeline.bare_chunks for name in _not_finite(chunk)]
+    finalize, pipeline.config.finalize_model_grads_func = pipeline.config.finalize_model_grads_func, None
+    several = pipeline.sizes.pp if pipeline.sizes.vpp > 1 else 1
+    seen, found = [], ""
+    for number in range(0, len(microbatches), several):
+        for chunk in pipeline.chunks:
+            chunk.zero_grad_buffer()
+        run_batch(pipeline, microbatches[number : number + several])
+        for chunk in pipeline.bare_chunks:
+            names = _not_finite(chunk)
+            if names:  # the backward pass reaches later chunks first
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                where = f"{_nodes(chunk)}, parameter {names[0]}{more}"
+                seen.append(_Sighting(number, -chunk.start, where, _samples(microbatches, number, several)))
+        found = _first(pipeline, seen)
+        if found:
+            break
+    pipeline.config.finalize_model_grads_func = finalize
+    if found:
+        return text + found
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, names)
-    found = [f"rank {rank}: {items[0]}" + (f" and {len(items) - 1} more" if len(items) > 1 else "")
-             for rank, items in enumerate(everyone) if items]  # fmt: skip
-    return f"iteration {iteration}: the gradient norm is {norm}; {'; '.join(found) or 'no single gradient is'}"
+    dist.all_gather_object(everyone, reduced[:1])
+    named = [f"rank {rank}: {names[0]}" for rank, names in enumerate(everyone) if names]
+    return f"{text}; no microbatch gives one by itself; {'; '.join(named[:8]) or 'every single gradient is finite'}"
+
+
+@dataclass(frozen=True, order=True)
+class _Sighting:
+    """Something that is not finite; the smallest is the first."""
+
+    microbatch: int
+    start: int
+    """First node of the chunk; negative where later chunks come first."""
+    where: str
+    samples: str
+
+
+def _first(pipeline: Pipeline, seen: list[_Sighting]) -> str:
+    """The first sighting of all processes in words, or nothing. Collective."""
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, min(seen, default=None))
+    found = [(sighting, rank) for rank, sighting in enumerate(everyone) if sighting is not None]
+    if not found:
+        return ""
+    first, rank = min(found)
+    stage = pipeline.cuts.index(abs(first.start)) % pipeline.sizes.pp
+    return f"; first seen on rank {rank}, pipeline stage {stage} ({first.where}), {first.samples}"
+
+
+def _nodes(chunk: PipelineChunk) -> str:
+    return f"{chunk.nodes[0].name} … {chunk.nodes[-1].name}"
+
+
+def _samples(microbatches: list[Microbatch], first: int, several: int) -> str:
+    ids = [name for batch in microbatches[first : first + several] for name in batch.sample_ids]
+    which = f"microbatch {first}" if several == 1 else f"microbatches {first}-{first + several - 1}"
+    return f"{which}, samples " + ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+
+
+def _not_finite(chunk: PipelineChunk) -> list[str]:
+    """Parameters of a chunk whose gradients are not finite."""
+    return [
+        f"{node.name}.{name}"
+        for node, module in zip(chunk.nodes, chunk.node_modules)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not bool(torch.isfinite(parameter.main_grad).all())
+    ]

@@ -30,6 +30,7 @@ from megatron_mm.pipeline.schedule import build_pipeline, run_batch
 from megatron_mm.platform import setup
 from megatron_mm.training.layouts import _whole_gradients, parse_layout
 from megatron_mm.training.optimizer import Optimizer
+from megatron_mm.training.resilience import explain_gradient
 from tests.recipes import small_config
 
 VOCABULARY, WIDTH, LENGTH, IMAGE = 40, 16, 6, 4
@@ -59,14 +60,16 @@ class ImageEmbedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + W·tanh(x), with dropout of what is added."""
+    """x + W·tanh(x), with dropout of what is added. Broken: sample 6 makes the weight's gradient NaN."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, broken: bool = False) -> None:
         super().__init__()
         self.weight = empty_parameter(WIDTH, WIDTH, dtype=torch.float32)
-        self.dropout = dropout
+        self.dropout, self.broken = dropout, broken
 
     def forward(self, x, context):
+        if self.broken and "sample 6" in context.batch.sample_ids:
+            x = x + torch.sqrt(0.0 * self.weight[0])
         return x + functional.dropout(torch.tanh(x) @ self.weight.T, self.dropout, self.training)
 
 
@@ -147,7 +150,8 @@ class Case:
     task: bool = False
     """Odd microbatches do not learn the cross-entropy."""
     dropout: float = 0.0
-    lr_scale: float = 1.0
+    broken: str = ""
+    """Layer whose gradient is NaN; the run then ends with an explanation."""
     save: str = ""
     load: str = ""
 
@@ -169,9 +173,10 @@ def graph_of(case: Case) -> Graph:
         Node("image.embedding", partial(_build, ImageEmbedding), (), (image,), cost, frozenset({"images_ICHW"})),
     ]
     for i in range(case.layers):
-        layer = partial(_build, Layer, case.dropout)
-        nodes.append(Node(f"text.layers.{i}", layer, ("text",), (text,), cost, recomputable=True))
-        nodes.append(Node(f"image.layers.{i}", layer, ("image",), (image,), cost, recomputable=True))
+        for stream in (text, image):
+            name = f"{stream.name}.layers.{i}"
+            layer = partial(_build, Layer, case.dropout, name == case.broken)
+            nodes.append(Node(name, layer, (stream.name,), (stream,), cost, recomputable=True))
     nodes.append(Node("pair", partial(_build, Pair), ("text", "image"), (*pair, valid, scale), cost))
     nodes.append(Node("fusion.layers.0", partial(_build, Layer, case.dropout), ("text",), (text,), cost))
     ties = {"weight": "text.embedding.table.weight"} if case.tied else {}
@@ -302,6 +307,8 @@ def train(case: Case) -> dict:
         setup.seed_dropout(5, step)
         result = run_batch(pipeline, batches)
         norm = optimizer.gradient_norm()
+        if case.broken:
+            return {"norm": norm, "explained": explain_gradient(pipeline, norm, batches, step)}
         for key, value in _whole_gradients(pipeline, config.parallel.use_distributed_optimizer).items():
             found["gradients"][f"{step}/{key}"] = value
         optimizer.step(norm, case.global_batch)

@@ -1,8 +1,11 @@
 """How layouts are written."""
 
+import json
+
 import pytest
 
-from megatron_mm.training.layouts import DEFAULT_LAYOUTS, for_layout, parse_layout
+from megatron_mm.config.schema import NodeGroupConfig
+from megatron_mm.training.layouts import DEFAULT_LAYOUTS, Comparison, for_layout, notes, parse_layout, to_json
 from tests.recipes import small_config
 
 
@@ -31,3 +34,22 @@ def test_the_pool_stays_the_same():
         assert config.training.micro_batch_size * layout.data_parallel == 4
     with pytest.raises(ValueError, match="a pool of 4 samples does not divide by DP3"):
         for_layout(small_config(), parse_layout("DP3"), 1, pool=4, global_batch=12)
+
+
+def test_what_a_layout_repeats_is_said_and_written(tmp_path):
+    layout = parse_layout("CP2")
+    said = notes(for_layout(small_config(), layout, 1, pool=4, global_batch=8), layout)
+    assert len(said) == 1 and said[0].startswith("context parallel 2: each tower is whole on each of these processes")
+    assert notes(for_layout(small_config(), parse_layout("TP2"), 1, pool=4, global_batch=8), parse_layout("TP2")) == ()
+    to_json([Comparison("CP2", 2, 0.0, 0.0, "", notes=said)], tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["notes"] == list(said)
+
+
+def test_all_that_ever_learns_is_compared():
+    config = small_config()
+    config.optimizer.groups = [
+        NodeGroupConfig(nodes=["vision.*"], frozen_iters=100),
+        NodeGroupConfig(nodes=["audio.*"], frozen_iters=-1),
+    ]
+    changed = for_layout(config, parse_layout("PP2"), 1, pool=4, global_batch=8)
+    assert [group.frozen_iters for group in changed.optimizer.groups] == [0, -1]

@@ -17,6 +17,7 @@ import pytest
 from megatron_mm.config.load import dump_config
 from megatron_mm.training import checkpoint_folder
 from tests.corpus import build_corpus, corpus_config
+from tests.recipes import small_config
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -149,6 +150,25 @@ def test_sigterm_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path):
     assert_same_history(tmp_path, uninterrupted)
 
 
+def test_sigterm_to_the_launcher_saves_in_every_process(corpus, uninterrupted, tmp_path):
+    """Schedulers signal torchrun, which passes it on; a signal to its group reaches the processes twice."""
+    path = recipe(corpus, tmp_path)
+    words = ["--pipeline-model-parallel-size", "2", "--save-interval", "0"]
+    process = subprocess.Popen(command(path, 2, *words), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("iteration 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    process.wait()
+    assert "stopped by a signal at iteration" in rest and "saved" in rest
+    folder, problems = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
+    assert folder is not None and not problems
+    done = run(path)
+    assert done.returncode == 0 and f"resumed from {folder}" in done.stdout
+    assert_same_history(tmp_path, uninterrupted)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
     """A weight of a checkpoint is NaN: the run names rank, stage and samples, and saves nothing on top."""
     path = recipe(corpus, tmp_path)
@@ -175,28 +195,20 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(corpus, uninterrupted, 
     assert_same_history(tmp_path, uninterrupted)
 
 
-def test_a_hung_collective_leaves_the_stacks_of_the_ranks_that_wait(corpus, tmp_path):
-    """One rank stops (SIGSTOP, so it cannot write either); the other's watchdog leaves stacks and ends the run."""
-    path = recipe(corpus, tmp_path, train_iters=10_000)
-    words = ["--distributed-timeout-minutes", "0.4", "--save-interval", "0", "--lr-decay-iters", "20000"]
-    process = subprocess.Popen(
-        command(path, 2, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("iteration 3/"):
-            break
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    children = [int(word) for word in found.stdout.split()]
-    os.kill(children[-1], signal.SIGSTOP)
-    try:
-        process.wait(timeout=120)
-    finally:
-        for child in children:
-            if Path(f"/proc/{child}").exists():
-                os.kill(child, signal.SIGKILL)
-    stacks = [file.read_text() for file in (tmp_path / "stacks").glob("rank_*.txt")]
-    assert stacks and "made no progress for 24 s in iteration" in stacks[0] and "run_batch" in stacks[0]
-    assert process.returncode != 0
+def test_a_hung_run_leaves_the_stacks_of_every_rank(tmp_path):
+    """One process waits for ever for its data, the other for it: each watchdog writes its stacks and ends the run."""
+    path = tmp_path / "recipe.yaml"
+    config = small_config()
+    config.data.builder, config.logging.output = "tests/training/stuck_data.py:build", str(tmp_path)
+    config.parallel.distributed_timeout_minutes = 0.4
+    dump_config(config, path)
+    done = run(path, 2, "--micro-batch-size", "1")
+    assert done.returncode != 0
+    stacks = {file.name: file.read_text() for file in (tmp_path / "stacks").iterdir()}
+    assert sorted(stacks) == ["rank_0.txt", "rank_1.txt"]
+    assert all("made no progress for 24 s in iteration 3" in text for text in stacks.values())
+    assert "run_batch" in stacks["rank_0.txt"] and "stuck_data.py" in stacks["rank_1.txt"]
+    assert "error: rank 0 made no progress" in done.stderr and "error: rank 1 made no progress" in done.stderr
 
 
 @pytest.mark.parametrize(

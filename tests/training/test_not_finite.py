@@ -1,0 +1,34 @@
+"""A gradient that is not finite is traced to stage, parameter, microbatch and samples, though the loss is finite.
+
+Truth: sample 6, in the second microbatch of four, breaks the gradient of one layer's weight and nothing else.
+"""
+
+import math
+
+import pytest
+
+from tests.pipeline.toy import Case, train
+
+pytest_plugins = ("tests.pipeline.conftest",)
+SAMPLES = "microbatch 1, samples sample 4, sample 5, sample 6, sample 7"
+
+
+def test_in_one_process():
+    result = train(Case(broken="text.layers.1"))
+    assert math.isnan(result["norm"])
+    text = result["explained"]
+    assert text.startswith("iteration 0: the gradient norm is nan; first seen on rank 0, pipeline stage 0 (text.embed")
+    assert "parameter text.layers.1.weight)" in text and text.endswith(SAMPLES)
+
+
+@pytest.mark.slow
+def test_in_a_pipeline(train_in_processes):
+    """The stage that holds the layer, and of two data-parallel ranks the one that has the sample."""
+    names = ("PP4", "PP2xDP2+distopt", "PP4xVPP2")
+    pipeline, data, interleaved = train_in_processes(4, *(Case(name, broken="text.layers.1") for name in names))
+    assert "first seen on rank 1, pipeline stage 1 (" in pipeline["explained"]
+    assert "parameter text.layers.1.weight" in pipeline["explained"] and pipeline["explained"].endswith(SAMPLES)
+    assert "rank 1, pipeline stage 0" in data["explained"]
+    assert data["explained"].endswith("microbatch 1, samples sample 6, sample 7")
+    assert "parameter text.layers.1.weight" in interleaved["explained"]
+    assert "microbatches 0-3, samples sample 0, " in interleaved["explained"]
