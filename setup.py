@@ -33,6 +33,6 @@ setup(
         "plot": ["matplotlib"],  # loss curves
         "wandb": ["wandb"],  # experiment tracking
         "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr
-        "test": ["pytest", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib"],
     },
 )

@@ -22,4 +22,6 @@ find . -name '*.sh' -not -path './.venv*' -not -path '*/node_modules/*' -print0 
 for script in examples/*/*.slurm; do bash -n "$script"; done
 
 echo "tests"
-exec python -m pytest -q --durations=10 ${selection[@]+"${selection[@]}"} "$@"
+# Two files at a time, those of whole runs first (tests/conftest.py): most tests wait for start-up or use one core.
+exec python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder \
+    ${selection[@]+"${selection[@]}"} "$@"
