@@ -73,12 +73,16 @@ class Tokenizer:
         return [i for i in (self.pad_id, self.image_id, self.audio_id, self.video_id) if i is not None]
 
     def is_ordinary(self) -> np.ndarray:
-        """Whether each id is a piece of text, bool [vocab_size]: not a control token, a placeholder or the mask."""
-        model = self.processor
+        """Whether each id is a piece of text, bool [vocab_size]: not a control token, a placeholder or the mask.
+
+        Nor the bare word boundary, such as SentencePiece writes before every placeholder: it says nothing to be found.
+        """
+        model, boundary = self.processor, "\u2581"
         special = set(self.unlearned_ids) | {self.bos_id, self.eos_id, self.mask_id}
         return np.array(
             [
                 not (i in special or model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
+                and model.id_to_piece(i) != boundary
                 for i in range(self.vocab_size)
             ]
         )

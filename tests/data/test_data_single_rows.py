@@ -131,7 +131,8 @@ def test_rows_against_a_slow_reference(corpus, split):
     for name, (shape, dtype) in field_shapes(config.model.inputs, batch.plan).items():
         assert (tuple(getattr(batch, name).shape), getattr(batch, name).dtype) == (shape, dtype), name
     placeholders = {tokenizer.image_id, tokenizer.audio_id, tokenizer.video_id, tokenizer.pad_id}
-    special = placeholders | {tokenizer.bos_id, tokenizer.eos_id}
+    boundary = tokenizer.processor.piece_to_id("\u2581")  # stands before every placeholder
+    special = placeholders | {tokenizer.bos_id, tokenizer.eos_id, boundary}
     data, images, clips, sounds = config.data, 0, 0, 0
     for r, name in enumerate(batch.sample_ids):
         number = int(name.split("/s")[1])
