@@ -77,21 +77,28 @@ def _build_block(block: LineBlock) -> Block:
 
 
 class FolderWriter:
-    """Writes a dataset folder block by block, under a temporary name until `finish`."""
+    """Writes a dataset folder block by block, under a temporary name until `finish`.
+
+    Nothing is on the disk before the first block, so that a caller can clean up from there on, whatever interrupts it.
+    """
 
     def __init__(self, output: str, overwrite: bool = False) -> None:
         self.output = os.path.abspath(output)
         if os.path.exists(self.output) and not overwrite:
             raise DataError(f"{output}: exists already; remove it, choose another name or pass --overwrite")
         self.folder = f"{self.output}.building-{os.getpid()}"
-        os.makedirs(self.folder)
         self._writers: dict[str, IndexedWriter] = {}
         self._tables: list[np.ndarray] = []
         self._ids: list[str] = []
-        self.tokens = self._writer("text", np.int32)
+
+    @property
+    def tokens(self) -> IndexedWriter:
+        """Of the texts."""
+        return self._writer("text", np.int32)
 
     def _writer(self, name: str, dtype: type[np.generic] = np.uint8) -> IndexedWriter:
         if name not in self._writers:
+            os.makedirs(self.folder, exist_ok=True)
             self._writers[name] = IndexedWriter(os.path.join(self.folder, name), dtype)
         return self._writers[name]
 

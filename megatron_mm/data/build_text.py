@@ -103,11 +103,13 @@ def build_text(
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
     temporary = [f"{prefix}.building-{os.getpid()}" for prefix in prefixes]
-    writers = [IndexedWriter(prefix, token_dtype(model.vocab_size)) for prefix in temporary]
+    writers: list[IndexedWriter] = []
     read_bytes = shown = 0
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="text", disable=not progress, mininterval=0.5)
     try:
+        for prefix in temporary:
+            writers.append(IndexedWriter(prefix, token_dtype(model.vocab_size)))
         for path in inputs:
             with open_lines(path) as (stream, raw):
                 done = 0
@@ -137,8 +139,9 @@ def build_text(
         seconds = time.perf_counter() - begin
         return {prefix: {**figures, "seconds": seconds} for prefix, figures in report.items()}
     except BaseException:
-        for temp, writer in zip(temporary, writers):
+        for writer in writers:
             writer.close()
+        for temp in temporary:
             for suffix in (".bin", ".idx", ".json"):
                 if os.path.exists(temp + suffix):
                     os.remove(temp + suffix)

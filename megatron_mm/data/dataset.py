@@ -5,7 +5,7 @@
 
 A builder is called with the resolved Config (a file is looked up from the working directory) and returns an object with
 - `train`, and `valid` and `test` (None, or not there, where there is none): splits;
-- `tokenizer` (may be missing): where it has a `vocab_size`, that is checked against the model's.
+- `tokenizer` (None, or not there, where there is none), whose `vocab_size` must fit the model's.
 
 A split has one method, `microbatch(index, fields, task="")`, and may have `report_lines()`, what the console is told.
 `index` holds global sample numbers, consecutive, from 0 and without end: which sample a number is, is the split's to
@@ -75,6 +75,8 @@ def _own(config: Config) -> Datasets:
     splits = {name: getattr(made, name, None) for name in ("train", "valid", "test")}
     checked = {name: CheckedSplit(name, own, config) for name, own in splits.items() if own is not None}
     tokenizer = getattr(made, "tokenizer", None)
+    if tokenizer is not None and not isinstance(getattr(tokenizer, "vocab_size", None), int):
+        raise ValueError(f"data.builder: the tokenizer of {config.data.builder} has no vocab_size; give None instead")
     return Datasets(checked["train"], checked.get("valid"), checked.get("test"), tokenizer)
 
 

@@ -83,8 +83,9 @@ def _merge_text(shards: list[Shard], output: str, overwrite: bool, bar: tqdm) ->
         if os.path.exists(name) and not overwrite:
             raise DataError(f"{name}: exists already; choose another name or pass --overwrite")
     temporary = f"{output}.building-{os.getpid()}"
-    writer = IndexedWriter(temporary, shards[0].text.data.dtype.type)
+    writer: IndexedWriter | None = None
     try:
+        writer = IndexedWriter(temporary, shards[0].text.data.dtype.type)
         for shard in shards:
             writer.add_shard(shard.text)
             bar.update(len(shard))
@@ -105,7 +106,8 @@ def _merge_text(shards: list[Shard], output: str, overwrite: bool, bar: tqdm) ->
         for suffix in (".bin", ".json", ".idx"):
             os.replace(temporary + suffix, output + suffix)
     except BaseException:
-        writer.close()
+        if writer is not None:
+            writer.close()
         for suffix in (".bin", ".idx", ".json"):
             if os.path.exists(temporary + suffix):
                 os.remove(temporary + suffix)

@@ -6,6 +6,7 @@ model, not words to learn.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -113,7 +114,12 @@ def train_tokenizer(
     folder = os.path.dirname(os.path.abspath(output))
     os.makedirs(folder, exist_ok=True)
     temporary = f"{output}.tmp-{os.getpid()}"
-    with open(temporary, "wb") as stream:
-        stream.write(model.getvalue())
-    os.replace(temporary, output)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(model.getvalue())
+        os.replace(temporary, output)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()

@@ -55,6 +55,10 @@ OWN = '''
         return {"train": 1}
 
 
+    def wordless(config):
+        return SimpleNamespace(train=Squares(config), tokenizer="words")
+
+
     def numbers(config):
         return SimpleNamespace(train=[1, 2, 3])
 '''
@@ -90,6 +94,7 @@ def test_a_users_dataset_reads_like_any_other(config, workers):
         ("{folder}/none.py:build", r"data\.builder: there is no file .*none\.py"),
         ("no_such_module_here:build", r"data\.builder: there is no module 'no_such_module_here'"),
         ("{folder}/own_squares.py:make", r"data\.builder: .*own_squares\.py has no function make"),
+        ("{folder}/own_squares.py:wordless", r"the tokenizer of .*own_squares\.py:wordless has no vocab_size"),
         ("{folder}/own_squares.py:nothing", r"returned a dict without a split `train`"),
         ("{folder}/own_squares.py:numbers", r"gives a list as train; it needs a method microbatch\(index, fields"),
     ],
