@@ -145,7 +145,9 @@ class AVTConfig(SystemConfig):
     @property
     def inputs(self) -> InputFormat:
         """Rows of one text, one image or video clip, one waveform; microbatches of masked or causal text."""
-        tasks = (("masked_lm", self.masked_lm_share), ("generation", 1.0 - self.masked_lm_share))
+        shares = {"masked_lm": self.masked_lm_share, "generation": 1.0 - self.masked_lm_share}
+        weights = {"masked_lm": self.masked_lm_weight, "generation": self.generation_weight}
+        tasks = {name: share for name, share in shares.items() if share > 0 and weights[name] > 0}
         return InputFormat(
             vocab_size=self.decoder.vocab_size,
             packed=False,
@@ -154,8 +156,8 @@ class AVTConfig(SystemConfig):
             sound="waveform",
             sample_rate=self.audio.sample_rate,
             seconds=self.audio.seconds,
-            mask_ratio=self.mask_ratio,
-            tasks=tuple((name, weight) for name, weight in tasks if weight > 0),
+            mask_ratio=self.mask_ratio if "masked_lm" in tasks else 0.0,
+            tasks=tuple(tasks.items()),
         )
 
     def problems(self, config, sizes) -> Iterator[str]:
@@ -175,6 +177,11 @@ class AVTConfig(SystemConfig):
         yield from share("model.mask_ratio", self.mask_ratio)
         if not 0.0 <= self.masked_lm_share <= 1.0:
             yield f"model.masked_lm_share is {self.masked_lm_share}; it must lie between 0 and 1"
+        elif self.masked_lm_weight + self.generation_weight > 0 and not self.inputs.tasks:
+            yield (
+                f"model.masked_lm_share is {self.masked_lm_share}: no microbatch learns the one that has weight, of "
+                f"model.masked_lm_weight {self.masked_lm_weight} and model.generation_weight {self.generation_weight}"
+            )
         frames, patch = config.data.frames_per_video, self.vision.temporal_patch_size
         yield from divides("data.frames_per_video", frames, "model.vision.temporal_patch_size", patch)
 
@@ -257,9 +264,12 @@ class PerceiverFusionConfig(SystemConfig):
 
     @property
     def inputs(self) -> InputFormat:
-        """Rows of one text and at most one image, with a masked copy of the text."""
+        """Rows of one text and at most one image, with a masked copy of the text if that is learned from."""
         return InputFormat(
-            self.text.vocab_size, packed=False, image_size=self.vision.image_size, mask_ratio=self.mask_ratio
+            self.text.vocab_size,
+            packed=False,
+            image_size=self.vision.image_size,
+            mask_ratio=self.mask_ratio if self.masked_lm_weight > 0 else 0.0,
         )
 
     def problems(self, config, sizes) -> Iterator[str]:
@@ -275,6 +285,11 @@ class PerceiverFusionConfig(SystemConfig):
             masked_lm_weight=self.masked_lm_weight,
             matching_weight=self.matching_weight,
         )
+        if self.matching_weight > 0 and config.training.micro_batch_size * sizes.dp < 2:
+            yield (
+                "training.micro_batch_size 1 x data parallel 1 leaves image-text matching no wrong pair (they are "
+                "drawn from a microbatch); take more, or model.matching_weight: 0"
+            )
         yield from share("model.mask_ratio", self.mask_ratio)
         length, segment = config.data.seq_length, self.text.segment_length
         yield from divides("data.seq_length", length, "model.text.segment_length", segment)
@@ -329,12 +344,10 @@ class DualEncoderConfig(SystemConfig):
         yield from self.text.problems("model.text", sizes.tp)
         if self.contrastive_weight > 0 and self.phase == "joint":
             yield from self.contrastive.problems("model.contrastive", config.training, sizes)
-        yield from weights_problems(
-            "model",
-            contrastive_weight=self.contrastive_weight,
-            causal_lm_weight=self.causal_lm_weight,
-            mae_weight=self.mae_weight,
-        )
+        weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
+        yield from weights_problems("model", **weights)
+        if self.mae_weight < 0:
+            yield f"model.mae_weight is {self.mae_weight}; a weight must not be negative"
         heads = "model.fusion.num_attention_heads"
         yield from divides("model.text.hidden_size", self.text.hidden_size, heads, self.fusion.num_attention_heads)
         yield from divides(heads, self.fusion.num_attention_heads, _TP, sizes.tp)

@@ -463,6 +463,11 @@ class ContrastiveConfig:
         """What is wrong; the loss compares samples with one another, so one alone teaches nothing."""
         if self.temperature <= 0:
             yield f"{name}.temperature is {self.temperature}; it must be positive"
+        elif self.temperature * self.max_scale < 1:
+            yield (
+                f"{name}.temperature is {self.temperature}: the scale would begin with {1 / self.temperature:g}, above "
+                f"{name}.max_scale {self.max_scale}"
+            )
         if training.global_batch_size < 2:
             yield "training.global_batch_size is 1: a contrastive loss needs at least two samples"
         elif self.negatives == "microbatch" and training.micro_batch_size * sizes.dp < 2:

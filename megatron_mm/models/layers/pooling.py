@@ -49,15 +49,19 @@ def last_positions(batch: Microbatch) -> torch.Tensor:
 def last_state(text: torch.Tensor, context: ForwardContext, sequence_parallel: bool) -> torch.Tensor:
     """The state of each row's last token, from a shard of the text [s, 1, H] -> [R, H], whole on every process."""
 
-    def weights(batch: Microbatch) -> torch.Tensor:
+    def places(batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in this shard each row's last token lies, and whether it lies there, [R] and [R, 1]."""
         plan = batch.plan
         positions_T = torch.arange(plan.row_length, device=batch.document_ids_RT.device)
         chosen_RL = local_text((positions_T[None] == last_positions(batch)[:, None]).to(text.dtype))
         rows = torch.eye(plan.num_rows, dtype=text.dtype, device=chosen_RL.device)
         spread = (rows[:, :, None] * chosen_RL[None]).flatten(1)  # [R, R·L]
-        return sequence_parallel_slice(spread.t()).t() if sequence_parallel else spread
+        spread = sequence_parallel_slice(spread.t()).t() if sequence_parallel else spread
+        here, at = spread.max(dim=1)
+        return at, here[:, None]
 
-    pooled = context.derived(f"last_state/{text.dtype}/{sequence_parallel}", weights) @ text.squeeze(1)
+    at, here = context.derived(f"last_state/{text.dtype}/{sequence_parallel}", places)
+    pooled = text.squeeze(1).index_select(0, at) * here
     if sequence_parallel:
         pooled = reduce_from_tensor_model_parallel_region(pooled)
     group = parallel_state.get_context_parallel_group()
@@ -75,7 +79,7 @@ def masked_mean(hidden: torch.Tensor, seen_RM: torch.Tensor) -> torch.Tensor:
     """Mean over visible positions, [R, M, C] -> [R, C]; zero where there is none."""
     weights = seen_RM.to(hidden.dtype)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.einsum("rm,rmc->rc", weights, hidden)
+    return (hidden * weights[:, :, None]).sum(dim=1)
 
 
 class EmbeddingHead(nn.Module):

@@ -58,7 +58,7 @@ def build_graph(config: AVTConfig, settings: LayerSettings) -> Graph:
         )
     if masked or generates:
         nodes += _fusion_nodes(config, settings)
-        nodes += _decoder_nodes(config, settings)
+        nodes += _decoder_nodes(config, settings, masked)
     if masked:
         losses.append(masked_lm_loss(weight=config.masked_lm_weight, tasks=frozenset({"masked_lm"})))
     if generates:
@@ -321,7 +321,7 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
 # ------------------------------------------------------------------------------------------------------ decoder
 
 
-def _decoder_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
+def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> list[Node]:
     decoder = DecoderNodes(config.decoder, settings, config.init_std, lambda plan: plan.task != "masked_lm")
     sounds, width = config.audio.tokens_per_sound, config.decoder.hidden_size
 
@@ -350,5 +350,5 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
         name = f"decoder.layers.{index}"
         return Node(name, build, ("text", "memory"), (decoder.text,), cost, recomputable=True)
 
-    embedding = decoder.embedding(tokens, frozenset({"tokens_RT", "masked_tokens_RT"}))
+    embedding = decoder.embedding(tokens, frozenset({"tokens_RT"} | ({"masked_tokens_RT"} if masked else set())))
     return [embedding, *(layer(index) for index in range(config.decoder.num_layers)), decoder.output()]

@@ -8,6 +8,7 @@ language modelling, then three pairs a row for matching (its own, a wrong text, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional
 from megatron_mm.config.systems import PerceiverFusionConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
-from megatron_mm.models.layers.costs import head_cost, pooled_head_cost
+from megatron_mm.models.layers.costs import copies, head_cost, pooled_head_cost
 from megatron_mm.models.layers.pooling import embedding_head, masked_mean
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.text_ends import language_head
@@ -54,21 +55,24 @@ def build_graph(config: PerceiverFusionConfig, settings: LayerSettings) -> Graph
         nodes.append(scale_node(settings, config.contrastive))
     if contrasts:
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
+
+    def rows(plan: MicrobatchPlan) -> int:
+        return plan.num_rows
+
+    def pairs(plan: MicrobatchPlan) -> int:
+        return plan.num_rows * (int(predicts) + 3 * int(matches))
+
+    def length(plan: MicrobatchPlan) -> int:
+        return config.vision.tokens_per_image + plan.row_length
+
     if predicts or matches:
-        nodes.append(_pairs(config, predicts, matches))
-        nodes += perceiver_nodes(
-            config.perceiver,
-            settings,
-            std,
-            memory_width=config.text.hidden_size,
-            pairs=lambda plan: plan.num_rows * (int(predicts) + 3 * int(matches)),
-            memory_length=lambda plan: config.vision.tokens_per_image + plan.row_length,
-        )
+        nodes.append(_pairs(config, settings, predicts, matches, pairs, length))
+        memory = {"memory_width": config.text.hidden_size, "pairs": pairs, "memory_length": length}
+        nodes += perceiver_nodes(config.perceiver, settings, std, **memory)
     if matches:
         nodes.append(_match_head(config, settings, predicts))
         losses.append(matching_loss(weight=config.matching_weight))
     if predicts:
-        rows = lambda plan: plan.num_rows  # noqa: E731
         nodes.append(query_node(config.perceiver, settings, std, num_queries=config.max_positions, rows=rows))
         nodes.append(_masked_head(config, settings))
         losses.append(masked_lm_loss(weight=config.masked_lm_weight, sharded=False))
@@ -108,13 +112,15 @@ class Pairs(nn.Module):
         return (memory, masks[0] if len(masks) == 1 else torch.cat(masks), *valid)
 
 
-def _pairs(config: PerceiverFusionConfig, predicts: bool, matches: bool) -> Node:
-    def pairs(plan: MicrobatchPlan) -> int:
-        return plan.num_rows * (int(predicts) + 3 * int(matches))
-
-    def length(plan: MicrobatchPlan) -> int:
-        return config.vision.tokens_per_image + plan.row_length
-
+def _pairs(
+    config: PerceiverFusionConfig,
+    settings: LayerSettings,
+    predicts: bool,
+    matches: bool,
+    pairs: Callable[[MicrobatchPlan], int],
+    length: Callable[[MicrobatchPlan], int],
+) -> Node:
+    """`fusion.pairs`: as many memories as `pairs` says, each of `length` positions."""
     width = config.text.hidden_size
     streams = [
         Stream("pair_memory", lambda plan: (pairs(plan), length(plan), width)),
@@ -126,8 +132,16 @@ def _pairs(config: PerceiverFusionConfig, predicts: bool, matches: bool) -> Node
         streams.append(Stream("match_valid", lambda plan: (3 * plan.num_rows,), dtype=torch.float32))
         reads += ("image_embedding", "text_embedding", "logit_scale")
         fields = frozenset({"tokens_RT"})
+
+    def cost(plan: MicrobatchPlan) -> NodeCost:
+        """The memory, which the latents' norms keep, and the similarities of own rows to those of the pool, twice."""
+        sizes, everywhere = settings.sizes, copies(settings.sizes, text=False)
+        pool = plan.num_rows * sizes.dp if matches else 0
+        flops = 4.0 * plan.num_rows * pool * config.contrastive.embedding_size * everywhere
+        return NodeCost(0, flops, 2.0 * pairs(plan) * length(plan) * width * everywhere)
+
     build = partial(Pairs, predicts, matches)
-    return Node("fusion.pairs", build, reads, tuple(streams), lambda plan: NodeCost(0), fields)
+    return Node("fusion.pairs", build, reads, tuple(streams), cost, fields)
 
 
 def _text_shape(config: PerceiverFusionConfig) -> StackShape:
