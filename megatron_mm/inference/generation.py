@@ -104,7 +104,7 @@ class Generator:
             fields = adapter.fields(recipe) | special_ids(adapter, recipe.model, file, folder)
             tensors = hf_tensors(recipe.model, reader)
         config = adapter.load_class(adapter.config_class)(**fields)
-        processor = MultimodalProcessor(config, file or Path("tokenizer.model"))
+        processor = MultimodalProcessor(config, file)
         model = build_model(adapter.load_class(adapter.model_class), config, tensors, DTYPES[dtype], device)
         return cls(model, processor)
 

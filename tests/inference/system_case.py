@@ -15,13 +15,32 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.data.generated import GeneratedRows
 from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.inference.convert import export
+from megatron_mm.inference.generation import Generator
 from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint, checkpoint_folder
 from megatron_mm.training.assembly import build_model
+from tests import recipes
 
 VOCABULARY = 320  # holds the tests' tokenizer
+
+#: Each system, and what is left of it where objectives are left out.
+SYSTEMS = {
+    "vlm": lambda: recipes.small_vlm(),
+    "vlm-mae": lambda: recipes.small_vlm(phase="mae"),
+    "vlm-contrastive": lambda: recipes.small_vlm(causal_lm_weight=0.0),
+    "vlm-captions": lambda: recipes.small_vlm(contrastive_weight=0.0),
+    "dual_encoder": lambda: recipes.small_dual_encoder(),
+    "dual_encoder-mae": lambda: recipes.small_dual_encoder(phase="mae"),
+    "dual_encoder-contrastive": lambda: recipes.small_dual_encoder(causal_lm_weight=0.0, mae_weight=0.0),
+    "perceiver_fusion": lambda: recipes.small_perceiver_fusion(),
+    "perceiver_fusion-matching": lambda: recipes.small_perceiver_fusion(masked_lm_weight=0.0, contrastive_weight=0.0),
+    "avt": lambda: recipes.small_avt(),
+    "avt-contrastive": lambda: recipes.small_avt(masked_lm_weight=0.0, generation_weight=0.0),
+    "avt-masked": lambda: recipes.small_avt(contrastive_weight=0.0, generation_weight=0.0, masked_lm_share=1.0),
+}
 
 
 def with_vocabulary(config: Config) -> Config:
@@ -151,3 +170,14 @@ def greedy(model: Trained, batch: Microbatch, lengths: torch.Tensor, steps: int)
         tokens[every, lengths] = found
         lengths += 1
     return torch.stack([tokens[row, lengths[row] - steps : lengths[row]] for row in range(len(lengths))])
+
+
+class Work:
+    """A system's training model, its checkpoint, its export, and the exported model."""
+
+    def __init__(self, name: str, root: Path, tokenizer: Path) -> None:
+        self.config = with_vocabulary(SYSTEMS[name]())
+        self.trained = trained(self.config)
+        self.checkpoint = self.trained.save(root / "run" / "checkpoints", tokenizer)
+        self.exported = export(root / "run", root / "exported", max_shard_bytes=100_000, quiet=True)
+        self.model = Generator.from_path(self.exported).model

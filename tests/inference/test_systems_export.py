@@ -7,38 +7,22 @@ that the training code saved.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
-from megatron_mm.inference.convert import export, restore
+from megatron_mm.inference.convert import restore
 from megatron_mm.inference.generation import Generator
 from megatron_mm.inference.names import checkpoint_key
 from megatron_mm.inference.systems import adapter_of
 from megatron_mm.objectives.matching import hard_negatives
-from tests import recipes
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
 
-SYSTEMS = {
-    "vlm": lambda: recipes.small_vlm(),
-    "vlm-mae": lambda: recipes.small_vlm(phase="mae"),
-    "vlm-contrastive": lambda: recipes.small_vlm(causal_lm_weight=0.0),
-    "vlm-captions": lambda: recipes.small_vlm(contrastive_weight=0.0),
-    "dual_encoder": lambda: recipes.small_dual_encoder(),
-    "dual_encoder-mae": lambda: recipes.small_dual_encoder(phase="mae"),
-    "dual_encoder-contrastive": lambda: recipes.small_dual_encoder(causal_lm_weight=0.0, mae_weight=0.0),
-    "perceiver_fusion": lambda: recipes.small_perceiver_fusion(),
-    "perceiver_fusion-matching": lambda: recipes.small_perceiver_fusion(masked_lm_weight=0.0, contrastive_weight=0.0),
-    "avt": lambda: recipes.small_avt(),
-    "avt-contrastive": lambda: recipes.small_avt(masked_lm_weight=0.0, generation_weight=0.0),
-    "avt-masked": lambda: recipes.small_avt(contrastive_weight=0.0, generation_weight=0.0, masked_lm_share=1.0),
-}
-IMAGE_TEXT = [name for name in SYSTEMS if name.startswith(("vlm", "dual_encoder"))]
-AVT = [name for name in SYSTEMS if name.startswith("avt")]
-PERCEIVER = [name for name in SYSTEMS if name.startswith("perceiver_fusion")]
+AVT = [name for name in case.SYSTEMS if name.startswith("avt")]
+PERCEIVER = [name for name in case.SYSTEMS if name.startswith("perceiver_fusion")]
+IMAGE_TEXT = [name for name in case.SYSTEMS if name.startswith(("vlm", "dual_encoder"))]
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +30,9 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "spm.model")
 
 
-class Work:
-    """A system's training model, its checkpoint and its export."""
-
-    def __init__(self, name: str, root: Path, tokenizer: Path) -> None:
-        self.config = case.with_vocabulary(SYSTEMS[name]())
-        self.trained = case.trained(self.config)
-        self.checkpoint = self.trained.save(root / "run" / "checkpoints", tokenizer)
-        self.exported = export(root / "run", root / "exported", max_shard_bytes=100_000, quiet=True)
-        self.model = Generator.from_path(self.exported).model
-
-
-@pytest.fixture(scope="module", params=SYSTEMS)
+@pytest.fixture(scope="module", params=case.SYSTEMS)
 def work(request, tmp_path_factory, tokenizer):
-    return Work(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
+    return case.Work(request.param, tmp_path_factory.mktemp(request.param), tokenizer)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:

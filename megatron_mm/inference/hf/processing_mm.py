@@ -167,12 +167,12 @@ class MultimodalProcessor:
             "none"), `frames_per_video`, `sound` ("log_mel", "waveform" or "none"), `sample_rate`, `seconds`,
             `num_mel_bins`, `padding_side`, `row_multiple` (rows are padded to a multiple of so many tokens) and
             `row_length` (longest row).
-        tokenizer_file: SentencePiece model; a folder of a tower alone has none, and reads no text.
+        tokenizer_file: SentencePiece model; a tower alone may have none (None), and reads no text.
     """
 
     def __init__(self, config, tokenizer_file):
         self.config, self.inputs, self.tokenizer, self.warned = config, config.inputs, None, False
-        if os.path.exists(tokenizer_file):
+        if tokenizer_file is not None and os.path.exists(tokenizer_file):
             self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
         elif getattr(config, "has_text", True):
             raise ValueError(f"{tokenizer_file}: missing; an exported folder carries its {TOKENIZER_FILE}")
@@ -244,8 +244,8 @@ class MultimodalProcessor:
 
         Args:
             prompts: dicts (or one dict) with "prompt" (text, optional) and lists of files "images", "audios", "videos".
-            with_text: rows go on with "text" and the end of the document, cut to the longest row that was trained on:
-                what embeddings and matching read, where generation reads the prompt.
+            with_text: rows go on with "text", cut so that with the end of the document they are no longer than those
+                that were trained on: what embeddings and matching read, where generation reads the prompt.
 
         Returns:
             input_ids, attention_mask, and, where any prompt has them, its media, with masks of the rows (or of the
@@ -264,8 +264,8 @@ class MultimodalProcessor:
             text = self.with_placeholders(prompt)
             row = [self.config.bos_token_id, *(self.tokenizer.encode(text) if text else [])]
             if with_text:
-                row += [*self.tokenizer.encode(prompt.get("text") or ""), self.config.eos_token_id]
-                row = row[: self.inputs["row_length"]]
+                row += self.tokenizer.encode(prompt.get("text") or "")
+                row = [*row[: self.inputs["row_length"] - 1], self.config.eos_token_id]
             rows.append(row)
         multiple = self.inputs["row_multiple"]
         length = -(-max(map(len, rows)) // multiple) * multiple
