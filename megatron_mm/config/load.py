@@ -59,6 +59,10 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
         tree = {**tree, "plugins": [locate_plugin(str(name), folder) for name in tree["plugins"]]}
     for plugin in tree.get("plugins") or ():
         load_plugin(plugin, folder)
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("builder"), str):
+        file, colon, function = data["builder"].rpartition(":")
+        tree = {**tree, "data": {**data, "builder": f"{locate_plugin(file, folder)}{colon}{function}"}}
     model = tree.get("model")
     name = model.get("system", "synapse") if isinstance(model, dict) else "synapse"
     if name not in SECTIONS:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm.config.load import config_type
+from megatron_mm.config.load import config_type, dump_config, load_config
 from megatron_mm.config.systems import SECTIONS
 from megatron_mm.data.builder import CheckedSplit
 from megatron_mm.data.dataset import build_datasets
@@ -84,6 +84,18 @@ def test_a_users_dataset_reads_like_any_other(config, workers):
     assert batch.images_ICHW.sum((2, 3)).argmax(1).tolist() == [1, 2]
     assert batch.loss_mask_RT[:, :4].tolist() == [[0, 1, 0, 0]] * 2
     loader.close()
+
+
+def test_a_builder_beside_its_recipe_is_found(config, tmp_path, monkeypatch):
+    """From another working directory, and again in the config.yaml that a run writes elsewhere."""
+    (tmp_path / "recipe.yaml").write_text("model: {system: vlm}\ndata: {builder: 'own_squares.py:build'}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    loaded = load_config(tmp_path / "recipe.yaml")
+    dump_config(loaded, elsewhere / "config.yaml")
+    assert load_config(elsewhere / "config.yaml").data.builder == loaded.data.builder == config.data.builder
+    assert build_datasets(loaded).train.microbatch([3], {"tokens_RT"}).sample_ids == ["square-3"]
 
 
 @pytest.mark.parametrize(
