@@ -3,8 +3,8 @@
     config ─ open ─ split by documents ─ pack into rows ─ BlendedDataset of each split      (data/blend.py)
     config ─ data.builder, "module:function" or "file.py:function" ─ CheckedSplit of each   (data/builder.py)
 
-A builder (whose file is looked up from the working directory, then from the recipe's folder) is called with the resolved
-Config and returns an object with
+A builder's file is looked up from the working directory, then from the recipe's folder. The function is called with the
+resolved Config and returns an object with
 - `train`, and `valid` and `test` (None, or not there, where there is none): splits;
 - `tokenizer` (None, or not there, where there is none), whose `vocab_size` must fit the model's.
 
