@@ -21,7 +21,7 @@ copies of the split, so it must not depend on the order of its calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mm.config.schema import Config
 from megatron_mm.data.augmentation import Augmentation
@@ -81,7 +81,20 @@ def _own(config: Config) -> Datasets:
     return Datasets(checked["train"], checked.get("valid"), checked.get("test"), tokenizer)
 
 
-def _shards(config: Config) -> Datasets:
+def whole_dataset(config: Config) -> BlendedDataset:
+    """Every document of the recipe's shards once, in order, read as validation reads them: to score a model on.
+
+    Raises:
+        ValueError: as `build_datasets`.
+    """
+    _check_fields(config)
+    whole = _shards(replace(config, data=replace(config.data, split="0,1,0")), trains=False).valid
+    if whole is None:
+        raise ValueError("data.datasets: no document has the two tokens of a row")
+    return whole
+
+
+def _shards(config: Config, trains: bool = True) -> Datasets:
     data, inputs, seed = config.data, config.model.inputs, config.training.seed
     if not data.datasets:
         raise ValueError("data.datasets: empty; name at least one dataset, such as {path: data/emoji}")
@@ -111,7 +124,7 @@ def _shards(config: Config) -> Datasets:
             packing = arrange(shard, documents, limits, [seed, Purpose.PACK, i] if train else None)
             if len(packing):
                 sources.append(Source(shard, packing, entry.weight, names[i]))
-            elif train:
+            elif train and trains:
                 raise ValueError(f'data.split: "{data.split}" leaves no training documents of {entry.path}')
         augmentation = Augmentation(data.random_crop, data.horizontal_flip, data.color_jitter)
         media = MediaReader(
@@ -127,7 +140,7 @@ def _shards(config: Config) -> Datasets:
         if sources:
             args = (split, sources, tokenizer, inputs, limits, media, masking, seed)
             splits[split] = BlendedDataset(*args, shuffle=train)
-    return Datasets(splits["train"], splits.get("valid"), splits.get("test"), tokenizer)
+    return Datasets(splits.get("train"), splits.get("valid"), splits.get("test"), tokenizer)
 
 
 def _check_fields(config: Config) -> None:

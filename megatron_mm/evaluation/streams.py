@@ -19,6 +19,7 @@ import torch
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config, DatasetConfig, ParallelConfig
 from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.dataset import whole_dataset
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.inference.convert import find_checkpoint
 from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
@@ -121,7 +122,7 @@ class GraphReader:
 def all_rows(
     config: Config, fields: Collection[str], batch_size: int, task: str = "", limit: int = 0
 ) -> Iterator[Microbatch]:
-    """Every row of the recipe's datasets once, as they are: no split, no augmentation.
+    """Every row of the recipe's datasets once, as they are: no split, no augmentation, in the order of the samples.
 
     Args:
         config: its `data` is read.
@@ -130,14 +131,10 @@ def all_rows(
         task: what the microbatches learn, where the system divides them among tasks.
         limit: at most this many rows; 0 takes all.
     """
-    from megatron_mm.data.dataset import build_datasets
-
-    data = replace(config.data, split="1,0,0", random_crop=False, horizontal_flip=0.0, color_jitter=0.0)
-    dataset = build_datasets(replace(config, data=data)).train
+    dataset = whole_dataset(config)
     count = min(dataset.num_rows, limit or dataset.num_rows)
     for start in range(0, count, batch_size):
-        batch = dataset.microbatch(range(start, min(start + batch_size, count)), fields)
-        yield replace(batch, plan=replace(batch.plan, task=task)) if task else batch
+        yield dataset.microbatch(range(start, min(start + batch_size, count)), fields, task)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from megatron_mm.training.assembly import build_model
 from megatron_mm.training.checkpoint import Position, save
 from megatron_mm.training.optimizer import Optimizer
 from tests.corpus import build_corpus, corpus_config
+from tests.recipes import small_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +86,18 @@ def test_only_the_nodes_that_a_stream_needs_are_run(config):
     assert len(reader.needed(["logits"])) == len(reader.graph.nodes)
     with pytest.raises(ValueError, match="no stream nothing; there are "):
         reader.run(rows([[1]], [-1]), ["nothing"])
+
+
+def test_rows_come_once_in_the_order_of_the_samples(corpus):
+    config = small_vlm()
+    config.model.decoder.vocab_size = 304
+    samples = corpus[0].parent / "samples.jsonl"
+    with reading_jsonl(config, samples, corpus[1]) as held_out:
+        batches = list(all_rows(held_out, {"tokens_RT"}, batch_size=50, limit=110))
+    ids = [name.split("/")[1] for batch in batches for name in batch.sample_ids]
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert ids == [line["id"] for line in lines][:110]
+    assert [batch.plan.num_rows for batch in batches] == [50, 50, 10]
 
 
 @pytest.mark.slow
