@@ -3,13 +3,15 @@
     python -m examples.data.image_text --output outputs/vlm-tiny/data --questions 12000
 
 Emoji art with names of seven vendors to learn from; held out is an eighth vendor's art of the same things. With
-`--questions`, easy-vqa's training questions; held out are questions of its test pictures. With `--stamps`, Tux Paint's
-stamps with captions of a sentence; two families of them are held out whole. Writes into the output folder
+`--questions`, easy-vqa's training questions; held out are questions of its test pictures. With `--shapes`, the same
+pictures of coloured shapes, with captions. With `--stamps`, Tux Paint's stamps with captions of a sentence; two
+families of them are held out whole. Writes into the output folder, of pairs, questions, shapes and stamps,
 
-    pairs.jsonl          questions.jsonl           stamps.jsonl           to learn from
-    heldout_pairs.jsonl  heldout_questions.jsonl   heldout_stamps.jsonl   to score on
-    texts.txt            every text to learn, for the tokenizer
-    LICENCES.txt         and the pictures
+    pairs.jsonl …          to learn from
+    heldout_pairs.jsonl …  to score on
+    texts.jsonl            every text to learn, as a sample without picture
+    texts.txt              the same for the tokenizer
+    LICENCES.txt           and the pictures
 
 A second run downloads and draws nothing again.
 """
@@ -51,6 +53,10 @@ class Arguments:
     """Training questions of easy-vqa (38,575 in all)."""
     heldout_questions: int = 1500
     """Held-out questions (9,673 in all)."""
+    shapes: int = 0
+    """Training pictures of easy-vqa with a caption, such as "blue rectangle" (2,435 in all)."""
+    heldout_shapes: int = 512
+    """Held-out pictures with a caption."""
     stamps: bool = False
     """Tux Paint's stamps as well; needs apt-get and dpkg-deb."""
     seed: int = 1
@@ -94,9 +100,13 @@ def main(arguments: Arguments) -> None:
     emoji_art.draw_all(emoji, {**learned, HELDOUT_VENDOR: 1}, output)
     train["pairs"], held_out["pairs"] = pair_samples(emoji, learned), pair_samples(emoji, {HELDOUT_VENDOR: 1})
 
-    if arguments.questions:
+    if arguments.questions or arguments.shapes:
         announce(easy_vqa.PACKAGE)
         data = easy_vqa.fetch(cache)
+    if arguments.shapes:
+        train["shapes"] = easy_vqa.caption_samples(data, "train", output, arguments.shapes)
+        held_out["shapes"] = easy_vqa.caption_samples(data, "test", output, arguments.heldout_shapes)
+    if arguments.questions:
         train["questions"] = easy_vqa.question_samples(data, "train", output, arguments.questions)
         held_out["questions"] = easy_vqa.question_samples(data, "test", output, arguments.heldout_questions)
     if arguments.stamps:
@@ -110,7 +120,9 @@ def main(arguments: Arguments) -> None:
 
     texts = {line["prompt"].replace("<image>", "") for lines in train.values() for line in lines}
     texts |= {line["text"] for lines in train.values() for line in lines}
-    write_lines(output / "texts.txt", sorted(texts - {""}))
+    texts = sorted(texts - {""})
+    write_lines(output / "texts.txt", texts)
+    write_jsonl(output / "texts.jsonl", [sample(f"text/{number}", text) for number, text in enumerate(texts)])
     for name, lines in train.items():
         random.Random(arguments.seed).shuffle(lines)
         write_jsonl(output / f"{name}.jsonl", lines)

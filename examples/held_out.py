@@ -1,0 +1,55 @@
+"""The table that ends a tiny run: held-out figures beside the untrained model, a baseline and what each must reach."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass
+class Row:
+    """A line of the table: one figure on one set of samples."""
+
+    given: str
+    """The samples, in a few words."""
+    figure: str
+    trained: float
+    untrained: float
+    baseline: float
+    """What chance, or the trained model without what it should look at, reaches."""
+    required: float | None = None
+    """What the trained model must reach; None where nothing is promised."""
+
+
+def required(baseline: float) -> float:
+    """The accuracy that a model must reach: three times the baseline, or half its error where that is above 0.3."""
+    return 3 * baseline if baseline <= 0.3 else 1 - (1 - baseline) / 2
+
+
+def report(rows: Sequence[Row], path: Path, require: bool, **more: object) -> int:
+    """Prints the table and writes it, with `more`, as JSON.
+
+    Returns:
+        1 if `require` and a figure is lower than required, which is then said on stderr; 0 otherwise.
+    """
+    width = max(len(row.given) for row in rows)
+    print(f"{'held out':<{width}}  {'figure':<22}{'trained':>9}{'untrained':>11}{'baseline':>10}{'required':>10}")
+    for row in rows:
+        least = "" if row.required is None else f"{row.required:.3f}"
+        figures = f"{row.trained:>9.3f}{row.untrained:>11.3f}{row.baseline:>10.3f}{least:>10}"
+        print(f"{row.given:<{width}}  {row.figure:<22}{figures}")
+    failures = [
+        f"{row.figure} of {row.given} is {row.trained:.3f}, below {row.required:.3f}"
+        for row in rows
+        if row.required is not None and not row.trained >= row.required  # NaN fails
+    ]
+    results = {**more, "held_out": [asdict(row) for row in rows], "failures": failures}
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nfigures: {path}")
+    if failures and require:
+        print("error: " + "; ".join(failures), file=sys.stderr)
+        return 1
+    return 0
