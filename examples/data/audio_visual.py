@@ -2,12 +2,13 @@
 
     python -m examples.data.audio_visual --output outputs/avt-tiny/data
 
-Names have stills of several vendors, an animation (Fluent), and recordings of several voices (espeak-ng). Half of the
-names are learned with their animation, half from other vendors' stills alone: held out are the animations of the second
-half, and a voice, so neither the clip nor the recording of a held-out pair was ever met. Writes into the output folder
+Names have stills of seven vendors, clips in which those stills move, and recordings of several voices (espeak-ng). Held
+out are another artist's animations of the same names (Fluent's, in three dimensions, whose stills are left out as well)
+and another voice, so neither the clip nor the recording of a held-out pair was ever met. Writes into the output folder
 
-    train.jsonl            clips or stills with a spoken name, and each of them alone; the text is the name
+    train.jsonl            clips or stills with a spoken name, each of them alone, and names alone; the text is the name
     heldout_pairs.jsonl    an unseen clip and an unseen voice; heldout_clips.jsonl, heldout_sounds.jsonl: each alone
+    heldout_names.jsonl    the same names without media: what a blind and deaf model may know
     names.txt              for the tokenizer
     LICENCES.txt           and the media
 
@@ -30,9 +31,9 @@ from examples.data import clips, emoji_art, speech
 from examples.data.emoji_art import ALL_VENDORS, Emoji, picture_path
 from examples.data.samples import sample, write_jsonl, write_lines
 
-#: Microsoft's three-dimensional and flat art resemble its animations: left out where those are held out.
-LIKE_THE_CLIPS = ("fluent", "flat")
-OTHER_VENDORS = tuple(name for name in ALL_VENDORS if name not in LIKE_THE_CLIPS)
+#: Its stills are frames of the held-out animations.
+LIKE_THE_CLIPS = "fluent"
+TRAIN_VENDORS = tuple(name for name in ALL_VENDORS if name != LIKE_THE_CLIPS)
 TRAIN_VOICES = ("en-us", "en-gb-x-rp+f2", "en-gb+m3", "en-029+f4", "en-us-nyc+m7", "en-us+f5")
 HELDOUT_VOICE = "en-gb-scotland+f3"
 TRAIN_SPEEDS = (210, 260)
@@ -48,9 +49,9 @@ class Arguments:
     cache: Path | None = None
     """Folder of downloaded packages; default: OUTPUT/packages."""
     names: int = 0
-    """Names to learn; 0 takes all that move (about 150)."""
+    """Names to learn; 0 takes all that move (about 110)."""
     variants: int = 4
-    """Pictures and clips made of each training drawing."""
+    """Pictures made of each training drawing; one clip is made of each."""
     seed: int = 1
     """Seed of who goes with whom, and of the order."""
 
@@ -60,16 +61,24 @@ class Thing:
     """A name with all that shows or says it, paths relative to the output folder."""
 
     emoji: Emoji
-    clip_is_held_out: bool
+
+    @property
+    def vendors(self) -> list[str]:
+        """Those whose drawing is learned."""
+        return [vendor for vendor in TRAIN_VENDORS if vendor in self.emoji.pictures]
 
     def pictures(self, variants: int) -> list[str]:
         """Stills to learn from."""
-        vendors = OTHER_VENDORS if self.clip_is_held_out else ALL_VENDORS
-        return [picture_path(self.emoji, v, k) for v in vendors if v in self.emoji.pictures for k in range(variants)]
+        return [picture_path(self.emoji, vendor, k) for vendor in self.vendors for k in range(variants)]
 
-    def clip(self, variant: int) -> str:
-        """The animation."""
-        return f"clips/{self.emoji.code}-{variant}.webp"
+    def moving(self) -> dict[str, str]:
+        """Clip to learn from, by vendor of the drawing that moves in it."""
+        return {vendor: f"clips/{vendor}/{self.emoji.code}.webp" for vendor in self.vendors}
+
+    @property
+    def animation(self) -> str:
+        """The held-out clip."""
+        return f"clips/animated/{self.emoji.code}.webp"
 
     def recordings(self) -> list[tuple[str, int, str]]:
         """(voice, speed, path) of each recording to learn from."""
@@ -81,34 +90,31 @@ class Thing:
 
 
 def training_samples(things: list[Thing], variants: int, seed: int) -> list[dict]:
-    """Every still and, of names whose clip is learned, as many clips: with a recording, and alone; recordings alone."""
+    """Every still and clip with a recording, and alone; every recording alone, twice; the name alone, a few times."""
     chance = random.Random(seed)
     samples = []
     for thing in things:
         name, code = thing.emoji.name, thing.emoji.code
         seen = [("images", path) for path in thing.pictures(variants)]
-        if not thing.clip_is_held_out:
-            seen += [("videos", thing.clip(k)) for k in range(variants) for _ in range(len(seen) // variants)]
+        seen += [("videos", path) for path in thing.moving().values()]
         heard = [path for *_, path in thing.recordings()]
         for number, (kind, path) in enumerate(seen):
             with_sound = {kind: [path], "audios": [chance.choice(heard)]}
             samples.append(sample(f"both/{code}/{number}", name, **with_sound))
             samples.append(sample(f"seen/{code}/{number}", name, **{kind: [path]}))
-        samples += [sample(f"heard/{code}/{n}", name, audios=[path]) for n, path in enumerate(heard)]
+        samples += [sample(f"heard/{code}/{n}", name, audios=[path]) for n, path in enumerate(heard * 2)]
+        samples += [sample(f"name/{code}/{n}", name) for n in range(4)]
     chance.shuffle(samples)
     return samples
 
 
 def heldout_samples(things: list[Thing]) -> dict[str, list[dict]]:
-    """Pairs, clips alone and sounds alone of the names whose clip is held out."""
-    held = {"pairs": [], "clips": [], "sounds": []}
+    """Pairs, clips alone, sounds alone and names alone."""
+    held = {"pairs": [], "clips": [], "sounds": [], "names": []}
     for thing in things:
-        if thing.clip_is_held_out:
-            name, code = thing.emoji.name, thing.emoji.code
-            seen = {"videos": [thing.clip(0)]}
-            heard = {"audios": [thing.recording(HELDOUT_VOICE, HELDOUT_SPEED)]}
-            for kind, media in (("pairs", seen | heard), ("clips", seen), ("sounds", heard)):
-                held[kind].append(sample(f"{kind}/{code}", name, **media))
+        seen, heard = {"videos": [thing.animation]}, {"audios": [thing.recording(HELDOUT_VOICE, HELDOUT_SPEED)]}
+        for kind, media in (("pairs", seen | heard), ("clips", seen), ("sounds", heard), ("names", {})):
+            held[kind].append(sample(f"{kind}/{thing.emoji.code}", thing.emoji.name, **media))
     return held
 
 
@@ -118,27 +124,24 @@ def make_media(things: list[Thing], animations: dict[str, Path], variants: int, 
     Returns:
         Seconds of the longest recording.
     """
-    for vendor in ALL_VENDORS:
-        drawn = [t.emoji for t in things if vendor in t.emoji.pictures]
-        if vendor in LIKE_THE_CLIPS:
-            drawn = [t.emoji for t in things if not t.clip_is_held_out]
-        emoji_art.draw_all(drawn, {vendor: variants}, output)
-    moving = [
-        (animations[t.emoji.code], {k: output / t.clip(k) for k in range(1 if t.clip_is_held_out else variants)})
-        for t in things
-    ]
+    for vendor in TRAIN_VENDORS:
+        emoji_art.draw_all([t.emoji for t in things if vendor in t.vendors], {vendor: variants}, output)
+    moving = [(t.emoji.pictures[vendor], output / path, 1) for t in things for vendor, path in t.moving().items()]
+    sampled = [(animations[t.emoji.code], output / t.animation) for t in things]
     spoken = [(t.emoji.name, voice, speed, output / path) for t in things for voice, speed, path in t.recordings()]
     voice, speed = HELDOUT_VOICE, HELDOUT_SPEED
     spoken += [(t.emoji.name, voice, speed, output / t.recording(voice, speed)) for t in things]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda job: clips.make_clips(*job), moving)
-        list(tqdm(made, total=len(moving), desc="animating", unit="emoji", mininterval=1))
+        made = pool.map(lambda job: clips.move_drawing(*job), moving)
+        list(tqdm(made, total=len(moving), desc="moving", unit="drawing", mininterval=1))
+        made = pool.map(lambda job: clips.sample_animation(*job), sampled)
+        list(tqdm(made, total=len(sampled), desc="animating", unit="emoji", mininterval=1))
         seconds = pool.map(lambda job: speech.record(*job), spoken)
         return max(tqdm(seconds, total=len(spoken), desc="speaking", unit="sound", mininterval=1))
 
 
 def choose_things(fetched: dict[str, Path], animations: dict[str, Path], count: int) -> list[Thing]:
-    """Names that the quick start's vendors drew and that move, every other one with its clip held out.
+    """Names that the quick start's vendors drew and that move.
 
     Args:
         fetched: unpacked package of every vendor.
@@ -154,14 +157,14 @@ def choose_things(fetched: dict[str, Path], animations: dict[str, Path], count: 
             also = {vendor: files[emoji.code] for vendor, files in extra.items() if emoji.code in files}
             things.append(replace(emoji, pictures=emoji.pictures | also))
     things = random.Random(0).sample(things, min(count or len(things), len(things)))
-    return [Thing(emoji, number % 2 == 1) for number, emoji in enumerate(sorted(things, key=lambda e: e.code))]
+    return [Thing(emoji) for emoji in sorted(things, key=lambda e: e.code)]
 
 
 def main(arguments: Arguments) -> None:
     """Fetches, draws, speaks and writes; raises ValueError for what a user can mend."""
     output, cache = arguments.output, arguments.cache or arguments.output / "packages"
     speech.install()
-    shipped = [vendor.package for vendor in ALL_VENDORS.values()] + list(clips.PACKAGES)
+    shipped = [vendor.package for vendor in ALL_VENDORS.values()] + [clips.PACKAGE]
     licences = [f"{package}: {package.licence}" for package in shipped] + [f"espeak-ng (apt): {speech.LICENCE}"]
     print(*licences, sep="\n", flush=True)
     fetched = {vendor.name: emoji_art.fetch(vendor, cache) for vendor in ALL_VENDORS.values()}
@@ -174,9 +177,7 @@ def main(arguments: Arguments) -> None:
         write_jsonl(output / f"heldout_{kind}.jsonl", lines)
     write_lines(output / "names.txt", [thing.emoji.name for thing in things])
     write_lines(output / "LICENCES.txt", licences)
-    held = sum(thing.clip_is_held_out for thing in things)
-    print(f"{len(things)} names, the clips of {held} held out; {len(train)} training samples; longest sound "
-          f"{longest:.2f} s; in {output}")  # fmt: skip
+    print(f"{len(things)} names; {len(train)} training samples; longest sound {longest:.2f} s; in {output}")
 
 
 if __name__ == "__main__":

@@ -209,11 +209,7 @@ def draw(source: Path, target: Path, variant: int) -> None:
         target: PNG to write.
         variant: number of the variant; the same number and source give the same picture.
     """
-    data = source.read_bytes()
-    if source.suffix == ".svg":
-        data = resvg_py.svg_to_bytes(svg_string=data.decode(), width=PICTURE_SIZE, height=PICTURE_SIZE)
-    with Image.open(io.BytesIO(data)) as opened:
-        picture = opened.convert("RGBA").resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+    picture = open_art(source, PICTURE_SIZE)
     background = (255, 255, 255)
     if variant:
         chance = random.Random(f"{source.stem}/{variant}")
@@ -222,6 +218,15 @@ def draw(source: Path, target: Path, variant: int) -> None:
     canvas = Image.new("RGBA", picture.size, (*background, 255))
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.alpha_composite(canvas, picture).convert("RGB").save(target)
+
+
+def open_art(source: Path, size: int) -> Image.Image:
+    """A drawing (SVG or pixels) as RGBA of `size` on a side."""
+    data = source.read_bytes()
+    if source.suffix == ".svg":
+        data = resvg_py.svg_to_bytes(svg_string=data.decode(), width=size, height=size)
+    with Image.open(io.BytesIO(data)) as opened:
+        return opened.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
 
 
 def restyle(picture: Image.Image, chance: random.Random) -> Image.Image:
@@ -234,15 +239,25 @@ def restyle(picture: Image.Image, chance: random.Random) -> Image.Image:
     Returns:
         RGBA of the same size.
     """
+    colours = recolour(picture, chance)
+    size = picture.width
+    side = round(size * chance.uniform(0.7, 1.0))
+    angle = chance.uniform(-15, 15)
+    return place(colours, angle, side, tuple(chance.randint(0, size - side) for _ in range(2)))
+
+
+def recolour(picture: Image.Image, chance: random.Random) -> Image.Image:
+    """RGBA in somewhat other colours, perhaps mirrored (no chosen name says left or right)."""
     colours, alpha = picture.convert("RGB"), picture.getchannel("A")
     for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
         colours = enhance(colours).enhance(chance.uniform(0.6, 1.4))
     colours.putalpha(alpha)
-    if chance.random() < 0.5:  # no chosen name says left or right
-        colours = ImageOps.mirror(colours)
-    size = picture.width
-    side = round(size * chance.uniform(0.7, 1.0))
-    turned = colours.rotate(chance.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side))
-    restyled = Image.new("RGBA", (size, size))
-    restyled.paste(turned, tuple(chance.randint(0, size - side) for _ in range(2)))
-    return restyled
+    return ImageOps.mirror(colours) if chance.random() < 0.5 else colours
+
+
+def place(picture: Image.Image, angle: float, side: int, corner: tuple[int, int]) -> Image.Image:
+    """RGBA of the same size that holds the picture turned by `angle` degrees, `side` pixels wide, at `corner`."""
+    turned = picture.rotate(angle, Image.Resampling.BICUBIC).resize((side, side))
+    placed = Image.new("RGBA", picture.size)
+    placed.paste(turned, corner)
+    return placed
