@@ -143,11 +143,15 @@ class AVTConfig(SystemConfig):
     """Share of the microbatches that learn masked language modelling; the others learn generation."""
 
     @property
-    def inputs(self) -> InputFormat:
-        """Rows of one text, one image or video clip, one waveform; microbatches of masked or causal text."""
+    def tasks(self) -> dict[str, float]:
+        """Share of the microbatches of each text objective that has weight."""
         shares = {"masked_lm": self.masked_lm_share, "generation": 1.0 - self.masked_lm_share}
         weights = {"masked_lm": self.masked_lm_weight, "generation": self.generation_weight}
-        tasks = {name: share for name, share in shares.items() if share > 0 and weights[name] > 0}
+        return {name: share for name, share in shares.items() if share > 0 and weights[name] > 0}
+
+    @property
+    def inputs(self) -> InputFormat:
+        """Rows of one text, one image or video clip, one waveform; microbatches of masked or causal text."""
         return InputFormat(
             vocab_size=self.decoder.vocab_size,
             packed=False,
@@ -156,8 +160,8 @@ class AVTConfig(SystemConfig):
             sound="waveform",
             sample_rate=self.audio.sample_rate,
             seconds=self.audio.seconds,
-            mask_ratio=self.mask_ratio if "masked_lm" in tasks else 0.0,
-            tasks=tuple(tasks.items()),
+            mask_ratio=self.mask_ratio if "masked_lm" in self.tasks else 0.0,
+            tasks=tuple(self.tasks.items()),
         )
 
     def problems(self, config, sizes) -> Iterator[str]:
@@ -177,12 +181,14 @@ class AVTConfig(SystemConfig):
         yield from share("model.mask_ratio", self.mask_ratio)
         if not 0.0 <= self.masked_lm_share <= 1.0:
             yield f"model.masked_lm_share is {self.masked_lm_share}; it must lie between 0 and 1"
-        elif self.masked_lm_weight + self.generation_weight > 0 and not self.inputs.tasks:
+        elif self.masked_lm_weight + self.generation_weight > 0 and not self.tasks:
             yield (
                 f"model.masked_lm_share is {self.masked_lm_share}: no microbatch learns the one that has weight, of "
                 f"model.masked_lm_weight {self.masked_lm_weight} and model.generation_weight {self.generation_weight}"
             )
         frames, patch = config.data.frames_per_video, self.vision.temporal_patch_size
+        if frames < 1:
+            yield f"data.frames_per_video is {frames}; it must be at least model.vision.temporal_patch_size {patch}"
         yield from divides("data.frames_per_video", frames, "model.vision.temporal_patch_size", patch)
 
     def notes(self, sizes) -> Iterator[str]:

@@ -40,8 +40,7 @@ from megatron_mm.objectives.masked_lm import masked_lm_loss
 
 def build_graph(config: AVTConfig, settings: LayerSettings) -> Graph:
     """The graph; what an objective of weight zero alone would need is left out."""
-    masked = config.masked_lm_weight > 0 and config.masked_lm_share > 0
-    generates = config.generation_weight > 0 and config.masked_lm_share < 1
+    masked, generates = "masked_lm" in config.tasks, "generation" in config.tasks
     losses = []
     nodes = swin_nodes(config.vision, settings, config.init_std)
     nodes += conformer_nodes(config.audio, settings, config.init_std)

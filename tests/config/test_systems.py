@@ -1,0 +1,181 @@
+"""What the sections of the four systems refuse: field, value and what would be right are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mm.config.load import config_from_tree, load_config
+from megatron_mm.config.schema import Config
+from megatron_mm.config.validate import check, parallel_sizes
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.systems import build_graph
+from megatron_mm.platform import setup
+from tests import recipes
+
+AVT, VLM = recipes.small_avt, recipes.small_vlm
+FUSION, DUAL = recipes.small_perceiver_fusion, recipes.small_dual_encoder
+
+
+def refusal(config: Config, world: int = 1) -> str:
+    """The message of the check."""
+    with pytest.raises(ValueError) as caught:
+        check(config, parallel_sizes(config, world))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", [AVT, VLM, FUSION, DUAL])
+def test_the_small_recipes_are_sound(recipe):
+    config = recipe()
+    check(config, parallel_sizes(config, 1))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights"),
+    [
+        (AVT, ("masked_lm_weight", "contrastive_weight", "generation_weight")),
+        (VLM, ("contrastive_weight", "causal_lm_weight")),
+        (FUSION, ("contrastive_weight", "masked_lm_weight", "matching_weight")),
+        (DUAL, ("contrastive_weight", "causal_lm_weight")),
+    ],
+)
+def test_weights_that_teach_nothing_or_less(recipe, weights):
+    message = refusal(recipe(**dict.fromkeys(weights, 0.0)))
+    assert f"model: every weight is zero ({', '.join(weights)})" in message
+    for weight in weights:
+        assert f"model.{weight} is -0.5; a weight must not be negative" in refusal(recipe(**{weight: -0.5}))
+        alone = recipe(**{**dict.fromkeys(weights, 0.0), weight: 1.0})
+        check(alone, parallel_sizes(alone, 1))
+
+
+def test_masked_autoencoding_beside_nothing_else_is_the_first_phase():
+    message = refusal(DUAL(contrastive_weight=0.0, causal_lm_weight=0.0, mae_weight=1.0))
+    assert "every weight is zero (contrastive_weight, causal_lm_weight)" in message
+    assert "model.mae_weight is -1.0; a weight must not be negative" in refusal(DUAL(mae_weight=-1.0))
+
+
+@pytest.mark.parametrize("recipe", [AVT, FUSION])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
+def test_a_share_of_tokens_that_hides_none_or_all(recipe, ratio):
+    message = refusal(recipe(mask_ratio=ratio))
+    assert f"model.mask_ratio is {ratio}; it must lie strictly between 0 and 1" in message
+
+
+@pytest.mark.parametrize("recipe", [VLM, DUAL])
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_share_of_patches_that_hides_none_or_all(recipe, ratio):
+    config = recipe(phase="mae")
+    config.model.mae.mask_ratio = ratio
+    assert f"model.mae.mask_ratio is {ratio}; it must lie strictly between 0 and 1" in refusal(config)
+
+
+def test_a_share_of_patches_that_leaves_none_of_so_few():
+    setup.apply_platform()
+    config = VLM(phase="mae")
+    config.model.mae.mask_ratio = 0.95
+    with pytest.raises(ValueError, match=r"a mask ratio of 0\.95 leaves none of an image's 16 patches visible"):
+        build_graph(config.model, LayerSettings())
+
+
+@pytest.mark.parametrize("recipe", [AVT, VLM, FUSION, DUAL])
+def test_one_sample_teaches_a_contrastive_loss_nothing(recipe):
+    config = recipe()
+    config.training.micro_batch_size = config.training.global_batch_size = 1
+    config.model.contrastive.negatives = "batch"
+    assert "training.global_batch_size is 1: a contrastive loss needs at least two samples" in refusal(config)
+    config.training.global_batch_size = 8
+    config.model.contrastive.negatives = "microbatch"
+    message = refusal(config)
+    assert "training.micro_batch_size 1 x data parallel 1 leaves a contrastive loss one sample" in message
+    assert "take more, or model.contrastive.negatives: batch" in message
+    config.model.contrastive.negatives = "batch"
+    if recipe is FUSION:
+        assert "leaves image-text matching no wrong pair" in refusal(config)
+        config.model.matching_weight = 0.0
+    check(config, parallel_sizes(config, 1))
+
+
+def test_a_contrastive_weight_of_zero_or_another_phase_asks_for_no_company():
+    for config in (VLM(contrastive_weight=0.0), VLM(phase="mae"), DUAL(phase="mae")):
+        config.training.micro_batch_size = config.training.global_batch_size = 1
+        check(config, parallel_sizes(config, 1))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "field", "message"),
+    [
+        (AVT, "fusion", "num_attention_heads", "model.fusion.num_attention_heads is 2, which does not divide by"),
+        (AVT, "decoder", "num_query_groups", "model.decoder.num_query_groups is 2, which does not divide by"),
+        (AVT, "audio", "num_attention_heads", "model.audio.num_attention_heads is 2, which does not divide by"),
+        (AVT, "vision", "num_heads", "model.vision.num_heads of stage 0 is 2, which does not divide by"),
+        (VLM, "vision", "num_attention_heads", "model.vision.num_attention_heads is 2, which does not divide by"),
+        (VLM, "mae", "num_attention_heads", "model.mae.num_attention_heads is 2, which does not divide by"),
+        (FUSION, "text", "num_attention_heads", "model.text.num_attention_heads is 2, which does not divide by"),
+        (FUSION, "perceiver", "num_attention_heads", "model.perceiver.num_attention_heads is 2, which does not"),
+        (DUAL, "fusion", "num_attention_heads", "model.fusion.num_attention_heads is 2, which does not divide by"),
+    ],
+)
+def test_heads_that_tensor_parallelism_would_split(recipe, part, field, message):
+    """Four processes share two heads."""
+    config = recipe()
+    section = getattr(config.model, part)
+    setattr(section, field, [2, 2] if field == "num_heads" else 2)
+    config.parallel.tensor_model_parallel_size = 4
+    found = refusal(config, 4)
+    assert message in found and "parallel.tensor_model_parallel_size = 4" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "value", "message"),
+    [
+        (AVT, "model.masked_lm_share", 1.5, "model.masked_lm_share is 1.5; it must lie between 0 and 1"),
+        (AVT, "data.frames_per_video", 3, "data.frames_per_video is 3, which does not divide by model.vision.temporal"),
+        (AVT, "data.frames_per_video", 0, "data.frames_per_video is 0"),
+        (AVT, "model.audio.conv_kernel_size", 4, "model.audio.conv_kernel_size is 4; it must be odd"),
+        (AVT, "model.audio.seconds", 0.001, "model.audio.seconds is 0.001: too short"),
+        (VLM, "model.cross_attention.first_layer", 0, "model.cross_attention: first_layer 0 and every 1 do not lie"),
+        (VLM, "model.cross_attention.first_layer", 4, "first_layer 4 and every 1 do not lie within 1 … 3"),
+        (VLM, "model.contrastive.temperature", 0.0, "model.contrastive.temperature is 0.0; it must be positive"),
+        (VLM, "model.contrastive.temperature", 0.005, "would begin with 200, above model.contrastive.max_scale 100"),
+        (FUSION, "data.seq_length", 40, "data.seq_length is 40, which does not divide by model.text.segment_length"),
+        (FUSION, "data.seq_length", 16, "data.seq_length is 16; model.max_positions, one output query a token, is 32"),
+        (FUSION, "model.vision.hidden_size", 64, "so they must be equal"),
+        (DUAL, "data.seq_length", 33, "data.seq_length is 33, above model.text.max_positions 32"),
+        (DUAL, "model.fusion.num_attention_heads", 5, "model.text.hidden_size is 64, which does not divide by"),
+    ],
+)
+def test_values_that_do_not_fit(config, path, value, message):
+    config = config()
+    *sections, field = path.split(".")
+    owner = config
+    for name in sections:
+        owner = getattr(owner, name)
+    setattr(owner, field, value)
+    assert message in refusal(config)
+
+
+def test_microbatches_of_an_objective_without_weight():
+    message = refusal(AVT(masked_lm_share=0.0, generation_weight=0.0))
+    assert "model.masked_lm_share is 0.0: no microbatch learns the one that has weight" in message
+    assert "model.masked_lm_weight 1.0 and model.generation_weight 0.0" in message
+    config = AVT(masked_lm_share=1.0)
+    check(config, parallel_sizes(config, 1))
+
+
+def test_unknown_systems_fields_and_plugins(tmp_path):
+    with pytest.raises(ValueError, match=r"r\.yaml:\n  model\.system: there is no 'avt2'; known: synapse, avt, vlm"):
+        config_from_tree({"model": {"system": "avt2"}}, "r.yaml")
+    with pytest.raises(ValueError, match=r"model\.fusionn: there is no such field"):
+        config_from_tree({"model": {"system": "avt", "fusionn": {}}}, "r.yaml")
+    with pytest.raises(ValueError, match=r"model\.phase: .*'mae'.*'joint'.*not 'second'"):
+        config_from_tree({"model": {"system": "vlm", "phase": "second"}}, "r.yaml")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("plugins: [mine.py]\nmodel: {system: mine}\n")
+    with pytest.raises(ValueError, match=r"plugins: there is no file mine\.py, neither here nor in .*"):
+        load_config(recipe)
+    recipe.write_text("plugins: [no_such_module_here]\nmodel: {system: mine}\n")
+    with pytest.raises(ValueError, match="plugins: there is no module 'no_such_module_here'"):
+        load_config(recipe)
+    (tmp_path / "mine.py").write_text("nothing = 0\n")
+    recipe.write_text("plugins: [mine.py]\nmodel: {system: mine}\n")
+    with pytest.raises(ValueError, match=r"model\.system: there is no 'mine'; known: synapse"):
+        load_config(recipe)
