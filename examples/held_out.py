@@ -22,6 +22,15 @@ class Row:
     """What chance, or the trained model without what it should look at, reaches."""
     required: float | None = None
     """What the trained model must reach; None where nothing is promised."""
+    lower: bool = False
+    """Lower is better, as of a loss: the trained model must be below what is required."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether what is required is reached; NaN never is."""
+        if self.required is None:
+            return True
+        return self.trained < self.required if self.lower else self.trained >= self.required
 
 
 def required(baseline: float) -> float:
@@ -33,18 +42,18 @@ def report(rows: Sequence[Row], path: Path, require: bool, **more: object) -> in
     """Prints the table and writes it, with `more`, as JSON.
 
     Returns:
-        1 if `require` and a figure is lower than required, which is then said on stderr; 0 otherwise.
+        1 if `require` and a figure is not what it must be, which is then said on stderr; 0 otherwise.
     """
     width = max(len(row.given) for row in rows)
     print(f"{'held out':<{width}}  {'figure':<22}{'trained':>9}{'untrained':>11}{'baseline':>10}{'required':>10}")
     for row in rows:
-        least = "" if row.required is None else f"{row.required:.3f}"
+        least = "" if row.required is None else f"{'<' if row.lower else ''}{row.required:.3f}"
         figures = f"{row.trained:>9.3f}{row.untrained:>11.3f}{row.baseline:>10.3f}{least:>10}"
         print(f"{row.given:<{width}}  {row.figure:<22}{figures}")
     failures = [
-        f"{row.figure} of {row.given} is {row.trained:.3f}, below {row.required:.3f}"
+        f"{row.figure} of {row.given} is {row.trained:.3f}, {'not ' if row.lower else ''}below {row.required:.3f}"
         for row in rows
-        if row.required is not None and not row.trained >= row.required  # NaN fails
+        if not row.holds
     ]
     results = {**more, "held_out": [asdict(row) for row in rows], "failures": failures}
     path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,73 @@
+# What the tiny runs of the systems with two phases share (vlm_14b/tiny.sh, dual_encoder/tiny.sh). Sourced, not run.
+#
+#   two_phases NAME [options]     NAME: of the recipe and of the output folder, such as vlm-tiny
+#
+# Data, tokenizer, shards; masked autoencoding of the vision tower; the joint phase, which starts from its tower; the
+# report. Help is the comment at the top of the calling script.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+usage() { echo "tiny.sh: $1 (see --help)" >&2 && exit 2; }
+
+two_phases() {
+    local name=$1 output=outputs/$1 recipe=megatron_mm/recipes/$1.yaml cache='' smoke=''
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --smoke) smoke=1 ;;
+        --output | --recipe | --cache)
+            [ $# -gt 1 ] || usage "$1 needs a value"
+            declare "${1#--}=$2" && shift
+            ;;
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+        *) usage "unknown option $1" ;;
+        esac
+        shift
+    done
+    cache=${cache:-$output/data/packages}
+
+    heading "Environment"
+    . tools/setup_env.sh
+    export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
+    rm -rf "$output"/{shards,mae,run,tokenizer.model,results.json}
+    mkdir -p "$output"
+
+    local limit=0 mae_iterations=200 prepare=(--questions 38000) training=()
+    if [ $smoke ]; then
+        limit=16 mae_iterations=4 prepare=(--names 24 --variants 1 --questions 64 --heldout-questions 16)
+        training=(--train-iters 4 --lr-warmup-iters 2)
+    fi
+
+    heading "Data: emoji art with names (npm), questions about shapes (PyPI)"
+    python -m examples.data.image_text --output "$output/data" --cache "$cache" "${prepare[@]}"
+
+    heading "Tokenizer"
+    python tools/train_tokenizer.py --input "$output/data/texts.txt" --vocab-size 1024 --model-type bpe \
+        --output "$output/tokenizer.model"
+
+    heading "Shards"
+    local kind
+    for kind in pairs questions; do
+        python tools/preprocess_multimodal.py --input "$output/data/$kind.jsonl" --output "$output/shards/$kind" \
+            --tokenizer-model "$output/tokenizer.model" --no-check --overwrite
+    done
+
+    pretrain() { # FOLDER [options]: two processes on the run's data
+        local folder=$1
+        shift
+        OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
+            --logging.output "$output/$folder" --data.tokenizer "$output/tokenizer.model" --data-path \
+            0.5 "$output/shards/pairs" 0.5 "$output/shards/questions" "$@"
+    }
+
+    heading "Phase 1: masked autoencoding of the vision tower, data parallel 2"
+    pretrain mae --model.phase mae "${training[@]}" --train-iters $mae_iterations
+
+    heading "Phase 2: everything, from that tower, data parallel 2"
+    pretrain run --init-from "$output/mae/checkpoints" --init-nodes 'vision.*' "${training[@]}"
+
+    heading "Report on an unseen vendor's art and on questions about unseen pictures"
+    python -m examples.two_phases --folder "$output" --limit $limit --seconds $SECONDS ${smoke:+--no-require}
+    printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
+}
