@@ -54,10 +54,11 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
     Raises:
         ValueError: an unknown system or field, or a value of the wrong type; source and fields are named.
     """
-    folder = Path(source).parent
-    if tree.get("plugins"):
-        tree = {**tree, "plugins": [locate_plugin(str(name), folder) for name in tree["plugins"]]}
-    for plugin in tree.get("plugins") or ():
+    folder, plugins = Path(source).parent, tree.get("plugins") or []
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        raise ValueError(f"{source}:\n  plugins: it must be a list of files or modules, not {plugins!r}")
+    tree = {**tree, "plugins": [locate_plugin(name, folder) for name in plugins]}
+    for plugin in tree["plugins"]:
         load_plugin(plugin, folder)
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("builder"), str):
@@ -65,7 +66,7 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
         tree = {**tree, "data": {**data, "builder": f"{locate_plugin(file, folder)}{colon}{function}"}}
     model = tree.get("model")
     name = model.get("system", "synapse") if isinstance(model, dict) else "synapse"
-    if name not in SECTIONS:
+    if not isinstance(name, str) or name not in SECTIONS:
         raise ValueError(f"{source}:\n  model.system: there is no {name!r}; known: {', '.join(SECTIONS)}")
     try:
         return TypeAdapter(config_type(SECTIONS[name])).validate_python(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -37,12 +38,17 @@ def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     path = next((p.resolve() for p in (Path(name), folder / name) if p.is_file()), None)
     if path is None:
         raise ValueError(f"{field}: there is no file {name}, neither here nor in {folder}")
-    module_name = f"megatron_mm_plugin_{path.stem}"
+    folder_key = hashlib.blake2b(str(path.parent).encode(), digest_size=4).hexdigest()
+    module_name = f"megatron_mm_plugin_{path.stem}_{folder_key}"  # another folder may have a file of the same name
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]  # what is half made must not be found later
+        raise
     return module

@@ -82,6 +82,22 @@ class NodeCost:
     activation_bytes: float = 0.0
     """Bytes kept for the backward pass at two bytes a value, without recomputation."""
 
+    def __add__(self, other: NodeCost) -> NodeCost:
+        """Of two parts of one node."""
+        return NodeCost(
+            self.parameters + other.parameters,
+            self.forward_flops + other.forward_flops,
+            self.activation_bytes + other.activation_bytes,
+        )
+
+    def __sub__(self, other: NodeCost) -> NodeCost:
+        """Of a node without a part of it."""
+        return NodeCost(
+            self.parameters - other.parameters,
+            self.forward_flops - other.forward_flops,
+            self.activation_bytes - other.activation_bytes,
+        )
+
 
 class ForwardContext:
     """What the nodes of a chunk share while one microbatch passes: the batch, and values derived from it once.

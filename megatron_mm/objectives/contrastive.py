@@ -41,7 +41,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(local: torch.Tensor) -> torch.Tensor:
-    """Rows of all data-parallel processes, in order of ranks, with gradients (context parallelism repeats rows)."""
+    """Rows of all data-parallel processes, in order of ranks (context parallelism repeats rows); gradients pass."""
     group = parallel_state.get_data_parallel_group()
     return local if group.size() == 1 else _GatherRows.apply(local, group)
 

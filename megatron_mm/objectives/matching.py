@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
-from torch import distributed
 from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
@@ -25,16 +24,6 @@ _TEXTS, _IMAGES = 1, 2  # whose negatives a draw is for
 def rows_with_image(batch: Microbatch) -> torch.Tensor:
     """[R] float: 1 where a row has an image."""
     return (batch.image_slots_RK[:, 0] >= 0).float()
-
-
-def _gather_plain(local: torch.Tensor) -> torch.Tensor:
-    """Rows of all data-parallel processes, of values that have no gradient."""
-    group = parallel_state.get_data_parallel_group()
-    if group.size() == 1:
-        return local
-    gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
-    distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered
 
 
 def pair_noise(first_R: torch.Tensor, second_P: torch.Tensor, salt: int) -> torch.Tensor:
@@ -62,14 +51,14 @@ def hard_negatives(
     """
     rows = image_RE.shape[0]
     valid_R, numbers_R = rows_with_image(batch), batch.sample_numbers_R
-    valid_P, numbers_P, tokens_PT = _gather_plain(valid_R), _gather_plain(numbers_R), _gather_plain(batch.tokens_RT)
+    valid_P, numbers_P, tokens_PT = gather_rows(valid_R), gather_rows(numbers_R), gather_rows(batch.tokens_RT)
     own_R = parallel_state.get_data_parallel_rank() * rows + torch.arange(rows, device=image_RE.device)
     same_RP = (batch.tokens_RT[:, None] == tokens_PT[None]).all(dim=2)
     same_RP = same_RP | (own_R[:, None] == torch.arange(tokens_PT.shape[0], device=own_R.device)[None])
     wrong_RP = ~same_RP & (valid_P > 0)[None]
     chosen = []
     for salt, query_RE, key_RE in ((_TEXTS, image_RE, text_RE), (_IMAGES, text_RE, image_RE)):
-        key_PE = _gather_plain(functional.normalize(key_RE, dim=-1))
+        key_PE = gather_rows(functional.normalize(key_RE, dim=-1))
         scores = scale * (functional.normalize(query_RE, dim=-1) @ key_PE.t())
         scores = scores + pair_noise(numbers_R, numbers_P, salt)
         chosen.append(scores.masked_fill(~wrong_RP, -1e30).argmax(dim=1))
@@ -94,7 +83,7 @@ def matching_pairs(
     images_PMC, texts_PTC = gather_rows(images_RMC), gather_rows(texts_RTC)
     seen_RT = (batch.document_ids_RT >= 0).float()
     seen_RM = rows_with_image(batch)[:, None].expand(-1, images_RMC.shape[1])
-    seen_PT = _gather_plain(seen_RT)
+    seen_PT = gather_rows(seen_RT)
     other_texts, other_images = texts_PTC.index_select(0, wrong_text), images_PMC.index_select(0, wrong_image)
     images = torch.cat((images_RMC, images_RMC, other_images))
     texts = torch.cat((texts_RTC, other_texts, texts_RTC))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mm.config.load import config_from_tree, load_config
+from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.models.layers.settings import LayerSettings
@@ -175,7 +176,22 @@ def test_unknown_systems_fields_and_plugins(tmp_path):
     recipe.write_text("plugins: [no_such_module_here]\nmodel: {system: mine}\n")
     with pytest.raises(ValueError, match="plugins: there is no module 'no_such_module_here'"):
         load_config(recipe)
+    recipe.write_text("plugins: mine.py\nmodel: {system: mine}\n")
+    with pytest.raises(ValueError, match=r"plugins: it must be a list of files or modules, not 'mine\.py'"):
+        load_config(recipe)
     (tmp_path / "mine.py").write_text("nothing = 0\n")
     recipe.write_text("plugins: [mine.py]\nmodel: {system: mine}\n")
     with pytest.raises(ValueError, match=r"model\.system: there is no 'mine'; known: synapse"):
         load_config(recipe)
+
+
+def test_plugins_of_one_name_in_two_folders_and_one_that_fails(tmp_path):
+    for name, value in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.py").write_text(f"value = {value}\n")
+    first, second = (load_plugin("own.py", tmp_path / name) for name in ("a", "b"))
+    assert (first.value, second.value) == (1, 2) and load_plugin("own.py", tmp_path / "a") is first
+    (tmp_path / "broken.py").write_text("half = 1\nraise RuntimeError('no')\n")
+    for _ in range(2):  # not found half made the second time
+        with pytest.raises(RuntimeError, match="no"):
+            load_plugin("broken.py", tmp_path)

@@ -254,6 +254,16 @@ def test_closed_gates_change_nothing(batch):
 
 
 @pytest.mark.parametrize("at", range(3), ids=["gated", "ungated", "tower"])
+def test_evaluation_keeps_no_branch(batch, at):
+    """megatron-core adds residuals with gradients enabled; a gate's product would keep the branch that it scales."""
+    node = nodes_with_memory()[at]
+    module = fill(node.build())
+    stream, memory = (value.detach() for value in inputs_of(node, batch))
+    with torch.no_grad():
+        assert not module(stream, memory, ForwardContext(batch)).requires_grad
+
+
+@pytest.mark.parametrize("at", range(3), ids=["gated", "ungated", "tower"])
 def test_costs_are_what_is_built_and_what_runs(batch, at):
     node = nodes_with_memory()[at]
     module = node.build().to("meta")  # the counter knows attention on meta only

@@ -137,6 +137,15 @@ def test_everything_learns(name):
         assert parameter.grad.abs().max() > 0, key
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_keeps_no_graph(name):
+    _, graph, batch = prepare(name)
+    modules = synapse_case.build(graph).eval()
+    with torch.no_grad():
+        _, streams = synapse_case.run(Graph(graph.nodes, []), modules, batch)
+    assert not any(stream.requires_grad for stream in streams.values())
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "mae" not in name.partition(",")[2]])
 def test_padding_is_not_seen(name):
     """Other tokens where there is no text change no loss."""

@@ -14,6 +14,7 @@ N query heads, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -155,6 +156,9 @@ class MemoryLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, layer_number)
         self._plan, self._view = plan, view
+        # megatron-core adds residuals with gradients enabled even where the caller has none: with gates, evaluation
+        # would keep every branch for a backward pass.
+        self.bias_dropout_add_exec_handler = nullcontext
 
     def forward(self, hidden_states: torch.Tensor, memory: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The stream, rewritten, in the same shape; memory is [I, M, C]."""
@@ -296,15 +300,9 @@ def memory_layer_cost(
     stored = 2.0 * values + 4.0 * positions * shape.num_attention_heads
     if gated:
         self_attention = attention_only_cost(shape, rows, length, sizes, text=text)
-        whole = NodeCost(
-            whole.parameters - self_attention.parameters,
-            whole.forward_flops - self_attention.forward_flops,
-            whole.activation_bytes - self_attention.activation_bytes,
-        )
+        whole = whole - self_attention
         parameters += 2
-    return NodeCost(
-        whole.parameters + parameters, whole.forward_flops + flops, whole.activation_bytes + stored
-    )
+    return whole + NodeCost(parameters, flops, stored)
 
 
 def attention_only_cost(

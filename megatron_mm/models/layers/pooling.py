@@ -12,33 +12,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from torch import distributed, nn
+from torch import nn
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice
+from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_over_context
 from megatron_mm.models.layers.transformer import backend_of
-
-
-class _SumOverContext(torch.autograd.Function):
-    """The sum over context parallelism; every process's loss counts, so the gradient is summed as well."""
-
-    @staticmethod
-    def forward(ctx, value, group):
-        ctx.group = group
-        total = value.contiguous().clone()
-        distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:
@@ -64,8 +46,7 @@ def last_state(text: torch.Tensor, context: ForwardContext, sequence_parallel: b
     pooled = text.squeeze(1).index_select(0, at) * here
     if sequence_parallel:
         pooled = reduce_from_tensor_model_parallel_region(pooled)
-    group = parallel_state.get_context_parallel_group()
-    return pooled if group.size() == 1 else _SumOverContext.apply(pooled, group)
+    return sum_over_context(pooled)
 
 
 def last_row_state(text: torch.Tensor, context: ForwardContext) -> torch.Tensor:

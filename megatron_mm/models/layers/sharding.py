@@ -91,6 +91,27 @@ def gather_context(local: torch.Tensor, in_order: bool = False) -> torch.Tensor:
     return torch.cat(chunks[::2] + chunks[::-2], dim=1)
 
 
+class _SumOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        total = value.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def sum_over_context(value: torch.Tensor) -> torch.Tensor:
+    """The sum over context parallelism; the loss of each process counts, so the gradient is summed as well."""
+    group = parallel_state.get_context_parallel_group()
+    return value if group.size() == 1 else _SumOverContext.apply(value, group)
+
+
 class _SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, group):

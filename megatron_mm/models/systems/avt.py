@@ -248,7 +248,7 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
 
     def layer_cost_of(plan: MicrobatchPlan) -> NodeCost:
         lengths = (vision_length(config.vision, plan), sounds)
-        costs = [
+        vision, audio = (
             memory_layer_cost(
                 shape,
                 sizes,
@@ -260,37 +260,23 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
                 text=False,
             )
             for own, other in (lengths, lengths[::-1])
-        ]
-        return NodeCost(
-            sum(cost.parameters for cost in costs),
-            sum(cost.forward_flops for cost in costs),
-            sum(cost.activation_bytes for cost in costs),
         )
+        return vision + audio
 
-    def projection_cost(parameters: int, positions: int, inputs: int, matrix: int) -> NodeCost:
+    def projection_cost(positions: int, inputs: int, outputs: int) -> NodeCost:
         everywhere = positions * copies(sizes, text=False)
-        return NodeCost(parameters, 2.0 * everywhere * matrix, 2.0 * everywhere * inputs)
+        return NodeCost(inputs * outputs, 2.0 * everywhere * inputs * outputs, 2.0 * everywhere * inputs)
 
     def inputs_cost(plan: MicrobatchPlan) -> NodeCost:
-        images = plan.num_images * config.vision.tokens_per_clip(1)
-        clips = plan.num_clips * config.vision.tokens_per_clip(plan.clip_frames) if plan.num_clips else 0
-        vision = projection_cost(
-            config.vision.hidden_size * hidden, images + clips, config.vision.hidden_size,
-            config.vision.hidden_size * hidden,
-        )  # fmt: skip
-        audio = projection_cost(
-            config.audio.hidden_size * hidden, plan.num_sounds * sounds, config.audio.hidden_size,
-            config.audio.hidden_size * hidden,
-        )  # fmt: skip
-        return NodeCost(
-            vision.parameters + audio.parameters,
-            vision.forward_flops + audio.forward_flops,
-            vision.activation_bytes + audio.activation_bytes,
-        )
+        seen = plan.num_images * config.vision.tokens_per_clip(1)
+        seen += plan.num_clips * config.vision.tokens_per_clip(plan.clip_frames)
+        vision = projection_cost(seen, config.vision.hidden_size, hidden)
+        return vision + projection_cost(plan.num_sounds * sounds, config.audio.hidden_size, hidden)
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
         positions = plan.num_rows * (vision_length(config.vision, plan) + sounds)
-        return projection_cost(hidden * width + hidden, positions, 2 * hidden, hidden * width)
+        norm = NodeCost(hidden, 0.0, 2.0 * positions * hidden * copies(sizes, text=False))
+        return norm + projection_cost(positions, hidden, width)
 
     rows = (vision_rows, audio_rows)
     nodes = [
