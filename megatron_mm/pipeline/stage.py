@@ -134,7 +134,8 @@ class PipelineChunk(MegatronModule):
                 streams.update(zip((stream.name for stream in node.writes), written))
         if self.post_process:
             terms = self._terms(streams, context, anchor)
-            self._note_finite([terms.total, terms.sums])
+            cached = self.step.cache.losses.values() if self.step.cache else ()  # one bad sample spoils the whole batch
+            self._note_finite([terms.sums, *(streams[name] for loss in cached for name in loss.reads)])
             return terms
         self._note_finite([streams[stream.name] for stream in graph.live(self.stop)])
         return pack(anchor, self.layout(self.stop, batch), self.step.payload_rows, self.config.pipeline_dtype, streams)

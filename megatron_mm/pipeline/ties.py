@@ -178,7 +178,8 @@ def _check(key: str, copies: Sequence[nn.Parameter]) -> None:
     """Refuses copies that differ. Collective over the pipeline."""
 
     def facts(copy: nn.Parameter) -> str:
-        sharded = f"sharded on dimension {copy.partition_dim}" if copy.tensor_model_parallel else "not sharded"
+        whole = not getattr(copy, "tensor_model_parallel", False)
+        sharded = "not sharded" if whole else f"sharded on dimension {copy.partition_dim}"
         reduced = ", gradient summed over tensor parallelism" if getattr(copy, "sequence_parallel", False) else ""
         return f"{tuple(copy.shape)} {copy.dtype} {sharded}{reduced}"
 

@@ -18,9 +18,17 @@ def gradient_reaches(graph: Graph, position: int) -> bool:
     return any(graph.carries_gradient.get((position, name), False) for name in graph.nodes[position].reads)
 
 
-def node_times(graph: Graph, plan: MicrobatchPlan, recompute: bool) -> list[float]:
-    """FLOPs of each node for one microbatch, forward and backward, with full recomputation if asked."""
-    return [_passes(graph, position, node, recompute) * node.cost(plan).forward_flops
+def node_times(graph: Graph, plan: MicrobatchPlan, recompute: bool, cached: bool = False) -> list[float]:
+    """FLOPs of each node for one microbatch, forward and backward.
+
+    Args:
+        recompute: with full recomputation.
+        cached: with the first pass of losses over the whole batch, for which several microbatches run what leads to
+            them once more (pipeline/whole_batch.py).
+    """
+    shared = [loss for loss in graph.losses if loss.whole_batch] if cached else []
+    again = [bool(node.writes) for node in graph.leading_to(shared).nodes] if shared else [False] * len(graph.nodes)
+    return [(_passes(graph, position, node, recompute) + again[position]) * node.cost(plan).forward_flops
             for position, node in enumerate(graph.nodes)]  # fmt: skip
 
 

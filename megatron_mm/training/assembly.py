@@ -81,9 +81,10 @@ def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]
     if config.parallel.pipeline_cuts is not None:
         return cuts_by_name(graph, config.parallel.pipeline_cuts, sizes.chunks)
     recompute, plan = config.parallel.recompute_granularity == "full", full_plan(config)
+    several = config.training.global_batch_size > config.training.micro_batch_size * sizes.dp
     fits = memory_limit(config, graph, plan, sizes, layer_dtype(config))
     try:
-        return balance(node_times(graph, plan, recompute), sizes.chunks, fits)
+        return balance(node_times(graph, plan, recompute, cached=several), sizes.chunks, fits)
     except NothingFits:
         raise ValueError(
             f"parallel.memory_limit_gb is {config.parallel.memory_limit_gb}: no cut into {sizes.chunks} chunks keeps "

@@ -89,6 +89,16 @@ def test_the_first_pass_leaves_out_what_the_loss_does_not_need(monkeypatch):
     assert runs["fusion.layers.0"] == 2 * 4
 
 
+def test_the_first_pass_counts_in_the_balance_of_the_pipeline():
+    from megatron_mm.planner.costs import node_times
+    from tests.pipeline.toy import graph_of, microbatch
+
+    graph, plan = graph_of(Case(whole_batch=True)), microbatch([0, 1]).plan
+    plain, cached = node_times(graph, plan, recompute=False), node_times(graph, plan, recompute=False, cached=True)
+    more = {node.name for node, one, two in zip(graph.nodes, plain, cached) if two > one}
+    assert more == {node.name for node in graph.nodes} - {"fusion.layers.0", "head"}
+
+
 def test_a_loss_counts_the_microbatches_of_its_task_only():
     """Truth: the mean over the rows of the first and third microbatch, in a run without tasks over just those."""
     result = train(Case(steps=1, task=True))

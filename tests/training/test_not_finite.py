@@ -7,7 +7,10 @@ import math
 
 import pytest
 
-from tests.pipeline.toy import Case, train
+from megatron_mm.pipeline.schedule import run_batch
+from megatron_mm.platform import setup
+from megatron_mm.training.resilience import explain_loss
+from tests.pipeline.toy import Case, build, microbatches_of, sizes_of, train
 
 pytest_plugins = ("tests.pipeline.conftest",)
 SAMPLES = "microbatch 1, samples sample 4, sample 5, sample 6, sample 7"
@@ -19,6 +22,19 @@ def test_in_one_process():
     text = result["explained"]
     assert text.startswith("iteration 0: the gradient norm is nan; first seen on rank 0, pipeline stage 0 (text.embed")
     assert "parameter text.layers.1.weight)" in text and text.endswith(SAMPLES)
+
+
+def test_one_bad_sample_among_the_negatives_of_all():
+    """Every row's loss over the whole batch is NaN then; the microbatch that holds the sample is named all the same."""
+    case = Case(whole_batch=True)
+    setup.initialize(sizes_of("DP1"), seed=1)
+    pipeline, _, _ = build(case)
+    batches = microbatches_of(case, 0, sizes_of("DP1"))
+    batches[1].images_ICHW[2] = float("nan")
+    result = run_batch(pipeline, batches)
+    assert math.isnan(result.losses["pairs"]) and math.isnan(result.total)
+    text = explain_loss(pipeline, result, batches, 3)
+    assert text.startswith("iteration 3: ") and "pairs nan" in text and text.endswith(SAMPLES)
 
 
 @pytest.mark.slow
