@@ -68,7 +68,7 @@ class Restore:
 
 @dataclass
 class ImportPretrained:
-    """Pretrained CLIP, Whisper or Llama weights into a recipe's towers and decoder, for --init-from."""
+    """Weights of pretrained models into the parts of a recipe that they fit, for --init-from."""
 
     config: Path
     """Recipe whose model the weights enter."""
@@ -80,8 +80,14 @@ class ImportPretrained:
     """Folder of a Whisper model: its encoder is the audio tower."""
     llama: Path | None = None
     """Folder of a Llama model: the decoder without cross-attention."""
+    gpt2: Path | None = None
+    """Folder of a GPT-2 model: the dual encoder's text encoder."""
+    opt: Path | None = None
+    """Folder of an OPT model: the dual encoder's text encoder."""
+    vit_mae: Path | None = None
+    """Folder of a ViT-MAE model: the image tower of masked autoencoders, and its decoder where the phase has one."""
     resize_vocab: bool = False
-    """Cut or extend Llama's vocabulary to the recipe's (new rows: the mean) instead of refusing."""
+    """Cut or extend a text model's vocabulary to the recipe's (new rows: the mean) instead of refusing."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights."""
     overwrite: bool = False
@@ -91,7 +97,17 @@ class ImportPretrained:
         from megatron_mm.inference.pretrained import import_pretrained
 
         return import_pretrained(
-            self.config, self.output, self.clip, self.whisper, self.llama, self.resize_vocab, self.dtype, self.overwrite
+            self.config,
+            self.output,
+            resize_vocab=self.resize_vocab,
+            dtype=self.dtype,
+            overwrite=self.overwrite,
+            clip=self.clip,
+            whisper=self.whisper,
+            llama=self.llama,
+            gpt2=self.gpt2,
+            opt=self.opt,
+            vit_mae=self.vit_mae,
         )
 
 

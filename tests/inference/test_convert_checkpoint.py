@@ -483,7 +483,7 @@ def test_what_does_not_fit_is_refused_by_name(recipe_file, tmp_path):
     wide = clip_config(recipe).vision_config
     wide.hidden_act = "gelu"
     refuse("clip", CLIPVisionModel(wide), "hidden_act is 'gelu' in the checkpoint, 'quick_gelu' in the recipe")
-    refuse("whisper", llama_model(recipe), "no Whisper checkpoint, it lacks model.encoder.conv1.weight")
+    refuse("whisper", llama_model(recipe), "no Whisper checkpoint, its config.json says model_type 'llama'")
     with pytest.raises(ValueError, match="nothing to import"):
         import_pretrained(recipe_file, tmp_path / "out")
 
@@ -559,7 +559,7 @@ def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
     for what, source, target in steps:
         if what == "import":  # an exported folder has Llama's names; only its configuration must read as Llama's
             fields = json.loads((tmp_path / "exported" / "config.json").read_text())
-            fields |= {"head_dim": 64, "vocab_size": decoder.vocab_size}
+            fields |= {"head_dim": 64, "vocab_size": decoder.vocab_size, "model_type": "llama"}
             (tmp_path / "exported" / "config.json").write_text(json.dumps(fields))
         command = [sys.executable, "-c", MEASURE, what, tmp_path / source, tmp_path / target, tmp_path / "recipe.yaml"]
         # Blocks of a real model are always returned when freed; below 32 MiB glibc would keep them for itself.

@@ -1,0 +1,346 @@
+"""Families of pretrained models: which parts of which systems they fit, and under which names they hold our tensors.
+
+A family fits a part only if the two compute the same function; `expected` says what the source's configuration must
+hold for that. `locate` turns the name of a tensor of the exported model (whose names are mostly theirs) into the names
+that the tensor, or the stored tensor of which it is a piece, may have in the source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_mm.config.schema import Config
+
+#: The kind of each part of a system.
+PARTS = {
+    "synapse": {"text": "decoder", "image": "clip", "audio": "whisper"},
+    "vlm": {"text": "decoder", "image": "vit"},
+    "dual_encoder": {"text": "gpt", "image": "vit"},
+    "perceiver_fusion": {"text": "transformer_xl", "image": "vit"},
+    "avt": {"text": "decoder", "image": "swin", "audio": "conformer"},
+}
+KINDS = {
+    "decoder": "a decoder in Llama's form (RMSNorm, rotary positions, grouped queries, gated MLP, no biases)",
+    "gpt": "a text encoder in GPT-2's form (LayerNorm, learned positions, biases)",
+    "transformer_xl": "a Transformer-XL (relative positions, both sides of a segment)",
+    "clip": "CLIP's vision transformer (learned positions, quick-GELU, no final norm)",
+    "vit": "a ViT of masked autoencoders (fixed sine-cosine positions, GELU, a final norm)",
+    "swin": "a Swin V2",
+    "whisper": "Whisper's encoder of spectrograms",
+    "conformer": "a Conformer on the waveform",
+}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a source, or the piece of it that is ours."""
+
+    name: str
+    transposed: bool = False
+    piece: tuple[int, int] = (0, 1)
+    """(which, of how many) equal pieces of the rows."""
+    skipped: int = 0
+    """Leading rows that are not ours."""
+    flat: bool = False
+    """Stored with leading dimensions of one."""
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of our piece of a tensor of this shape."""
+        if self.flat and all(size == 1 for size in stored[:-1]):
+            stored = stored[-1:]
+        rows, *rest = stored[::-1] if self.transposed else stored
+        return (rows // self.piece[1] - self.skipped, *rest)
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Our piece of the stored tensor."""
+        tensor = tensor.t() if self.transposed else tensor
+        tensor = tensor.reshape(tensor.shape[-1:]) if self.flat else tensor
+        which, count = self.piece
+        return tensor.chunk(count)[which][self.skipped :]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One kind of pretrained checkpoint."""
+
+    name: str
+    option: str
+    part: str
+    """`text`, `image` or `audio`."""
+    kind: str
+    """Of the parts that it fits."""
+    model_types: tuple[str, ...]
+    """What its config.json may call itself."""
+    ours: tuple[str, ...]
+    """Prefixes of our Hugging Face names that it fills."""
+    prefixes: tuple[str, ...]
+    """What may stand before the source's names, tried in order."""
+    expected: Callable[[Config, list[str]], dict[str, object]]
+    """Fields of the source's configuration and the values that the recipe needs, to fill tensors of these names."""
+    locate: Callable[[str], tuple[Stored, ...]]
+    """Our name -> what may hold it, without prefix: the first that there is."""
+    fields: Callable[[dict], dict] = dict
+    """The source's config.json, brought to the names of `expected`."""
+    defaults: dict[str, object] = field(default_factory=dict)
+    """Values of fields that a config.json may leave out."""
+    lacks: tuple[str, ...] = ()
+    """Pieces of our names that it does not have; those tensors keep their initial values."""
+    optional: str = ""
+    """Prefix of our names that a source may lack as a whole."""
+    vocabulary: tuple[str, ...] = ()
+    """Our names of tensors with a row a token."""
+    positions: str = ""
+    """Our name of the table of positions, of which the first rows are taken."""
+
+
+# ------------------------------------------------------------------------------------------------------- Synapse's own
+
+
+def _clip_expected(config: Config, filled: list[str]) -> dict[str, object]:
+    tower = config.model.vision
+    return {
+        "hidden_size": tower.hidden_size, "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.num_attention_heads, "intermediate_size": tower.ffn_hidden_size,
+        "patch_size": tower.patch_size, "image_size": tower.image_size, "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }  # fmt: skip
+
+
+CLIP = Family(
+    "CLIP", "clip", "image", "clip", ("clip", "clip_vision_model"), ("model.vision_tower.",),
+    ("vision_model.", "", "model.vision_model."), _clip_expected,
+    lambda name: (Stored(name.removeprefix("model.vision_tower.")),),
+    lambda fields: fields.get("vision_config") or fields,
+    {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    },
+    lacks=("temporal_embedding",),
+)  # fmt: skip
+
+
+def _whisper_expected(config: Config, filled: list[str]) -> dict[str, object]:
+    tower = config.model.audio
+    return {
+        "d_model": tower.hidden_size, "encoder_layers": tower.num_layers,
+        "encoder_attention_heads": tower.num_attention_heads, "encoder_ffn_dim": tower.ffn_hidden_size,
+        "num_mel_bins": tower.num_mel_bins, "activation_function": "gelu", "scale_embedding": False,
+    }  # fmt: skip
+
+
+WHISPER = Family(
+    "Whisper", "whisper", "audio", "whisper", ("whisper",), ("model.audio_tower.",),
+    ("model.encoder.", "encoder.", ""), _whisper_expected,
+    lambda name: (Stored(name.removeprefix("model.audio_tower.")),),
+    defaults={
+        "d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
+        "num_mel_bins": 80, "activation_function": "gelu", "scale_embedding": False,
+    },
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def _llama_fields(fields: dict) -> dict:
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    heads = fields.get("num_attention_heads", 32)
+    return {
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_type": rope.get("rope_type", rope.get("type", "default")),
+        "num_key_value_heads": heads, "head_dim": fields.get("hidden_size", 4096) // heads,
+        **{name: value for name, value in fields.items() if value is not None},
+    }  # fmt: skip
+
+
+def _llama_expected(config: Config, filled: list[str]) -> dict[str, object]:
+    decoder = config.model.decoder
+    return {
+        "hidden_size": decoder.hidden_size, "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_attention_heads, "num_key_value_heads": decoder.num_query_groups,
+        "intermediate_size": decoder.ffn_hidden_size, "rms_norm_eps": decoder.layernorm_epsilon,
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "head_dim": decoder.hidden_size // decoder.num_attention_heads,
+        "rope_theta": decoder.rotary_base, "rope_type": "default",
+    }  # fmt: skip
+
+
+LLAMA = Family(
+    "Llama", "llama", "text", "decoder", ("llama",),
+    ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."), ("", "language_model."), _llama_expected,
+    lambda name: (Stored(name),), _llama_fields,
+    {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rms_norm_eps": 1e-6},
+    lacks=(".cross_attn",), vocabulary=("model.embed_tokens.weight", "lm_head.weight"),
+)  # fmt: skip
+
+_GPT2_LAYER = {
+    "self_attn_layer_norm": "ln_1",
+    "self_attn.out_proj": "attn.c_proj",
+    "final_layer_norm": "ln_2",
+    "fc1": "mlp.c_fc",
+    "fc2": "mlp.c_proj",
+}
+_GPT2_ENDS = {"embed_tokens": "wte", "embed_positions": "wpe", "final_layer_norm": "ln_f"}
+_ENCODER = "text_encoder."
+_ENCODER_TABLES = {
+    "vocabulary": (f"{_ENCODER}embed_tokens.weight",),
+    "positions": f"{_ENCODER}embed_positions.weight",
+}
+
+
+def _gpt2_locate(name: str) -> tuple[Stored, ...]:
+    """GPT-2 keeps queries, keys and values together, and its matrices transposed (Conv1D)."""
+    module, _, leaf = name.removeprefix(_ENCODER).rpartition(".")
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    if found is None:
+        return (Stored(f"{_GPT2_ENDS[module]}.{leaf}"),)
+    layer, inner = found.groups()
+    is_matrix = leaf == "weight" and "norm" not in inner
+    projection = re.fullmatch(r"self_attn\.([qkv])_proj", inner)
+    if projection:
+        return (Stored(f"h.{layer}.attn.c_attn.{leaf}", is_matrix, ("qkv".index(projection.group(1)), 3)),)
+    return (Stored(f"h.{layer}.{_GPT2_LAYER[inner]}.{leaf}", is_matrix),)
+
+
+def _gpt2_fields(fields: dict) -> dict:
+    activation = fields.get("activation_function", "gelu_new")
+    inner = fields.get("n_inner") or 4 * fields.get("n_embd", 768)
+    return fields | {"activation": ACTIVATIONS.get(activation, activation), "n_inner": inner}
+
+
+def _gpt2_expected(config: Config, filled: list[str]) -> dict[str, object]:
+    text = config.model.text
+    return {
+        "n_embd": text.hidden_size, "n_layer": text.num_layers, "n_head": text.num_attention_heads,
+        "n_inner": text.ffn_hidden_size, "activation": text.activation, "layer_norm_epsilon": text.layernorm_epsilon,
+        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    }  # fmt: skip
+
+
+GPT2 = Family(
+    "GPT-2", "gpt2", "text", "gpt", ("gpt2",), (_ENCODER,), ("transformer.", ""), _gpt2_expected, _gpt2_locate,
+    _gpt2_fields,
+    {
+        "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
+    **_ENCODER_TABLES,
+)  # fmt: skip
+
+
+def _opt_locate(name: str) -> tuple[Stored, ...]:
+    """Our names are OPT's; its table of positions begins with two rows that no token has."""
+    return (Stored(name.removeprefix(_ENCODER), skipped=2 if name.startswith(f"{_ENCODER}embed_positions") else 0),)
+
+
+def _opt_fields(fields: dict) -> dict:
+    width = fields.get("word_embed_proj_dim") or fields.get("hidden_size", 768)
+    activation = fields.get("activation_function", "relu")
+    return fields | {"activation": ACTIVATIONS.get(activation, activation), "word_embed_proj_dim": width}
+
+
+def _opt_expected(config: Config, filled: list[str]) -> dict[str, object]:
+    text = config.model.text
+    return {
+        "hidden_size": text.hidden_size, "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_attention_heads, "ffn_dim": text.ffn_hidden_size,
+        "activation": text.activation, "layer_norm_eps": text.layernorm_epsilon, "do_layer_norm_before": True,
+        "word_embed_proj_dim": text.hidden_size, "enable_bias": True, "layer_norm_elementwise_affine": True,
+        "_remove_final_layer_norm": False,
+    }  # fmt: skip
+
+
+OPT = Family(
+    "OPT", "opt", "text", "gpt", ("opt",), (_ENCODER,), ("model.decoder.", "decoder.", ""), _opt_expected,
+    _opt_locate, _opt_fields,
+    {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072,
+        "layer_norm_eps": 1e-5,  # torch's own; OPT's configuration does not name it
+        "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True,
+        "_remove_final_layer_norm": False,
+    },
+    **_ENCODER_TABLES,
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- ViT-MAE
+
+_OLD_VIT = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def _vit_mae_locate(name: str) -> tuple[Stored, ...]:
+    """Files have the names that transformers gave before its release 5, or, for the decoder's layers, a third kind; a
+    tower alone has no prefix."""
+    top, _, inner = name.partition(".")
+    flat = inner.endswith(("cls_token", "mask_token"))
+    spellings = [inner]
+    found = re.fullmatch(r"(layers|decoder_layers)\.(\d+)\.(.+)\.(weight|bias)", inner)
+    if found is not None:
+        layers, number, module, leaf = found.groups()
+        old = f"{number}.{_OLD_VIT.get(module, module)}.{leaf}"
+        stacks = ("encoder.layer",) if layers == "layers" else ("decoder_layers", "decoder_encoder.layer")
+        spellings += [f"{stack}.{old}" for stack in stacks]
+    prefixes = ("vit.", "") if top == "vision_tower" else ("decoder.",)
+    return tuple(Stored(prefix + spelling, flat=flat) for prefix in prefixes for spelling in spellings)
+
+
+def _vit_mae_expected(config: Config, filled: list[str]) -> dict[str, object]:
+    tower = config.model.vision
+    fields = {
+        "hidden_size": tower.hidden_size, "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.num_attention_heads, "intermediate_size": tower.ffn_hidden_size,
+        "patch_size": tower.patch_size, "image_size": tower.image_size, "layer_norm_eps": tower.layernorm_epsilon,
+        "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3,
+    }  # fmt: skip
+    if not any(name.startswith("mae_decoder.") for name in filled):
+        return fields
+    mae = config.model.mae
+    return fields | {
+        "decoder_hidden_size": mae.hidden_size, "decoder_num_hidden_layers": mae.num_layers,
+        "decoder_num_attention_heads": mae.num_attention_heads, "decoder_intermediate_size": mae.ffn_hidden_size,
+    }  # fmt: skip
+
+
+VIT_MAE = Family(
+    "ViT-MAE", "vit_mae", "image", "vit", ("vit_mae",), ("vision_tower.", "mae_decoder."), ("",), _vit_mae_expected,
+    _vit_mae_locate,
+    defaults={
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "patch_size": 16, "image_size": 224, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True,
+        "num_channels": 3, "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8,
+        "decoder_num_attention_heads": 16, "decoder_intermediate_size": 2048,
+    },
+    optional="mae_decoder.",
+)  # fmt: skip
+
+FAMILIES = {family.option: family for family in (CLIP, WHISPER, LLAMA, GPT2, OPT, VIT_MAE)}
+
+
+def check_fits(family: Family, config: Config) -> None:
+    """Refuses a family that computes another function than the system's part, with the reason."""
+    system = config.model.system
+    if family.part == "text" and getattr(config.model, "phase", "joint") == "mae":
+        raise ValueError(f"{family.name} does not fit {system} in the phase mae, which has no text")
+    kind = PARTS.get(system, {}).get(family.part)
+    if kind == family.kind:
+        return
+    if kind is None:
+        raise ValueError(f"{family.name} does not fit {system}, which has no {family.part} part that is known here")
+    others = [f"--{other.option.replace('_', '-')}" for other in FAMILIES.values() if other.kind == kind]
+    advice = f"{' or '.join(others)} fits" if others else "nothing that can be imported fits"
+    raise ValueError(
+        f"{family.name} does not fit {system}: its {family.part} part is {KINDS[kind]}, {family.name} is "
+        f"{KINDS[family.kind]}; {advice}"
+    )
