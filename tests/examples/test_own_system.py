@@ -1,4 +1,4 @@
-"""The example of a system of one's own: its layer, objective and dataset work in any layout, from outside the package."""
+"""The example of a system of one's own: layer, objective and dataset work in any layout, from outside the package."""
 
 from __future__ import annotations
 
