@@ -45,7 +45,7 @@ if [ $smoke ]; then
 else
     iterations=$(python -c 'import sys; from megatron_mm.config.load import load_config
 print(load_config(sys.argv[1]).training.train_iters)' "$recipe")
-    stop=100 names=0 limit=0 training=
+    stop=$((iterations / 20)) names=0 limit=0 training=
 fi
 
 heading "Data: moving and still emoji (npm) and spoken names (espeak-ng)"
