@@ -215,8 +215,8 @@ def test_a_hung_run_leaves_the_stacks_of_every_rank(tmp_path):
     ("words", "message"),
     [
         (["--tensor-model-parallel-size", "2"], "1 processes do not divide by tensor 2"),
-        (["--model.decoder.vocab-size", "200"], "model.decoder.vocab_size is 200; the"),
-        (["--model.decoder.vocab-size", "2048"], "model.decoder.vocab_size is 2048; the"),
+        (["--model.decoder.vocab-size", "200"], "the model's vocab_size is 200; the"),
+        (["--model.decoder.vocab-size", "2048"], "the model's vocab_size is 2048; the"),
         (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
         (["--checkpoint.load", "nowhere"], "nowhere holds no whole checkpoint"),
         (["--model.audio.seconds", "0.25"], "model.audio.seconds is 0.25, 25 frames"),
