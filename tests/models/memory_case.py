@@ -75,19 +75,18 @@ def every_kind(settings: LayerSettings) -> Case:
     part = ContrastiveConfig(embedding_size=8, temperature=0.5)
     states = Stream("states", lambda plan: (plan.num_rows, plan.row_length, 32), dtype=torch.float32)
     gates = {"text": True, "qk_layernorm": True, "gate_init": 0.5, "cross_query_groups": 4}
-    normed = {"normalize": True}
     text_pool = partial(last_state, sequence_parallel=settings.sizes.sequence_parallel)
     nodes = [
         table_node("image_memory", MEMORY, MEMORY_WIDTH),
         decoder.embedding(),
         memory_node(settings, decoder.shape, decoder.text, "gated", row_images, **gates),
         memory_node(settings, decoder.shape, decoder.text, "ungated", half_seen, text=True, plan=decoder.plan),
-        embedding_node("pool.text", "text", "text_embedding", settings, decoder.shape, part, text_pool, **normed),
+        embedding_node("pool.text", "text", "text_embedding", settings, 32, part, text_pool, decoder.shape),
         decoder.layer(0),
         decoder.output(),
         table_node("states", LENGTH, 32),
         memory_node(settings, TOWER, states, "tower", half_seen, text=False, plan=causal_plan),
-        embedding_node("pool.states", "states", "image_embedding", settings, TOWER, part, last_row_state, **normed),
+        embedding_node("pool.states", "states", "image_embedding", settings, 32, part, last_row_state, TOWER),
         scale_node(settings, part),
     ]
     return Graph(nodes, [causal_lm_loss(), image_text_loss(part, 0.5)]), batch_of

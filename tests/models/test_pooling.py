@@ -62,7 +62,8 @@ def test_an_embedding_head(normalize, dtype):
     def pool(hidden, context):
         return hidden[:, 0]
 
-    node = embedding_node("head", "states", "embedding", settings, shape, part, pool, normalize=normalize)
+    width, norm = shape.hidden_size, shape if normalize else None
+    node = embedding_node("head", "states", "embedding", settings, width, part, pool, norm)
     module, batch = fill(node.build(), node.name), case.batch_of(range(ROWS))
     hidden = torch.randn(ROWS, case.LENGTH, shape.hidden_size).to(dtype)
     found = module(hidden, ForwardContext(batch))

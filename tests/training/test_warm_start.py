@@ -67,8 +67,8 @@ def test_without_names_all_that_fits_and_the_rest_is_named(source):
 
 def test_a_node_that_is_there_in_part(source, monkeypatch):
     class Biased(toy.Layer):
-        def __init__(self, dropout):
-            super().__init__(dropout)
+        def __init__(self, *args):
+            super().__init__(*args)
             self.bias = toy.empty_parameter(toy.WIDTH, dtype=torch.float32)
 
     monkeypatch.setattr(toy, "Layer", Biased)

@@ -103,8 +103,10 @@ def head_cost(
 
 
 def pooled_head_cost(
-    width: int, outputs: int, rows: int, sizes: ParallelSizes, *, norm: int = 0
+    width: int, outputs: int, rows: int, sizes: ParallelSizes, *, norm: StackShape | None = None
 ) -> NodeCost:
-    """A projection of one vector a row, whole on every process, with the parameters of its norm."""
+    """A projection of one vector a row, whole on every process, behind a norm of that stack's kind."""
     everywhere = rows * sizes.tp * sizes.cp
-    return NodeCost(width * outputs + norm, 2.0 * everywhere * width * outputs, 4.0 * everywhere * (width + outputs))
+    weights = 0 if norm is None else width * (2 if norm.normalization == "LayerNorm" else 1)
+    stored = 4.0 * everywhere * (width + outputs)
+    return NodeCost(width * outputs + weights, 2.0 * everywhere * width * outputs, stored)

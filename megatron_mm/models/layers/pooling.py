@@ -64,7 +64,7 @@ def masked_mean(hidden: torch.Tensor, seen_RM: torch.Tensor) -> torch.Tensor:
 
 
 class EmbeddingHead(nn.Module):
-    """Pools a stream, normalises and projects it into the shared space: fp32 [R, E], not of unit length.
+    """Pools a stream, normalises it (where asked to) and projects it into the shared space: fp32 [R, E], of any length.
 
     Small, and whole on every process.
     """
@@ -72,16 +72,17 @@ class EmbeddingHead(nn.Module):
     def __init__(
         self,
         settings: LayerSettings,
-        shape: StackShape,
+        width: int,
         embedding_size: int,
         pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor],
-        normalize: bool,
+        norm: StackShape | None,
     ) -> None:
         super().__init__()
         self._pool = pool
-        config = layer_config(settings, shape, text=False)
-        self.pooled_layernorm = backend_of(settings).norm(config, shape.hidden_size) if normalize else None
-        self.projection = empty_parameter(embedding_size, shape.hidden_size, dtype=settings.dtype)
+        self.pooled_layernorm = None
+        if norm is not None:
+            self.pooled_layernorm = backend_of(settings).norm(layer_config(settings, norm, text=False), width)
+        self.projection = empty_parameter(embedding_size, width, dtype=settings.dtype)
 
     def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The stream -> [R, E]."""
@@ -110,20 +111,20 @@ class LogitScale(nn.Module):
 
 def embedding_head(
     settings: LayerSettings,
-    shape: StackShape,
+    width: int,
     embedding_size: int,
     pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor],
-    *,
-    normalize: bool = True,
+    norm: StackShape | None = None,
 ) -> EmbeddingHead:
     """A head, its weights not yet filled.
 
     Args:
+        width: C.
         pool: the stream -> [R, C].
-        normalize: a norm of the pooled state first (a tower with a final norm needs none).
+        norm: the stack whose kind of norm the pooled state passes first; None after a tower that ends with a norm.
     """
-    std = 1.0 / math.sqrt(shape.hidden_size)  # CLIP's: embeddings of unit size from normalised states
-    return describe(EmbeddingHead(settings, shape, embedding_size, pool, normalize), init_std=std)
+    std = 1.0 / math.sqrt(width)  # CLIP's: embeddings of unit size from normalised states
+    return describe(EmbeddingHead(settings, width, embedding_size, pool, norm), init_std=std)
 
 
 def logit_scale(settings: LayerSettings, temperature: float, max_scale: float) -> LogitScale:

@@ -128,22 +128,19 @@ def _contrastive_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]
         ("vision", config.vision.hidden_size, vision_mean),
         ("audio", config.audio.hidden_size, audio_mean),
     ):
-        shape = _fusion_shape(config, width)
-        args = (settings, shape, config.contrastive, pool)
-        heads.append(
-            embedding_node(f"contrastive.{kind}", f"{kind}_memory", f"{kind}_embedding", *args, normalize=False)
-        )
+        args = (settings, width, config.contrastive, pool)
+        heads.append(embedding_node(f"contrastive.{kind}", f"{kind}_memory", f"{kind}_embedding", *args))
     return [*heads, scale_node(settings, config.contrastive)]
 
 
 # ------------------------------------------------------------------------------------------------------- fusion
 
 
-def _fusion_shape(config: AVTConfig, width: int | None = None) -> StackShape:
+def _fusion_shape(config: AVTConfig) -> StackShape:
     fusion = config.fusion
     return StackShape(
         num_layers=fusion.num_layers,
-        hidden_size=width or fusion.hidden_size,
+        hidden_size=fusion.hidden_size,
         num_attention_heads=fusion.num_attention_heads,
         num_query_groups=fusion.num_query_groups,
         ffn_hidden_size=fusion.ffn_hidden_size,

@@ -26,7 +26,7 @@ from megatron_mm.models.systems.image_text import (
 )
 from megatron_mm.models.towers.mae import mae_nodes
 from megatron_mm.models.towers.text_encoder import causal_plan, text_nodes, text_shape
-from megatron_mm.models.towers.vit import vit_nodes, vit_shape
+from megatron_mm.models.towers.vit import vit_nodes
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.mae import mae_loss
 
@@ -49,10 +49,10 @@ def build_graph(config: DualEncoderConfig, settings: LayerSettings) -> Graph:
     nodes += text_nodes(config.text, settings, std)
     text = text_shape(config.text, std)
     if config.contrastive_weight > 0:
-        args = (settings, vit_shape(vision, vision.layernorm_epsilon, std), config.contrastive, mean_patch)
-        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args, normalize=False))
-        args = (settings, text, config.contrastive, last_row_state)
-        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args, normalize=False))
+        args = (settings, vision.hidden_size, config.contrastive, mean_patch)
+        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args))
+        args = (settings, text.hidden_size, config.contrastive, last_row_state)
+        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args))
         nodes.append(scale_node(settings, config.contrastive))
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
     if config.causal_lm_weight > 0:

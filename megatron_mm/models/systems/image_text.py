@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from megatron_mm.config.towers import ContrastiveConfig
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.costs import pooled_head_cost
 from megatron_mm.models.layers.pooling import embedding_head, logit_scale
@@ -37,21 +37,19 @@ def embedding_node(
     reads: str,
     writes: str,
     settings: LayerSettings,
-    shape: StackShape,
+    width: int,
     contrastive: ContrastiveConfig,
     pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor],
-    *,
-    normalize: bool,
+    norm: StackShape | None = None,
 ) -> Node:
-    """A node that pools a stream and projects it into the shared space, fp32 [R, E]."""
+    """A node that pools a stream of a width and projects it into the shared space, fp32 [R, E] (see EmbeddingHead)."""
     size = contrastive.embedding_size
-    norm = shape.hidden_size * (2 if shape.normalization == "LayerNorm" else 1) if normalize else 0
 
-    def cost(plan) -> NodeCost:
-        return pooled_head_cost(shape.hidden_size, size, plan.num_rows, settings.sizes, norm=norm)
+    def cost(plan: MicrobatchPlan) -> NodeCost:
+        return pooled_head_cost(width, size, plan.num_rows, settings.sizes, norm=norm)
 
     stream = Stream(writes, lambda plan: (plan.num_rows, size), dtype=torch.float32)
-    build = partial(embedding_head, settings, shape, size, pool, normalize=normalize)
+    build = partial(embedding_head, settings, width, size, pool, norm)
     return Node(name, build, (reads,), (stream,), cost)
 
 

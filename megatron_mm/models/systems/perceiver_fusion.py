@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from megatron_mm.config.systems import PerceiverFusionConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
@@ -31,7 +30,7 @@ from megatron_mm.models.systems.image_text import (
 )
 from megatron_mm.models.towers.perceiver import perceiver_nodes, query_node
 from megatron_mm.models.towers.transformer_xl import transformer_xl_nodes
-from megatron_mm.models.towers.vit import vit_nodes, vit_shape
+from megatron_mm.models.towers.vit import vit_nodes
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss, matching_pairs, rows_with_image
 
@@ -47,11 +46,10 @@ def build_graph(config: PerceiverFusionConfig, settings: LayerSettings) -> Graph
     nodes = vit_nodes(config.vision, settings, std)
     nodes += transformer_xl_nodes(config.text, settings, std, variants)
     if contrasts or matches:  # matching looks for hard negatives by the embeddings
-        vision = vit_shape(config.vision, config.vision.layernorm_epsilon, std)
-        args = (settings, vision, config.contrastive, mean_patch)
-        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args, normalize=False))
-        args = (settings, _text_shape(config), config.contrastive, mean_token)
-        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args, normalize=False))
+        args = (settings, config.vision.hidden_size, config.contrastive, mean_patch)
+        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args))
+        args = (settings, config.text.hidden_size, config.contrastive, mean_token)
+        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args))
         nodes.append(scale_node(settings, config.contrastive))
     if contrasts:
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
@@ -144,26 +142,17 @@ def _pairs(
     return Node("fusion.pairs", build, reads, tuple(streams), cost, fields)
 
 
-def _text_shape(config: PerceiverFusionConfig) -> StackShape:
-    text = config.text
-    return _shape(config, text.hidden_size, text.num_attention_heads, text.ffn_hidden_size, text.layernorm_epsilon)
-
-
 def _latent_shape(config: PerceiverFusionConfig) -> StackShape:
+    """What norms and heads behind the latents are told."""
     part = config.perceiver
-    return _shape(config, part.hidden_size, part.num_attention_heads, part.ffn_hidden_size, part.layernorm_epsilon)
-
-
-def _shape(config: PerceiverFusionConfig, width: int, heads: int, ffn: int, epsilon: float) -> StackShape:
     return StackShape(
         num_layers=1,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        ffn_hidden_size=ffn,
+        hidden_size=part.hidden_size,
+        num_attention_heads=part.num_attention_heads,
+        num_query_groups=part.num_attention_heads,
+        ffn_hidden_size=part.ffn_hidden_size,
         normalization="LayerNorm",
-        norm_epsilon=epsilon,
-        activation=functional.gelu,
+        norm_epsilon=part.layernorm_epsilon,
         init_std=config.init_std,
     )
 
@@ -176,10 +165,11 @@ def _match_head(config: PerceiverFusionConfig, settings: LayerSettings, predicts
         return latents[context.batch.plan.num_rows if predicts else 0 :].mean(dim=1)
 
     def cost(plan: MicrobatchPlan) -> NodeCost:
-        return pooled_head_cost(shape.hidden_size, 2, 3 * plan.num_rows, settings.sizes, norm=2 * shape.hidden_size)
+        return pooled_head_cost(shape.hidden_size, 2, 3 * plan.num_rows, settings.sizes, norm=shape)
 
     logits = Stream("match_logits", lambda plan: (3 * plan.num_rows, 2), dtype=torch.float32)
-    return Node("matching.head", partial(embedding_head, settings, shape, 2, pool), ("latents",), (logits,), cost)
+    build = partial(embedding_head, settings, shape.hidden_size, 2, pool, shape)
+    return Node("matching.head", build, ("latents",), (logits,), cost)
 
 
 def _masked_head(config: PerceiverFusionConfig, settings: LayerSettings) -> Node:

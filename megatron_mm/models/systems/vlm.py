@@ -24,7 +24,7 @@ from megatron_mm.models.systems.image_text import (
     scale_node,
 )
 from megatron_mm.models.towers.mae import mae_nodes
-from megatron_mm.models.towers.vit import vit_nodes, vit_shape
+from megatron_mm.models.towers.vit import vit_nodes
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.mae import mae_loss
 
@@ -46,10 +46,9 @@ def build_graph(config: VLMConfig, settings: LayerSettings) -> Graph:
                 "image_memory",
                 "image_embedding",
                 settings,
-                vit_shape(config.vision, config.vision.layernorm_epsilon, config.init_std),
+                config.vision.hidden_size,
                 config.contrastive,
                 mean_patch,
-                normalize=False,  # the tower ends with a norm
             )
         )
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
@@ -103,14 +102,13 @@ def _gated_block(config: VLMConfig, settings: LayerSettings, decoder: DecoderNod
 
 
 def _text_embedding(config: VLMConfig, settings: LayerSettings, decoder: DecoderNodes) -> Node:
-    sequence_parallel = settings.sizes.sequence_parallel
     return embedding_node(
         "contrastive.text",
         "text",
         "text_embedding",
         settings,
-        decoder.shape,
+        decoder.shape.hidden_size,
         config.contrastive,
-        partial(last_state, sequence_parallel=sequence_parallel),
-        normalize=True,
+        partial(last_state, sequence_parallel=settings.sizes.sequence_parallel),
+        norm=decoder.shape,
     )
