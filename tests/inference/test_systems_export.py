@@ -134,7 +134,7 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
             model(**case.exported_inputs(batch))
 
 
-@pytest.mark.parametrize("work", AVT, indirect=True)
+@pytest.mark.parametrize("work", [name for name in AVT if "contrastive" not in name], indirect=True)
 def test_tokens_of_both_tasks_are_the_training_graphs(work):
     """Causal and masked microbatches of rows with an image or a clip, a sound, both or nothing."""
     kinds = {"all": range(12), "no clips": [1, 4, 0, 7], "sounds alone": [0, 7, 12], "no media": [7, 15]}
