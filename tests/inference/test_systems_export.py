@@ -6,17 +6,22 @@ that the training code saved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import restore
 from megatron_mm.inference.generation import Generator
 from megatron_mm.inference.names import checkpoint_key
 from megatron_mm.inference.systems import adapter_of
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.systems import build_graph
 from megatron_mm.objectives.matching import hard_negatives
+from megatron_mm.training.assembly import full_plan
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
 
@@ -54,15 +59,45 @@ def test_entries_are_the_weights_that_training_saved(work):
     assert sorted(p.name for e in entries for p in e.parts) == sorted(state)
 
 
+@pytest.mark.parametrize(
+    "recipe", ["synapse-70b", "vlm-14b", "dual-encoder", "perceiver-fusion-xl", "avt-33b", "synapse-tiny"]
+)
+def test_entries_of_full_size_count_every_parameter(recipe):
+    """Against the closed forms of the graph's nodes, which tests/models compare with the modules."""
+    config = load_config(RECIPES / f"{recipe}.yaml")
+    entries = adapter_of(config.model.system, recipe).entries(config.model)
+    graph, plan = build_graph(config.model, LayerSettings()), full_plan(config)
+    counted = sum(node.cost(plan).parameters for node in graph.nodes)
+    assert sum(math.prod(entry.shape) for entry in entries) == counted
+
+
 def test_restored_weights_are_the_checkpoints(work, tmp_path):
     restored = restore(work.exported, tmp_path / "restored", quiet=True)
     before, after = CheckpointReader(work.checkpoint), CheckpointReader(restored)
     for name in work.trained.weights():
         assert torch.equal(before.read(name), after.read(name)), name
-    from megatron_mm.config.load import load_config
-
     assert load_config(restored / "config.yaml").model == load_config(work.checkpoint / "config.yaml").model
     assert (restored / "tokenizer.model").read_bytes() == (work.checkpoint / "tokenizer.model").read_bytes()
+
+
+def test_what_transformers_saves_again_restores_too(work, tmp_path):
+    work.model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    restored = restore(tmp_path / "again", tmp_path / "restored", quiet=True)
+    before, after = CheckpointReader(work.checkpoint), CheckpointReader(restored)
+    assert all(torch.equal(before.read(name), after.read(name)) for name in work.trained.weights())
+    assert load_config(restored / "config.yaml").model == load_config(work.checkpoint / "config.yaml").model
+
+
+@pytest.mark.parametrize("work", ["vlm", "dual_encoder", "perceiver_fusion", "avt"], indirect=True)
+def test_bf16_follows_fp32(work):
+    low = Generator.from_path(work.exported, dtype="bf16").model
+    inputs = case.exported_inputs(case.rows(work.config), left=work.config.model.system != "perceiver_fusion")
+    with torch.no_grad():
+        wanted, found = work.model(**inputs), low(**inputs)
+    for name, value in wanted.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype is (torch.float32 if name.endswith(("embeds", "match_logits")) else torch.bfloat16)
+            assert (found[name] - value).abs().max() < 0.05 * value.abs().max(), name
 
 
 @pytest.mark.parametrize("work", IMAGE_TEXT, indirect=True)
@@ -134,7 +169,7 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
             model(**case.exported_inputs(batch))
 
 
-@pytest.mark.parametrize("work", [name for name in AVT if "contrastive" not in name], indirect=True)
+@pytest.mark.parametrize("work", AVT, indirect=True)
 def test_tokens_of_both_tasks_are_the_training_graphs(work):
     """Causal and masked microbatches of rows with an image or a clip, a sound, both or nothing."""
     kinds = {"all": range(12), "no clips": [1, 4, 0, 7], "sounds alone": [0, 7, 12], "no media": [7, 15]}
@@ -144,7 +179,7 @@ def test_tokens_of_both_tasks_are_the_training_graphs(work):
             streams, masked = work.trained.streams(batch), task == "masked_lm"
             seen, heard = (batch.image_slots_RK[:, 0] >= 0) | (batch.clip_slots_R >= 0), batch.sound_slots_RJ[:, 0] >= 0
             assert kind != "all" or ((seen & heard).any() and (~seen & ~heard).any())
-            if masked:
+            if masked and batch.masked_tokens_RT is not None:  # a contrastive AVT alone has no text to mask
                 batch = replace(batch, tokens_RT=batch.masked_tokens_RT)
             for left in (True, False):
                 inputs = case.exported_inputs(batch, left)
