@@ -33,13 +33,13 @@ two_phases() {
     rm -rf "$output"/{shards,mae,run,tokenizer.model,results.json}
     mkdir -p "$output"
 
-    local limit=0 mae_iterations=200 prepare=(--questions 38000) training=()
+    local limit=0 mae_iterations=200 prepare=(--questions 24000 --shapes 2400) training=()
     if [ $smoke ]; then
-        limit=16 mae_iterations=4 prepare=(--names 24 --variants 1 --questions 64 --heldout-questions 16)
+        limit=16 mae_iterations=4 prepare=(--names 24 --variants 1 --questions 64 --heldout-questions 16 --shapes 48)
         training=(--train-iters 4 --lr-warmup-iters 2)
     fi
 
-    heading "Data: emoji art with names (npm), questions about shapes (PyPI)"
+    heading "Data: emoji art with names (npm), shapes with captions and questions (PyPI)"
     python -m examples.data.image_text --output "$output/data" --cache "$cache" "${prepare[@]}"
 
     heading "Tokenizer"
@@ -48,7 +48,7 @@ two_phases() {
 
     heading "Shards"
     local kind
-    for kind in pairs questions; do
+    for kind in pairs shapes questions; do
         python tools/preprocess_multimodal.py --input "$output/data/$kind.jsonl" --output "$output/shards/$kind" \
             --tokenizer-model "$output/tokenizer.model" --no-check --overwrite
     done
@@ -58,7 +58,7 @@ two_phases() {
         shift
         OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
             --logging.output "$output/$folder" --data.tokenizer "$output/tokenizer.model" --data-path \
-            0.5 "$output/shards/pairs" 0.5 "$output/shards/questions" "$@"
+            0.4 "$output/shards/pairs" 0.25 "$output/shards/shapes" 0.35 "$output/shards/questions" "$@"
     }
 
     heading "Phase 1: masked autoencoding of the vision tower, data parallel 2"
