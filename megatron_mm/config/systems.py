@@ -227,10 +227,11 @@ class VLMConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
         yield from self.decoder.problems("model.decoder", sizes.tp)
-        if self.contrastive_weight > 0 and self.phase == "joint":
-            yield from self.contrastive.problems("model.contrastive", config.training, sizes)
-        weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
-        yield from weights_problems("model", **weights)
+        if self.phase == "joint":
+            weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
+            yield from weights_problems("model", **weights)
+            if self.contrastive_weight > 0:
+                yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         cross = self.cross_attention
         if not 1 <= cross.first_layer < self.decoder.num_layers or cross.every < 1:
             yield (
@@ -348,10 +349,11 @@ class DualEncoderConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
         yield from self.text.problems("model.text", sizes.tp)
-        if self.contrastive_weight > 0 and self.phase == "joint":
-            yield from self.contrastive.problems("model.contrastive", config.training, sizes)
-        weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
-        yield from weights_problems("model", **weights)
+        if self.phase == "joint":
+            weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
+            yield from weights_problems("model", **weights)
+            if self.contrastive_weight > 0:
+                yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         if self.mae_weight < 0:
             yield f"model.mae_weight is {self.mae_weight}; a weight must not be negative"
         heads = "model.fusion.num_attention_heads"

@@ -96,7 +96,8 @@ def test_one_sample_teaches_a_contrastive_loss_nothing(recipe):
 
 
 def test_a_contrastive_weight_of_zero_or_another_phase_asks_for_no_company():
-    for config in (VLM(contrastive_weight=0.0), VLM(phase="mae"), DUAL(phase="mae")):
+    unweighted = {"contrastive_weight": 0.0, "causal_lm_weight": 0.0}
+    for config in (VLM(contrastive_weight=0.0), VLM(phase="mae"), DUAL(phase="mae"), VLM(phase="mae", **unweighted)):
         config.training.micro_batch_size = config.training.global_batch_size = 1
         check(config, parallel_sizes(config, 1))
 
