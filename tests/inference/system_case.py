@@ -26,6 +26,9 @@ from tests import recipes
 
 VOCABULARY = 320  # holds the tests' tokenizer
 
+#: Two layers: what a modality lacks is no longer zero in the second. Heads share keys and values.
+_FUSION = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 64}
+
 #: Each system, and what is left of it where objectives are left out.
 SYSTEMS = {
     "vlm": lambda: recipes.small_vlm(),
@@ -37,7 +40,7 @@ SYSTEMS = {
     "dual_encoder-contrastive": lambda: recipes.small_dual_encoder(causal_lm_weight=0.0, mae_weight=0.0),
     "perceiver_fusion": lambda: recipes.small_perceiver_fusion(),
     "perceiver_fusion-matching": lambda: recipes.small_perceiver_fusion(masked_lm_weight=0.0, contrastive_weight=0.0),
-    "avt": lambda: recipes.small_avt(),
+    "avt": lambda: recipes.small_avt(fusion=_FUSION),
     "avt-contrastive": lambda: recipes.small_avt(masked_lm_weight=0.0, generation_weight=0.0),
     "avt-masked": lambda: recipes.small_avt(contrastive_weight=0.0, generation_weight=0.0, masked_lm_share=1.0),
 }
