@@ -199,6 +199,26 @@ def test_avt_sees_both_sides_where_it_learns_masked_text_only(task):
     assert not torch.equal(before[last], after[last])
 
 
+def test_perceiver_fusion_predicts_from_the_masked_text_and_contrasts_the_clean_one():
+    """Hidden tokens must not reach what predicts them; masks must not reach embeddings and matching."""
+    _, graph, batch = prepare("perceiver_fusion")
+    modules = build(graph)
+    hidden = batch.masked_loss_mask_RT > 0
+    assert hidden.any()
+
+    def losses(field: str) -> dict[str, float]:
+        tokens = getattr(batch, field)
+        setattr(batch, field, torch.where(hidden, (tokens + 1) % 128, tokens))
+        found = losses_of(graph, modules, batch)
+        setattr(batch, field, tokens)
+        return found
+
+    before, clean, masked = losses_of(graph, modules, batch), losses("tokens_RT"), losses("masked_tokens_RT")
+    assert clean["masked_lm"] == before["masked_lm"] and masked["masked_lm"] != before["masked_lm"]
+    for name in ("contrastive", "matching"):
+        assert masked[name] == before[name] and clean[name] != before[name], name
+
+
 def test_the_text_embedding_of_the_vlm_has_not_seen_the_image():
     _, graph, batch = prepare("vlm")
     modules = build(graph)
