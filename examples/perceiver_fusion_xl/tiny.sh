@@ -61,7 +61,7 @@ done
 heading "Pretraining on 2 processes, data parallel 2"
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
     --logging.output "$output/run" --data.tokenizer "$output/tokenizer.model" --data-path \
-    0.7 "$output/shards/pairs" 0.24 "$output/shards/shapes" 0.06 "$output/shards/texts" $training
+    0.45 "$output/shards/pairs" 0.5 "$output/shards/shapes" 0.05 "$output/shards/texts" $training
 
 heading "Report on an unseen vendor's emoji and unseen shapes"
 python -m examples.perceiver_fusion_xl.report --folder "$output" --limit $limit --seconds $SECONDS \

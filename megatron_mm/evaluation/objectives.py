@@ -13,6 +13,7 @@ Each figure is named `objective/figure`, so that two models, or a model and a ba
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -101,7 +102,11 @@ class Retrieval:
 
 
 class Matching(MeanLoss):
-    """Pairs that belong together and pairs that do not, told apart."""
+    """Pairs that belong together and pairs that do not, told apart.
+
+    A pair is taken to match where that is likelier than among the pairs of training, of which one in three does: the
+    balanced accuracy gives both kinds equal weight, and a threshold of one half would not.
+    """
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss)
@@ -110,7 +115,7 @@ class Matching(MeanLoss):
     def add(self, streams: Streams, context: ForwardContext) -> None:
         """Takes a microbatch: [3R, 2] logits (match, no match) of own pairs, wrong texts, wrong images."""
         logits, valid = (streams[name] for name in self.loss.reads)
-        matches, counted = logits[:, 0] > logits[:, 1], valid > 0
+        matches, counted = logits[:, 0] - logits[:, 1] > -math.log(2), valid > 0
         own = torch.arange(len(matches)) < len(matches) // 3
         for kind, (pairs, right) in enumerate(((own, matches), (~own, ~matches))):
             self.right[kind] += int(right[pairs & counted].sum())

@@ -164,7 +164,7 @@ def test_accuracy_of_masked_tokens_counts_the_hidden_ones():
 def test_matching_is_balanced_between_true_and_false_pairs():
     measure = Matching(matching_loss())
     batch = rows([[1], [2], [3], [4]], [0, 1, 2, 3])
-    logits = torch.tensor([[1.0, 0]] * 3 + [[0.0, 1]] + [[0.0, 1]] * 2 + [[1.0, 0]] * 6)
+    logits = torch.tensor([[-0.6, 0]] * 3 + [[-0.8, 0]] + [[-0.8, 0]] * 2 + [[-0.6, 0]] * 6)  # around the odds 1 : 2
     valid = torch.ones(12)
     valid[11] = 0
     measure.add({"match_logits": logits, "match_valid": valid}, ForwardContext(batch))
