@@ -22,6 +22,9 @@ from megatron_mm.config.load import leave_first_to_rank_zero
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import cpu
 
+#: What the groups of now were made for: (world, sizes, timeout, whether with gloo ones), None without groups.
+_made: tuple | None = None
+
 
 def apply_platform() -> torch.device:
     """Chooses the device of this process, redirecting megatron-core where there is no CUDA."""
@@ -68,10 +71,14 @@ def initialize(sizes: ParallelSizes, seed: int, timeout_minutes: float = 10.0) -
 
 
 def initialize_groups(sizes: ParallelSizes, timeout_minutes: float = 10.0, gloo: bool = True) -> None:
-    """megatron-core's parallel groups for a layout; groups of an earlier layout are dropped."""
+    """megatron-core's parallel groups for a layout: those that exist if they are the same, new ones otherwise."""
+    global _made
     from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    wanted = (dist.group.WORLD, sizes, timeout_minutes, gloo)
+    if _made == wanted and parallel_state.model_parallel_is_initialized():
+        return
+    _drop_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
@@ -80,6 +87,19 @@ def initialize_groups(sizes: ParallelSizes, timeout_minutes: float = 10.0, gloo:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=gloo,
     )
+    _made = wanted
+
+
+def _drop_groups() -> None:
+    """Ends megatron-core's groups. It forgets them itself, but torch would keep each with its sockets and threads."""
+    global _made
+    from megatron.core import parallel_state
+
+    _made = None
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+            dist.destroy_process_group(group)
 
 
 def seed_dropout(seed: int, iteration: int = 0) -> None:
@@ -98,9 +118,7 @@ def seed_dropout(seed: int, iteration: int = 0) -> None:
 
 def shutdown() -> None:
     """Leaves the process group."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    _drop_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
