@@ -20,33 +20,34 @@ from megatron_mm.data.transforms import Box, center_crop_box
 
 CROP_SCALE = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-#: Words that name a side, in languages of common captions (whole words, any case); a word too many only skips a flip.
+#: Patterns of words that name a side, in languages of common captions; a word too many only skips a flip.
 SIDE_WORDS = (
-    *("left", "right", "leftmost", "rightmost", "leftward", "rightward", "leftwards", "rightwards"),
-    *("lefthand", "righthand", "lefty", "righty"),
-    *("gauche", "gauches", "droite", "droites", "droit", "droits"),
-    *("izquierda", "izquierdas", "izquierdo", "izquierdos", "derecha", "derechas", "derecho", "derechos"),
-    *("esquerda", "esquerdas", "esquerdo", "esquerdos", "direita", "direitas", "direito", "direitos"),
-    *("sinistra", "sinistre", "sinistro", "sinistri", "destra", "destre", "destro", "destri"),
-    *("links", "linke", "linken", "linker", "linkes", "linkem"),
-    *("rechts", "rechte", "rechten", "rechter", "rechtes", "rechtem"),
-    *("слева", "справа", "влево", "вправо", "налево", "направо"),
-    *("левый", "левая", "левое", "левые", "левой", "левом", "левую"),
-    *("правый", "правая", "правое", "правые", "правой", "правом", "правую"),
+    r"(?:left|right)(?:most|wards?|y|ies|hand\w*|side\w*|arrow\w*|bound)?",
+    r"gauch(?:es?|ers?|ères?)|droit(?:e?s?|iers?|ières?)",
+    r"izquierd[ao]s?|derech[ao]s?|zurd[ao]s?|diestr[ao]s?",
+    r"esquerd[ao]s?|direit[ao]s?|canhot[ao]s?",
+    r"sinistr[aeio]|destr[aeio]",
+    r"(?:link|recht)(?:e[mns]?|er\w*|s\w*)",
+    r"с(?:лев|прав)а|(?:в|на)(?:лев|прав)о|(?:лев|прав)ш(?:а|и|у|е|ой|ей|ам|ами|ах)|(?:лев|прав)осторонн\w*",
+    r"(?:лев|прав)(?:ый|ого|ому|ым|ом|ая|ой|ою|ую|ое|ые|ых|ыми|ее|ей|о)",
 )
-#: Characters that name a side wherever they stand, in scripts without spaces.
-SIDE_CHARACTERS = "左右"
+#: What names a side wherever it stands: Chinese and Japanese, and Korean, whose words take endings.
+SIDE_SYLLABLES = ("左", "右", "ひだり", "みぎ", "왼", "오른", "좌측", "우측", "좌회전", "우회전")
 _ENHANCERS = {
     "brightness": ImageEnhance.Brightness,
     "contrast": ImageEnhance.Contrast,
     "saturation": ImageEnhance.Color,
 }
-_SIDES = re.compile(rf"\b(?:{'|'.join(SIDE_WORDS)})\b|[{SIDE_CHARACTERS}]", re.IGNORECASE)
+_LETTER = r"[^\W\d_]"
+_SIDES = re.compile(
+    rf"(?<!{_LETTER})(?:{'|'.join(SIDE_WORDS)})(?!{_LETTER})|{'|'.join(SIDE_SYLLABLES)}", re.IGNORECASE
+)
+_HUMPS = re.compile("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def names_a_side(text: str) -> bool:
-    """Whether a text says left or right."""
-    return _SIDES.search(text) is not None
+    """Whether a text says left or right, also inside a name such as arrow_left or RightArrow."""
+    return _SIDES.search(_HUMPS.sub(" ", text)) is not None
 
 
 def random_crop_box(width: int, height: int, key: Sequence[int]) -> Box:
