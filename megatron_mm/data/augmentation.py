@@ -39,9 +39,7 @@ _ENHANCERS = {
     "saturation": ImageEnhance.Color,
 }
 _LETTER = r"[^\W\d_]"
-_SIDES = re.compile(
-    rf"(?<!{_LETTER})(?:{'|'.join(SIDE_WORDS)})(?!{_LETTER})|{'|'.join(SIDE_SYLLABLES)}", re.IGNORECASE
-)
+_SIDES = re.compile(rf"(?<!{_LETTER})(?:{'|'.join(SIDE_WORDS)})(?!{_LETTER})|{'|'.join(SIDE_SYLLABLES)}", re.IGNORECASE)
 _HUMPS = re.compile("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 

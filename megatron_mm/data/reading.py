@@ -154,8 +154,7 @@ class MediaReader:
         return out
 
     def _samples(self, medium: Medium) -> np.ndarray:
-        samples, rate = medium.decode(decode_sound)
-        return resample(samples, rate, self.inputs.sample_rate)
+        return medium.decode(lambda data: resample(*decode_sound(data), self.inputs.sample_rate))
 
     def spectrograms(self, media: list[Medium]) -> torch.Tensor:
         """Log-mel spectrograms, float32 [max(1, n), num_mel_bins, num_frames]."""

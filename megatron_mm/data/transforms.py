@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_mm.data.errors import DataError
+
 Box = tuple[float, float, float, float]
 
 
@@ -65,12 +67,19 @@ def mel_filters(sample_rate: int, n_fft: int, num_mel_bins: int) -> torch.Tensor
 
 
 def resample(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    """Mono samples at another rate, float32."""
+    """Mono samples at another rate, float32.
+
+    Raises:
+        DataError: so short a sound that none are left.
+    """
     if rate == sample_rate:
         return samples
     import soxr
 
-    return soxr.resample(samples, rate, sample_rate).astype(np.float32)
+    resampled = soxr.resample(samples, rate, sample_rate).astype(np.float32)
+    if resampled.size == 0:
+        raise DataError(f"a sound too short to hear: {samples.size} samples at {rate} Hz are none at {sample_rate} Hz")
+    return resampled
 
 
 def log_mel_spectrogram(samples: np.ndarray, sample_rate: int, seconds: float, num_mel_bins: int) -> torch.Tensor:
@@ -103,7 +112,7 @@ def waveform(samples: np.ndarray, num_samples: int) -> torch.Tensor:
     """A waveform as wav2vec 2.0 reads it (arXiv:2006.11477): cut, of mean 0 and deviation 1, then padded with zeros.
 
     Args:
-        samples: mono, float32 [samples].
+        samples: mono, float32 [samples], at least one.
         num_samples: length to cut or pad to.
 
     Returns:
@@ -111,6 +120,5 @@ def waveform(samples: np.ndarray, num_samples: int) -> torch.Tensor:
     """
     kept = samples[:num_samples].astype(np.float32)
     out = torch.zeros(num_samples)
-    if kept.size:
-        out[: kept.size] = torch.from_numpy((kept - kept.mean()) / np.sqrt(kept.var() + 1e-7))
+    out[: kept.size] = torch.from_numpy((kept - kept.mean()) / np.sqrt(kept.var() + 1e-7))
     return out

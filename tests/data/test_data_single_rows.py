@@ -335,6 +335,17 @@ def test_media_without_content_are_refused_by_name(corpus, tmp_path, kind):
         build_datasets(config).train.microbatch([0], {field})
 
 
+def test_a_sound_of_which_resampling_leaves_nothing_is_refused_by_name(corpus, tmp_path):
+    """The builder knows no rate; the reader does."""
+    soundfile.write(tmp_path / "e.wav", np.ones(1), 48000)
+    (tmp_path / "s.jsonl").write_text(json.dumps({"text": "<audio> thing", "audios": ["e.wav"]}))
+    config = make(corpus)
+    config.data.datasets, config.data.split = build(tmp_path, corpus / "t.model"), "1"
+    message = r"d/sounds\.bin, record 0 \(sample 0\): .* 1 samples at 48000 Hz are none at 16000 Hz"
+    with pytest.raises(DataError, match=message):
+        build_datasets(config).train.microbatch([0], {"waveforms_AN"})
+
+
 def test_tokens_beyond_the_vocabulary_are_refused_when_read(corpus, tmp_path):
     """No tokenizer, no manifest: the document is named before the embedding sees it."""
     writer = IndexedWriter(tmp_path / "x", np.int32)

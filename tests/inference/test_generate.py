@@ -141,6 +141,9 @@ def test_bad_media_are_named(work, processor, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}: cannot be read as one of the {kind}"):
             processor({kind: [tmp_path / name]})
+    sing(tmp_path / "short.wav", rate=48000, seconds=1 / 48000)
+    with pytest.raises(ValueError, match=r"short.wav: .*1 samples at 48000 Hz are none at 16000 Hz"):
+        processor({"audios": [tmp_path / "short.wav"]})
     (tmp_path / "cut.png").write_bytes((work / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"cut.png: cannot be read"):
         processor({"images": [tmp_path / "cut.png"]})

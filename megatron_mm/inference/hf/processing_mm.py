@@ -106,7 +106,9 @@ def read_sound(data, rate):
             import soxr
         except ImportError as error:
             raise _missing("soxr", f"a sound of {found} Hz (the model hears {rate} Hz)") from error
-        samples = soxr.resample(samples, found, rate)
+        length, samples = samples.size, soxr.resample(samples, found, rate)
+        if samples.size == 0:
+            raise ValueError(f"a sound too short to hear: {length} samples at {found} Hz are none at {rate} Hz")
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
