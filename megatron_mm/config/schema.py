@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_mm.config.section import megatron, section
 from megatron_mm.config.systems import SynapseConfig, SystemConfig
@@ -153,6 +153,10 @@ class TrainingConfig:
     """Global batches of one validation."""
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 @section
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
@@ -165,10 +169,11 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 3
     """Checkpoints kept; 0 keeps all."""
-    init_from: Annotated[str | None, megatron("init-from")] = None
-    """Checkpoint (of another run or phase, or from tools/convert_checkpoint.py) whose weights start a new run."""
+    init_from: Annotated[list[str] | None, BeforeValidator(_listed), megatron("init-from")] = None
+    """Checkpoints (of another run or phase, or from tools/convert_checkpoint.py) whose weights start a new run; each
+    fills the nodes that it holds and none before it has filled. A recipe may name one without a list."""
     init_nodes: Annotated[list[str] | None, megatron("init-nodes")] = None
-    """Nodes that take their weights from it, as patterns such as `vision.*`; null: all that it holds."""
+    """Nodes that take their weights from them, as patterns such as `vision.*`; null: all that they hold."""
 
 
 @section

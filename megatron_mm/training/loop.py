@@ -114,9 +114,9 @@ class Trainer:
     def _begin(self) -> Position:
         settings = self.config.checkpoint
         if settings.init_from:
-            source = checkpoint_folder.resolve(settings.init_from)
-            rows = warm_start.load_pretrained(source, self.pipeline, self.optimizer, settings.init_nodes)
-            self._say(f"weights of {source} are the start:", warm_start.table(rows))
+            sources = [checkpoint_folder.resolve(folder) for folder in settings.init_from]
+            rows = warm_start.load_pretrained(sources, self.pipeline, self.optimizer, settings.init_nodes)
+            self._say(f"weights of {' and '.join(map(str, sources))} are the start:", warm_start.table(rows))
         return Position()
 
     def _loader(self, dataset, consumed: int, workers: int) -> MicrobatchLoader:

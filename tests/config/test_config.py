@@ -65,6 +65,18 @@ def test_the_blend_in_megatrons_form():
         parse_blend(["3", "a", "2"])
 
 
+def test_a_start_from_one_checkpoint_or_several(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("checkpoint: {init_from: a}\n")
+    assert load_config(recipe).checkpoint.init_from == ["a"]
+    words = ["--config", str(recipe)]
+    assert parse_command_line(words).checkpoint.init_from == ["a"]
+    config = parse_command_line([*words, "--init-from", "b", "c", "--init-nodes", "vision.*", "text.*", "--seed", "4"])
+    assert config.checkpoint.init_from == ["b", "c"] and config.checkpoint.init_nodes == ["vision.*", "text.*"]
+    dump_config(config, recipe)
+    assert load_config(recipe) == config
+
+
 def test_mistakes_in_a_recipe_are_named_by_path(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {decoder: {num_layer: 3}}\ntraining: {micro_batch_size: many}\n")

@@ -98,7 +98,7 @@ def started(config, tmp_path, **models) -> tuple[case.Trained, CheckpointReader]
     folders = {name: tmp_path / name for name in models}
     folder = import_pretrained(tmp_path / "recipe.yaml", tmp_path / "imported", quiet=True, **folders)
     trained = case.trained(config)
-    load_pretrained(folder, trained.pipeline, Optimizer(config, trained.pipeline))
+    load_pretrained([folder], trained.pipeline, Optimizer(config, trained.pipeline))
     return trained, CheckpointReader(folder)
 
 
@@ -143,6 +143,32 @@ def test_gpt2_and_opt_are_the_text_encoder(family, tmp_path):
     source = {"gpt2": gpt2, "opt": opt}[family](text)
     trained, reader = started(config, tmp_path, **{family: source})
     assert not {name for name in left_out(trained, reader) if name.startswith("text.")}
+    batch = case.rows(config)
+    real = batch.document_ids_RT >= 0
+    hidden = source(batch.tokens_RT, output_hidden_states=True).hidden_states[-1]
+    close(trained.streams(batch)["text"][real], hidden[real])
+
+
+def test_the_dual_encoder_starts_from_its_first_phase_and_an_open_language_model(tmp_path):
+    """The tower of one checkpoint, the text encoder of another, the rest as it was."""
+    config = case.with_vocabulary(recipes.small_dual_encoder(causal_lm_weight=0.0))
+    first = case.trained(case.with_vocabulary(recipes.small_dual_encoder(phase="mae")), seed=5)
+    tower = {name: value.clone() for name, value in first.weights().items() if name.startswith("vision.")}
+    mae = first.save(tmp_path / "mae", None)
+    source = gpt2(config.model.text)
+    source.save_pretrained(tmp_path / "gpt2")
+    dump_config(config, tmp_path / "recipe.yaml")
+    language = import_pretrained(tmp_path / "recipe.yaml", tmp_path / "lm", quiet=True, gpt2=tmp_path / "gpt2")
+    trained = case.trained(config)
+    before = {name: value.clone() for name, value in trained.weights().items()}
+    patterns = ["vision.*", "text.*"]
+    rows = load_pretrained([mae, language], trained.pipeline, Optimizer(config, trained.pipeline), patterns)
+    assert {kind for nodes, kind in rows if nodes.startswith("vision.")} == {f"loaded from {mae}"}
+    assert {kind for nodes, kind in rows if nodes.startswith("text.")} == {f"loaded from {language}"}
+    after = trained.weights()
+    assert tower and all(torch.equal(after[name], value) for name, value in tower.items())
+    others = [name for name in after if not name.startswith(("vision.", "text."))]
+    assert others and all(torch.equal(after[name], before[name]) for name in others)
     batch = case.rows(config)
     real = batch.document_ids_RT >= 0
     hidden = source(batch.tokens_RT, output_hidden_states=True).hidden_states[-1]

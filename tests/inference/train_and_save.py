@@ -56,7 +56,7 @@ def main() -> None:
     pipeline = build_model(config, sizes, device, seed=3)
     optimizer = Optimizer(config, pipeline)
     if action == "reload":
-        warm_start.load_pretrained(Path(rest[0]), pipeline, optimizer)
+        warm_start.load_pretrained([Path(rest[0])], pipeline, optimizer)
     else:
         inputs = media_batch(config.model)
         batch = training_microbatch(inputs)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
 
 from megatron_mm.models.graph import Graph, ParallelSizes
 from megatron_mm.platform import setup
@@ -28,12 +29,21 @@ def weights(pipeline) -> dict[str, torch.Tensor]:
     }
 
 
-def start(source, case: toy.Case, patterns=None):
+@pytest.fixture(scope="module")
+def another(tmp_path_factory):
+    """The same with two layers a branch, trained for two steps."""
+    folder = tmp_path_factory.mktemp("another")
+    toy.train(toy.Case(steps=2, layers=2, save=str(folder)))
+    return checkpoint.find(folder)
+
+
+def start(sources, case: toy.Case, patterns=None):
     """(origins, weights before, weights after)"""
+    sources = sources if isinstance(sources, list) else [sources]
     setup.initialize(ParallelSizes(), seed=1)
     pipeline, optimizer, _ = toy.build(case)
     before = weights(pipeline)
-    rows = warm_start.load_pretrained(source, pipeline, optimizer, patterns)
+    rows = warm_start.load_pretrained(sources, pipeline, optimizer, patterns)
     return dict(rows), before, weights(pipeline)
 
 
@@ -63,6 +73,35 @@ def test_without_names_all_that_fits_and_the_rest_is_named(source):
     assert changed(before, after) == set(before)
     lines = warm_start.table(list(rows.items())).splitlines()
     assert len({line.index(verdict) for line, verdict in zip(lines, rows.values())}) == 1
+
+
+def test_of_several_checkpoints_each_fills_what_none_before_it_has(source, another):
+    rows, before, after = start([another, source], toy.Case(), ["image.*", "text.layers.*"])
+    assert rows == {
+        "text.embedding": "initialised: not among checkpoint.init_nodes",
+        "pair": "initialised: not among checkpoint.init_nodes",
+        "fusion.layers.0": "initialised: not among checkpoint.init_nodes",
+        "image.embedding": f"loaded from {another}",
+        "image.layers.0-1": f"loaded from {another}",
+        "text.layers.0-1": f"loaded from {another}",
+        "image.layers.2": f"loaded from {source}",
+        "text.layers.2": f"loaded from {source}",
+    }
+    held = {folder: load_plain_tensors(str(folder)) for folder in (source, another)}
+    taken = [name for name in after if name.startswith(("image.", "text.layers."))]
+    assert changed(before, after) == set(taken)
+    for name in taken:
+        giver, other = (source, another) if "layers.2" in name else (another, source)
+        assert torch.equal(after[name], held[giver][name]), name
+        assert name not in held[other] or not torch.equal(after[name], held[other][name]), name
+
+
+def test_a_checkpoint_that_gives_nothing_is_named(source, another):
+    nothing = rf"init_from: {another} gives nothing: of what it holds \(text\.embedding, .*every node is filled"
+    with pytest.raises(ValueError, match=nothing):
+        start([source, another], toy.Case())
+    with pytest.raises(ValueError, match=rf"{another} gives nothing.* not among checkpoint\.init_nodes"):
+        start([source, another], toy.Case(), ["image.layers.2"])
 
 
 def test_a_node_that_is_there_in_part(source, monkeypatch):
