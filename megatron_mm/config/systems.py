@@ -226,6 +226,8 @@ class VLMConfig(SystemConfig):
         """What is wrong."""
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
+        if self.phase == "mae":
+            yield from self.mae.mask_problems("model.mae", self.vision)
         yield from self.decoder.problems("model.decoder", sizes.tp)
         if self.phase == "joint":
             weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
@@ -348,6 +350,8 @@ class DualEncoderConfig(SystemConfig):
         """What is wrong."""
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
+        if self.phase == "mae" or self.mae_weight > 0:
+            yield from self.mae.mask_problems("model.mae", self.vision)
         yield from self.text.problems("model.text", sizes.tp)
         if self.phase == "joint":
             weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}

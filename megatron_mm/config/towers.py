@@ -6,6 +6,7 @@ recipe. Sizes of the full models are set by their recipes; the defaults here are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -203,9 +204,28 @@ class MAEConfig:
         yield from share(f"{name}.mask_ratio", self.mask_ratio)
         yield from divides(f"{name}.hidden_size", self.hidden_size, "4 (sines and cosines of two axes)", 4)
 
+    def mask_problems(self, name: str, vision: ViTConfig) -> Iterator[str]:
+        """What is wrong where masks are used: some patches must be seen and some hidden."""
+        if not 0.0 < self.mask_ratio < 1.0 or vision.patch_size < 1:
+            return  # `problems` says so
+        patches = vision.num_patches
+        said = f"{name}.mask_ratio is {self.mask_ratio}: of an image's {patches} patches it hides"
+        if patches < 2:
+            yield f"{name}: an image is {patches} patch, so none can be hidden while others are seen"
+        elif self.visible_patches(patches) == 0:
+            most = math.floor((1 - 1 / patches) * 10000)
+            most -= not _visible(patches, most / 10000)  # 0.9975 of 400 patches is all of them, by rounding
+            yield f"{said} all; at most {most / 10000} leaves one"
+        elif self.visible_patches(patches) == patches:
+            yield f"{said} none; at least {1 / patches:.4g} hides one"
+
     def visible_patches(self, patches: int) -> int:
         """Patches that the encoder sees."""
-        return int(patches * (1 - self.mask_ratio))
+        return _visible(patches, self.mask_ratio)
+
+
+def _visible(patches: int, mask_ratio: float) -> int:
+    return int(patches * (1 - mask_ratio))
 
 
 @section

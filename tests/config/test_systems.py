@@ -8,9 +8,6 @@ from megatron_mm.config.load import config_from_tree, load_config
 from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
-from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems import build_graph
-from megatron_mm.platform import setup
 from tests import recipes
 
 AVT, VLM = recipes.small_avt, recipes.small_vlm
@@ -69,12 +66,33 @@ def test_a_share_of_patches_that_hides_none_or_all(recipe, ratio):
     assert f"model.mae.mask_ratio is {ratio}; it must lie strictly between 0 and 1" in refusal(config)
 
 
-def test_a_share_of_patches_that_leaves_none_of_so_few():
-    setup.apply_platform()
-    config = VLM(phase="mae")
-    config.model.mae.mask_ratio = 0.95
-    with pytest.raises(ValueError, match=r"a mask ratio of 0\.95 leaves none of an image's 16 patches visible"):
-        build_graph(config.model, LayerSettings())
+@pytest.mark.parametrize(
+    ("recipe", "size", "ratio", "message"),
+    [
+        (lambda: VLM(phase="mae"), 32, 0.95, ".mask_ratio is 0.95: of an image's 16 patches it hides all; at most"),
+        (DUAL, 32, 0.95, ".mask_ratio is 0.95: of an image's 16 patches it hides all; at most 0.9375 leaves one"),
+        (DUAL, 160, 0.9999, ".mask_ratio is 0.9999: of an image's 400 patches it hides all; at most 0.9974 leaves one"),
+        (DUAL, 32, 1e-17, ".mask_ratio is 1e-17: of an image's 16 patches it hides none; at least 0.0625 hides one"),
+        (DUAL, 8, 0.75, ": an image is 1 patch, so none can be hidden while others are seen"),
+    ],
+)
+def test_a_share_that_in_effect_hides_all_or_none_of_so_few_patches(recipe, size, ratio, message):
+    config = recipe()
+    config.model.vision.image_size, config.model.mae.mask_ratio = size, ratio
+    assert f"model.mae{message}" in refusal(config)
+    if "at most" in message:
+        config.model.mae.mask_ratio = float(refusal(config).partition("at most ")[2].split()[0])
+        check(config, parallel_sizes(config, 1))
+        assert config.model.mae.visible_patches(config.model.vision.num_patches) == 1
+
+
+def test_a_share_of_patches_counts_only_where_masks_are_used():
+    for config in (VLM(), DUAL(mae_weight=0.0)):
+        config.model.mae.mask_ratio = 0.95
+        check(config, parallel_sizes(config, 1))
+    config = DUAL()
+    config.model.vision.patch_size = 0
+    assert "does not divide by model.vision.patch_size = 0" in refusal(config)
 
 
 @pytest.mark.parametrize("recipe", [AVT, VLM, FUSION, DUAL])
