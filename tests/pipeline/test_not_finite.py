@@ -12,7 +12,6 @@ from megatron_mm.platform import setup
 from megatron_mm.training.resilience import explain_loss
 from tests.pipeline.toy import Case, build, microbatches_of, sizes_of, train
 
-pytest_plugins = ("tests.pipeline.conftest",)
 SAMPLES = "microbatch 1, samples sample 4, sample 5, sample 6, sample 7"
 
 
