@@ -7,8 +7,15 @@
 # what has not ended 30 s after SIGTERM. `--dry-run` runs on any machine, without data.
 #
 # DATA names a folder of tools/preprocess_multimodal.py, TOKENIZER its SentencePiece model, OUTPUT where figures and
-# checkpoints go. NODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR and MASTER_PORT are torchrun's.
+# checkpoints go (default: the recipe's). NODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR and MASTER_PORT are torchrun's.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The Python at hand where it has megatron-core, as a container's; else that of tools/setup_env.sh, if it was made.
+environment=${MEGATRON_MM_VENV:-.venv}
+if [ -x "$environment/bin/python" ] &&
+    ! python -c 'import importlib.util as u; assert u.find_spec("megatron.core")' 2>/dev/null; then
+    PATH=$(cd "$environment/bin" && pwd):$PATH
+fi
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 NODE_RANK=${NODE_RANK:-0}

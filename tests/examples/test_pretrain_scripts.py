@@ -1,0 +1,129 @@
+"""Launch scripts of the full recipes: machines, phases, environment, and what those of Slurm do at the time limit.
+
+Python, srun and the other commands of Slurm are scripts here that say how they were called.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config.load import RECIPES, load_config, parse_command_line
+from tests.full_recipes import FULL, ROOT, launched, script, words
+
+TWO_PHASES = {"vlm-14b": "decoder.*", "dual-encoder": "text.*"}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_nodes_are_those_of_the_recipe(name):
+    wanted = load_config(RECIPES / f"{name}.yaml").parallel.world_size
+    assert launched(name)[1].world == wanted
+    batch = script(name, "slurm").read_text()
+    nodes, tasks, gpus = (
+        int(re.search(rf"^#SBATCH --{option}=(\d+)$", batch, re.MULTILINE).group(1))
+        for option in ("nodes", "ntasks-per-node", "gpus-per-node")
+    )
+    assert nodes * tasks == nodes * gpus == wanted
+    assert batch.endswith(f'run_and_requeue {script(name).relative_to(ROOT)} "$@"\n')
+
+
+@pytest.mark.parametrize("name", TWO_PHASES)
+def test_each_phase_has_an_output_of_its_own(name):
+    joint, mae = (parse_command_line(words(name, PHASE=phase)) for phase in ("joint", "mae"))
+    assert (joint.model.phase, joint.logging.output) == ("joint", f"outputs/{name}")
+    assert (mae.model.phase, mae.logging.output) == ("mae", f"outputs/{name}-mae")
+    assert parse_command_line(words(name, PHASE="mae", OUTPUT="o")).logging.output == "o"
+
+
+@pytest.mark.parametrize(("name", "text"), TWO_PHASES.items())
+def test_the_joint_phase_starts_from_a_tower_and_a_language_model(name, text):
+    def start(**given: str) -> tuple:
+        checkpoint = parse_command_line(words(name, **given)).checkpoint
+        return checkpoint.init_from, checkpoint.init_nodes
+
+    assert start() == (None, None)
+    assert start(INIT="a b") == (["a b"], ["vision.*"])
+    assert start(LM="b") == (["b"], [text])
+    assert start(INIT="a", LM="b") == (["a", "b"], ["vision.*", text])
+    assert start(INIT="a", LM="b", PHASE="mae") == (None, None)
+
+
+def executable(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
+    path.chmod(0o755)
+
+
+def test_the_environment_is_that_at_hand_or_the_repositorys(tmp_path):
+    executable(tmp_path / "bare" / "python", '[ "$1" != -c ] && echo bare')
+    executable(tmp_path / "container" / "python", '[ "$1" = -c ] || echo container')
+    executable(tmp_path / "venv" / "bin" / "python", '[ "$1" = -c ] || echo venv')
+
+    def python(at_hand: str, venv: str) -> str:
+        path = f"{tmp_path / at_hand}{os.pathsep}{os.environ['PATH']}"
+        given = {"PATH": path, "MEGATRON_MM_VENV": str(tmp_path / venv)}
+        command = [script("synapse-70b"), "--dry-run"]
+        return subprocess.run(command, env=given, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert python("bare", "venv") == "venv"
+    assert python("container", "venv") == "container"
+    assert python("bare", "none") == "bare"
+
+
+class Job:
+    """A batch script in this process's place, with Slurm's commands replaced."""
+
+    def __init__(self, folder: Path, srun: str) -> None:
+        self.folder = folder
+        executable(folder / "bin" / "scontrol", f'[ "$1" = show ] && echo node0 || echo "scontrol $*" >>{folder}/said')
+        executable(folder / "bin" / "scancel", f'echo "scancel $*" >>{folder}/said', f"kill -TERM $(cat {folder}/pid)")
+        executable(folder / "bin" / "srun", f'echo "srun $MASTER_ADDR $*" >>{folder}/said', srun)
+        path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-3]"}
+        self.process = subprocess.Popen(["bash", script("vlm-14b", "slurm"), "--lr", "1"], cwd=ROOT, env=environment)
+
+    def warn(self) -> None:
+        """The signal before the time limit, once the processes run."""
+        while not (self.folder / "pid").exists():
+            time.sleep(0.02)
+        self.process.send_signal(signal.SIGUSR1)
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit status, and the commands that were called after srun."""
+        status = self.process.wait(timeout=30)
+        first, *rest = (self.folder / "said").read_text().splitlines()
+        assert first == "srun node0 --kill-on-bad-exit=1 examples/vlm_14b/pretrain.sh --lr 1"
+        return status, rest
+
+
+def running(folder: Path, on_term: str) -> str:
+    """A run that does something on SIGTERM."""
+    ready = f"echo $$ >{folder}/new && mv {folder}/new {folder}/pid"
+    return f"trap '{on_term}' TERM\n{ready}\nwhile :; do sleep 0.05; done"
+
+
+def test_a_job_whose_time_runs_out_is_queued_again_once_it_has_saved(tmp_path):
+    job = Job(tmp_path, running(tmp_path, f"sleep 0.3; echo saved >>{tmp_path}/said; exit 0"))
+    job.warn()
+    assert job.end() == (0, ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"])
+
+
+def test_a_job_that_cannot_save_is_not_queued_again(tmp_path):
+    job = Job(tmp_path, running(tmp_path, "exit 3"))
+    job.warn()
+    assert job.end() == (3, ["scancel --signal=TERM 7"])
+
+
+@pytest.mark.parametrize("status", [0, 5])
+def test_a_job_that_ends_by_itself_stays_ended(status, tmp_path):
+    assert Job(tmp_path, f"exit {status}").end() == (status, [])
+
+
+def test_batch_scripts_ask_for_the_signal():
+    for name in FULL:
+        options = re.findall(r"^#SBATCH --(\S+)$", script(name, "slurm").read_text(), re.MULTILINE)
+        assert {"signal=B:USR1@300", "requeue", "open-mode=append"} <= set(options)
