@@ -14,6 +14,7 @@ import resource
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class DryRun:
     stages: list[StageReport]
     total_parameters: int
     slowest_over_mean: float
-    """Of executed FLOPs."""
+    """Of executed FLOPs, and of the first pass of losses over the whole batch."""
     bottleneck: str
 
     def to_json(self) -> dict:
@@ -98,7 +99,7 @@ def dry_run(config: Config, world_size: int, report=lambda stage: None) -> DryRu
 def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_mm.training.assembly import choose_cuts, full_plan, model_graph
+    from megatron_mm.training.assembly import choose_cuts, full_plan, model_graph, training_times
     from megatron_mm.training.node_groups import LAST_PHASE
 
     graph = model_graph(config, sizes, "cpu", LAST_PHASE)
@@ -116,9 +117,11 @@ def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
         report(stages[-1])
         gc.collect()
     setup.shutdown()
-    recompute = config.parallel.recompute_granularity == "full"
-    times = node_times(graph, plan, recompute)
+    times = training_times(config, graph, sizes)
+    once = node_times(graph, plan, config.parallel.recompute_granularity == "full")
     flops = [stage.flops for stage in stages]
+    for chunk, (low, high) in enumerate(pairwise(cuts)):  # one microbatch did not run the whole batch's first pass
+        flops[chunk % sizes.pp] += (sum(times[low:high]) - sum(once[low:high])) / (sizes.tp * sizes.cp)
     return DryRun(
         sizes=sizes,
         stages=stages,

@@ -72,6 +72,13 @@ def model_graph(config: Config, sizes: ParallelSizes, device_type: str, iteratio
     return phase_graph(graph, config.optimizer.groups, iteration)
 
 
+def training_times(config: Config, graph: Graph, sizes: ParallelSizes) -> list[float]:
+    """FLOPs of each node for one microbatch of this run: with its recomputation, and with the first pass of losses over
+    the whole batch where a step has several microbatches."""
+    several = config.training.global_batch_size > config.training.micro_batch_size * sizes.dp
+    return node_times(graph, full_plan(config), config.parallel.recompute_granularity == "full", cached=several)
+
+
 def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]:
     """The user's cut, or the balanced one.
 
@@ -80,11 +87,9 @@ def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]
     """
     if config.parallel.pipeline_cuts is not None:
         return cuts_by_name(graph, config.parallel.pipeline_cuts, sizes.chunks)
-    recompute, plan = config.parallel.recompute_granularity == "full", full_plan(config)
-    several = config.training.global_batch_size > config.training.micro_batch_size * sizes.dp
-    fits = memory_limit(config, graph, plan, sizes, layer_dtype(config))
+    fits = memory_limit(config, graph, full_plan(config), sizes, layer_dtype(config))
     try:
-        return balance(node_times(graph, plan, recompute, cached=several), sizes.chunks, fits)
+        return balance(training_times(config, graph, sizes), sizes.chunks, fits)
     except NothingFits:
         raise ValueError(
             f"parallel.memory_limit_gb is {config.parallel.memory_limit_gb}: no cut into {sizes.chunks} chunks keeps "
