@@ -38,6 +38,12 @@ def required(baseline: float) -> float:
     return 3 * baseline if baseline <= 0.3 else 1 - (1 - baseline) / 2
 
 
+def required_cider(baseline: float) -> float:
+    """The CIDEr-D (0 to 10) that a model must reach: three times the baseline, and at least 0.1, because the baseline
+    is 0 where it says no word of any truth."""
+    return max(3 * baseline, 0.1)
+
+
 def report(rows: Sequence[Row], path: Path, require: bool, **more: object) -> int:
     """Prints the table and writes it, with `more`, as JSON.
 

@@ -21,7 +21,7 @@ import tyro
 
 from examples.data.easy_vqa import COLOURS, SHAPES
 from examples.data.samples import sample, write_jsonl
-from examples.held_out import Row, report, required
+from examples.held_out import Row, report, required, required_cider
 from megatron_mm.evaluation.captions import score_captions
 from megatron_mm.evaluation.greedy import greedy_captions
 from megatron_mm.evaluation.objectives import score_objectives
@@ -110,7 +110,7 @@ def joint_rows(scorer: Scorer) -> tuple[list[Row], list[dict]]:
     commonest = max(references.count(texts) for texts in references) / len(references)
     guessed = max(blind.exact_match, commonest)
     rows.append(Row(ART, "name, exact match", scores.exact_match, before.exact_match, guessed, required(guessed)))
-    rows.append(Row(ART, "name, CIDEr-D", scores.cider, before.cider, blind.cider, 3 * blind.cider))
+    rows.append(Row(ART, "name, CIDEr-D", scores.cider, before.cider, blind.cider, required_cider(blind.cider)))
 
     guess = BlindBaseline((_question(line), line["text"]) for line in scorer.read("questions"))
     answers, first = (scorer.texts(model, scorer.questions) for model in (trained, untrained))

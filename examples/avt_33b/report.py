@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from examples.held_out import Row, report, required
+from examples.held_out import Row, report, required, required_cider
 from megatron_mm.evaluation.captions import score_captions
 from megatron_mm.evaluation.greedy import greedy_captions
 from megatron_mm.evaluation.objectives import score_objectives
@@ -88,7 +88,7 @@ def score(folder: Path, limit: int) -> tuple[list[Row], list[dict]]:
         for figure, value in scores.items():
             # One caption for all is right at most as often as the commonest name: all are different.
             baseline = max(blind[figure], 1 / len(pairs)) if figure == "exact match" else blind[figure]
-            least = required(baseline) if figure == "exact match" else 3 * baseline
+            least = required(baseline) if figure == "exact match" else required_cider(baseline)
             rows.append(Row(given, figure, value, scores_before[figure], baseline, least))
         generated += [
             {"id": line["id"], "generated": caption, "reference": line["text"]}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from examples.data import easy_vqa, emoji_art
-from examples.held_out import Row, report
+from examples.held_out import Row, report, required_cider
 from tests.examples.art import write_packages
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -56,6 +56,11 @@ def test_a_loss_must_be_below_its_baseline(tmp_path, capsys):
     assert "MAE loss of art is 0.900, not below 0.900" in printed.err and "<0.900" in printed.out
 
 
+def test_captions_must_say_something_even_where_the_blind_say_nothing():
+    assert required_cider(0.4) == pytest.approx(1.2)
+    assert not Row("art", "CIDEr-D", 0.0, 0.0, 0.0, required_cider(0.0)).holds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["vlm_14b", "dual_encoder"])
 def test_the_whole_run_on_a_few_samples(system, tmp_path):
@@ -71,6 +76,7 @@ def test_the_whole_run_on_a_few_samples(system, tmp_path):
     ]
     assert figures["R@1, image to name"]["baseline"] == pytest.approx(1 / 5)
     assert figures["VQA, yes or no"]["baseline"] == 1.0, "the same question always has the same answer"
+    assert figures["name, CIDEr-D"]["required"] >= 0.1
     assert figures["MAE loss"]["trained"] > 0 and figures["MAE loss"]["lower"]
     assert len(results["generated"]) == 5 + 16 and "Done in" in done.stdout
     assert "vision.layers.0-3" in done.stdout and "not in this model" in done.stdout, "phase 2 says what it took"
