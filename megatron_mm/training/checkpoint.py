@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -30,6 +30,7 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.training import checkpoint_folder
+from megatron_mm.training.node_groups import collapsed
 from megatron_mm.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -217,12 +218,42 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(folder: Path, weights: dict, stored: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError where a weight is stored in another shape."""
-    for entry in nested_values(weights):
-        if isinstance(entry, ShardedTensor) and tuple(entry.global_shape) != stored[entry.key]:
-            raise ValueError(
-                f"{folder}: {entry.key} is {stored[entry.key]} where this model needs {tuple(entry.global_shape)}"
-            )
+    """Raises ValueError where weights are stored in other shapes, with a line for each node of all stages. Collective.
+
+    Args:
+        weights: entries, all of which the checkpoint holds.
+        stored: from `stored_shapes`.
+    """
+    own = []
+    for entry in weights.values():
+        pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # SwiGLU's two halves
+        piece = next((piece for piece in nested_values(pieces) if isinstance(piece, ShardedTensor)), None)
+        if piece is not None and tuple(piece.global_shape) != stored[entry.key]:
+            own.append((entry.key, stored[entry.key], tuple(piece.global_shape)))
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, own, group=group)
+    lines = _by_node(dict.fromkeys(wrong for stage in everyone for wrong in stage))
+    if lines:
+        raise ValueError("\n  ".join([f"{folder} is of a model of other sizes:", *lines]))
+
+
+def _by_node(wrong: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+    """A line for each node, nodes that differ in their number and nothing else together: its first weight, and how many
+    others. A node is what comes before a key's last number, or its first two words."""
+    nodes: dict[str, list[tuple]] = {}
+    for key, there, here in wrong:
+        words = key.split(".")
+        end = 1 + max((at for at, word in enumerate(words[:-1]) if word.isdigit()), default=min(1, len(words) - 2))
+        nodes.setdefault(".".join(words[:end]), []).append((".".join(words[end:]), there, here))
+    alike: dict[tuple, list[str]] = {}
+    for node, weights in nodes.items():
+        alike.setdefault(tuple(weights), []).append(node)
+    lines = []
+    for ((weight, there, here), *others), names in alike.items():
+        rest = f"; {len(others)} more of its weights differ" if others else ""
+        lines += [f"{name}.{weight} is {there} where this model needs {here}{rest}" for name in collapsed(names)]
+    return lines
 
 
 @torch.no_grad()

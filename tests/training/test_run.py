@@ -254,5 +254,6 @@ def test_an_error_on_one_rank_is_printed_once(corpus, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(corpus, uninterrupted, tmp_path):
     path = recipe(corpus, tmp_path)
     shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
-    done = run(path, 1, "--model.decoder.ffn-hidden-size", "128")
-    assert done.returncode == 1 and "linear_fc2.weight is (64, 96) where this model needs (64, 128)" in done.stderr
+    done = run(path, 2, "--pipeline-model-parallel-size", "2", "--model.decoder.ffn-hidden-size", "128")
+    line = "  decoder.layers.0-3.mlp.linear_fc1.weight is (192, 64) where this model needs (256, 64); 1 more"
+    assert done.returncode == 1 and line in done.stderr, "layers of both stages are one line"
