@@ -29,7 +29,8 @@ def phase_graph(graph: Graph, groups: Sequence[NodeGroupConfig], iteration: floa
     """The graph after `iteration` steps, its frozen nodes not trainable.
 
     Raises:
-        ValueError: a pattern matches no node, or nothing is left to learn.
+        ValueError: a pattern matches no node, nodes that share a weight are not frozen alike, or nothing is left to
+            learn.
     """
     names = [node.name for node in graph.nodes]
     for number, group in enumerate(groups):
@@ -39,6 +40,8 @@ def phase_graph(graph: Graph, groups: Sequence[NodeGroupConfig], iteration: floa
                     f"optimizer.groups.{number}.nodes: {pattern!r} matches no node; the nodes are "
                     f"{', '.join(collapsed(names))}"
                 )
+
+    _check_ties(graph, groups)
 
     def frozen(name: str) -> bool:
         group = group_of(groups, name)
@@ -50,6 +53,23 @@ def phase_graph(graph: Graph, groups: Sequence[NodeGroupConfig], iteration: floa
     if not any(node.trainable for node in nodes):
         raise ValueError(f"optimizer.groups freezes every node at iteration {iteration}; nothing would be learned")
     return Graph(nodes, graph.losses)
+
+
+def _check_ties(graph: Graph, groups: Sequence[NodeGroupConfig]) -> None:
+    """Refuses a weight that in this phase or a later one would learn in one node and be frozen in another."""
+
+    def frozen_iters(at: int) -> int:
+        group = group_of(groups, graph.nodes[at].name)
+        return group.frozen_iters if group else 0
+
+    for key, ((owner, _), *others) in graph.ties.items():
+        for at, _ in others:
+            steps = frozen_iters(at), frozen_iters(owner)
+            if steps[0] != steps[1]:
+                raise ValueError(
+                    f"optimizer.groups: {graph.nodes[at].name!r} and {graph.nodes[owner].name!r} share {key!r}, so "
+                    f"both must have the same frozen_iters; they have {steps[0]} and {steps[1]}"
+                )
 
 
 def phase_ends(groups: Sequence[NodeGroupConfig]) -> set[int]:

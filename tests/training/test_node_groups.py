@@ -31,8 +31,23 @@ def test_what_cannot_be_is_refused():
         trainable([NodeGroupConfig(nodes=["imag.*"])], 0)
     with pytest.raises(ValueError, match="freezes every node at iteration 0"):
         trainable([NodeGroupConfig(nodes=["*"], frozen_iters=5)], 0)
-    with pytest.raises(ValueError, match=r"'head' and 'text\.embedding' share 'text.embedding.table.weight'"):
-        trainable([NodeGroupConfig(nodes=["text.embedding"], frozen_iters=-1)], 0)
+
+
+@pytest.mark.parametrize(("embedding", "head"), [(-1, 0), (0, 4), (3, 4)])
+def test_nodes_that_share_a_weight_learn_from_the_same_step_on(embedding, head):
+    """Said at the first step, though the last case goes wrong at the fourth."""
+    message = (
+        r"optimizer\.groups: 'head' and 'text\.embedding' share 'text\.embedding\.table\.weight', so both must have "
+        rf"the same frozen_iters; they have {head} and {embedding}"
+    )
+    groups = [
+        NodeGroupConfig(nodes=["text.*"], frozen_iters=embedding),
+        NodeGroupConfig(nodes=["head"], frozen_iters=head),
+    ]
+    with pytest.raises(ValueError, match=message):
+        trainable(groups, 0)
+    groups[1].frozen_iters = embedding
+    assert ("head" in trainable(groups, 0)) is ("text.embedding" in trainable(groups, 0)) is (embedding == 0)
 
 
 def test_ranges_of_names():
