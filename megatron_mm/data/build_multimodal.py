@@ -3,31 +3,33 @@
 The folder holds Megatron's `.bin`/`.idx` pairs: `text` (int32 tokens, one document a sample) and, where there are any,
 `images`, `sounds`, `videos` (uint8: the files' own bytes, one a document) and `ids`. `samples.npy` is the table
 (`samples.TABLE_DTYPE`), `manifest.json` says what made it. Lines travel in blocks to worker processes and come back in
-order, so the bytes do not depend on the number of workers. The folder is built under a temporary name and renamed.
+order, so the bytes do not depend on the number of workers. A build that is killed continues (`unfinished.py`).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedWriter
-from megatron_mm.data.parallel import LineBlock, line_blocks, ordered_map
+from megatron_mm.data.indexed import IndexedWriter, open_at
+from megatron_mm.data.manifest import describe_sources, write_manifest
+from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE, read_sample, table_row
-from megatron_mm.data.text_input import open_lines
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
 
 FORMAT = "megatron_mm multimodal dataset"
 VERSION = 1
 TABLE = "samples.npy"
 MANIFEST = "manifest.json"
+_ROWS = "samples.rows"  # the table while it grows
 #: Shard of each kind of media, within the folder.
 MEDIA_SHARDS = {"images": "images", "audios": "sounds", "videos": "videos"}
 _TABLE_FIELDS = {"images": "image", "audios": "audio", "videos": "video"}
@@ -77,30 +79,40 @@ def _build_block(block: LineBlock) -> Block:
 
 
 class FolderWriter:
-    """Writes a dataset folder block by block, under a temporary name until `finish`.
+    """Writes the files of a dataset folder, block by block.
 
-    Nothing is on the disk before the first block, so that a caller can clean up from there on, whatever interrupts it.
+    Args:
+        folder: an existing folder, which only `finish` makes a dataset.
     """
 
-    def __init__(self, output: str, overwrite: bool = False) -> None:
-        self.output = os.path.abspath(output)
-        if os.path.exists(self.output) and not overwrite:
-            raise DataError(f"{output}: exists already; remove it, choose another name or pass --overwrite")
-        self.folder = f"{self.output}.building-{os.getpid()}"
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
         self._writers: dict[str, IndexedWriter] = {}
-        self._tables: list[np.ndarray] = []
-        self._ids: list[str] = []
+        self._rows = 0
+        self._table: BinaryIO | None = None
 
-    @property
-    def tokens(self) -> IndexedWriter:
-        """Of the texts."""
-        return self._writer("text", np.int32)
+    def begin(self, state: dict | None) -> None:
+        """Opens the files: new, or as they were at `state`."""
+        state = state or {"rows": 0, "shards": {}}
+        self._rows, self._writers = state["rows"], {}
+        self._table = open_at(os.path.join(self.folder, _ROWS), self._rows * TABLE_DTYPE.itemsize)
+        for name, value in state["shards"].items():
+            self._writers[name] = IndexedWriter(os.path.join(self.folder, name), _dtype(name), value)
 
-    def _writer(self, name: str, dtype: type[np.generic] = np.uint8) -> IndexedWriter:
+    def state(self) -> dict:
+        """How far the files are; all of it is on the disk."""
+        self._table.flush()
+        os.fsync(self._table.fileno())
+        return {"rows": self._rows, "shards": {name: writer.state() for name, writer in self._writers.items()}}
+
+    def _writer(self, name: str) -> IndexedWriter:
         if name not in self._writers:
-            os.makedirs(self.folder, exist_ok=True)
-            self._writers[name] = IndexedWriter(os.path.join(self.folder, name), dtype)
+            self._writers[name] = IndexedWriter(os.path.join(self.folder, name), _dtype(name))
         return self._writers[name]
+
+    def __len__(self) -> int:
+        """Samples written so far."""
+        return self._rows
 
     def count(self, kind: str) -> int:
         """Media of a kind written so far."""
@@ -115,46 +127,48 @@ class FolderWriter:
             table[f"first_{_TABLE_FIELDS[kind]}"] = self.count(kind) + np.cumsum(counts) - counts
             for data in block.media.get(kind, ()):
                 self._writer(MEDIA_SHARDS[kind]).add(data)
-        self.tokens.add_documents(block.tokens, table["num_tokens"])
-        self._tables.append(table)
-        self._ids += block.ids
+        self._writer("text").add_documents(block.tokens, table["num_tokens"])
+        for name in block.ids:
+            self._writer("ids").add(name.encode())
+        self._table.write(table.tobytes())
+        self._rows += table.size
 
     def finish(self, manifest: dict) -> dict:
-        """Writes indexes, table and manifest, and gives the folder its name.
+        """Writes indexes, table and manifest.
 
         Args:
-            manifest: tokenizer, options and sources; format and counts are added.
+            manifest: tokenizer, options and sources; format, counts and checksums are added.
+
+        Raises:
+            DataError: there are no samples.
         """
-        table = np.concatenate(self._tables) if self._tables else np.empty(0, TABLE_DTYPE)
-        if not table.size:
-            raise DataError(f"{self.output}: the input holds no samples")
-        if any(self._ids):
-            writer = self._writer("ids")
-            for name in self._ids:
-                writer.add(name.encode())
+        self._table.close()
+        if not self._rows:
+            raise DataError("the input holds no samples")
+        if not self._writers["ids"].num_items:
+            self._writers.pop("ids").discard()
         for writer in self._writers.values():
             writer.finalize()
+        rows = os.path.join(self.folder, _ROWS)
+        table = np.memmap(rows, dtype=TABLE_DTYPE, mode="r")
         np.save(os.path.join(self.folder, TABLE), table)
         manifest = {"format": FORMAT, "version": VERSION, "counts": table_counts(table), **manifest}
-        with open(os.path.join(self.folder, MANIFEST), "w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        if os.path.exists(self.output):
-            old = f"{self.folder}.old"
-            os.rename(self.output, old)
-            os.rename(self.folder, self.output)
-            shutil.rmtree(old) if os.path.isdir(old) else os.remove(old)
-        else:
-            os.rename(self.folder, self.output)
+        del table
+        os.remove(rows)
+        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, os.listdir(self.folder))
         return manifest
 
-    def abandon(self) -> None:
-        """Removes what was written."""
+    def close(self) -> None:
+        """Closes the files, whatever they hold."""
         for writer in self._writers.values():
             writer.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._table is not None:
+            with contextlib.suppress(OSError):
+                self._table.close()
+
+
+def _dtype(shard: str) -> type[np.generic]:
+    return np.int32 if shard == "text" else np.uint8
 
 
 def table_counts(table: np.ndarray) -> dict[str, int]:
@@ -193,32 +207,27 @@ def build_multimodal(
         The manifest.
 
     Raises:
-        DataError: a line or a medium cannot be used (file, line and cause are named); nothing is left behind.
+        DataError: a line or a medium cannot be used (file, line and cause are named); what was built before it is kept
+            where the build was long, and continued from when the line is mended.
     """
     model = Tokenizer(tokenizer)
-    writer = FolderWriter(output, overwrite)
+    refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
+    root = os.path.abspath(media_root) if media_root is not None else None
+    made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
+    build = UnfinishedBuild(output, {"format": FORMAT, "tokenizer": made_by, "media_root": root, "check": check})
+    writer = FolderWriter(build.data)
+    lines = Lines(_build_block, _Worker.start, (tokenizer, media_root, check), workers, 1 << 18, 32)
+    total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:
-        with tqdm(
-            total=sum(os.path.getsize(path) for path in inputs if os.path.exists(path)),
-            unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5,
-        ) as bar:  # fmt: skip
-            for path in inputs:
-                with open_lines(path) as (stream, raw):
-                    done = 0
-                    blocks = line_blocks(path, stream, raw, 1 << 18, 32)
-                    initargs = (tokenizer, media_root, check)
-                    for task, block in ordered_map(_build_block, blocks, workers, _Worker.start, initargs):
-                        writer.add(block)
-                        bar.update(task.end - done)
-                        done = task.end
-                        bar.set_postfix(samples=len(writer.tokens), media=sum(map(writer.count, KINDS)), refresh=False)
-        return writer.finish(
-            {
-                "tokenizer": {"identity": model.identity, "vocab_size": model.vocab_size},
-                "options": {"check": check},
-                "sources": [{"name": os.path.basename(path), "bytes": os.path.getsize(path)} for path in inputs],
-            }
-        )
-    except BaseException:
-        writer.abandon()
+        with bar:
+            for _ in build.read_lines(inputs, writer, lines, bar):
+                bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)
+        manifest = {"tokenizer": made_by, "options": {"check": check}, "sources": describe_sources(inputs)}
+        manifest = writer.finish(manifest)
+        build.place([("", output)])
+        return manifest
+    except BaseException as error:
+        writer.close()
+        build.explain(error)
         raise

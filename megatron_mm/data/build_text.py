@@ -1,12 +1,11 @@
 """Text JSONL → Megatron's `PREFIX_KEY_document.bin/.idx`, byte for byte what its own preprocessing writes, faster.
 
 Raw line blocks go to the workers, which parse and tokenise them and return one array of ids a block: a message costs
-the same for one document or a thousand, and the parent only writes. Output appears under its names when it is complete.
+the same for one document or a thousand, and the parent only writes. A build that is killed continues (`unfinished.py`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -16,13 +15,17 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedWriter, token_dtype
-from megatron_mm.data.parallel import LineBlock, line_blocks, ordered_map
+from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, token_dtype
+from megatron_mm.data.manifest import describe_sources, write_manifest
+from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import parse_line, text_field
-from megatron_mm.data.text_input import open_lines
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
 from megatron_mm.data.word_cache import block_encoder
 
+FORMAT = "megatron text shard"
+#: Files of a text shard, in the order in which they get their names: a shard without its index does not open.
+SUFFIXES = (".bin", CHECKSUMS, ".json", ".idx")
 _BLOCK_BYTES = 1 << 18
 #: Longest line that is read; a longer one is refused before it fills memory.
 MAX_LINE_BYTES = 1 << 28
@@ -92,76 +95,99 @@ def build_text(
         Documents, tokens, bytes and seconds, by shard prefix.
 
     Raises:
-        DataError: a line cannot be used (file, line and cause are named), or an output exists; nothing is left behind.
+        DataError: a line cannot be used (file, line and cause are named; what was built before it is kept where the
+            build was long, and continued from when the line is mended), or an output exists.
     """
     model = Tokenizer(tokenizer, require_media=False)
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
-    for prefix in prefixes:
-        for suffix in (".bin", ".idx"):
-            if os.path.exists(prefix + suffix) and not overwrite:
-                raise DataError(f"{prefix}{suffix}: exists already; choose another --output-prefix or pass --overwrite")
+    finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES]
+    refuse_existing(finals, overwrite, "choose another --output-prefix or pass --overwrite")
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
-    temporary = [f"{prefix}.building-{os.getpid()}" for prefix in prefixes]
-    writers: list[IndexedWriter] = []
+    made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
+    options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), "append_eod": append_eod}
+    build = UnfinishedBuild(output_prefix, options)
+    writer = TextWriter(build.data, json_keys, token_dtype(model.vocab_size))
+    initargs = (tokenizer, tuple(json_keys), append_eod)
+    lines = Lines(_encode_block, _Worker.start, initargs, workers, _BLOCK_BYTES, max_line=MAX_LINE_BYTES)
     read_bytes = shown = 0
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="text", disable=not progress, mininterval=0.5)
     try:
-        for prefix in temporary:
-            writers.append(IndexedWriter(prefix, token_dtype(model.vocab_size)))
-        for path in inputs:
-            with open_lines(path) as (stream, raw):
-                done = 0
-                blocks = line_blocks(path, stream, raw, _BLOCK_BYTES, 0, MAX_LINE_BYTES)
-                initargs = (tokenizer, tuple(json_keys), append_eod)
-                for task, result in ordered_map(_encode_block, blocks, workers, _Worker.start, initargs):
-                    for writer, block in zip(writers, result):
-                        writer.add_documents(block.ids, block.lengths)
-                    read_bytes += len(task.data)
-                    bar.update(task.end - done)
-                    done = task.end
-                    if len(writers[0]) >= shown + log_interval:
-                        shown = len(writers[0])
-                        rate = sum(w.num_items for w in writers) / max(1e-9, time.perf_counter() - begin)
-                        bar.set_postfix_str(f"{shown} documents, {rate / 1e6:.2f} Mtok/s", refresh=False)
-        if not len(writers[0]):
+        with bar:
+            for block in build.read_lines(inputs, writer, lines, bar):
+                read_bytes += len(block.data)
+                if len(writer) >= shown + log_interval:
+                    shown = len(writer)
+                    rate = writer.added / max(1e-9, time.perf_counter() - begin)
+                    bar.set_postfix_str(f"{shown} documents, {rate / 1e6:.2f} Mtok/s", refresh=False)
+        if not len(writer):
             raise DataError(f"{', '.join(inputs)}: no documents")
-        report = {}
-        for prefix, temp, writer in zip(prefixes, temporary, writers):
-            writer.finalize()
-            _write_manifest(temp + ".json", model, writer, append_eod, inputs)
-            report[prefix] = {"documents": len(writer), "tokens": writer.num_items, "bytes": read_bytes}
+        manifest = {"tokenizer": made_by, "options": {"append_eod": append_eod}, "sources": describe_sources(inputs)}
+        counts = writer.finish(manifest)
         # The index last: a shard without it does not open.
-        for suffix in (".bin", ".json", ".idx"):
-            for prefix, temp in zip(prefixes, temporary):
-                os.replace(temp + suffix, prefix + suffix)
-        seconds = time.perf_counter() - begin
-        return {prefix: {**figures, "seconds": seconds} for prefix, figures in report.items()}
-    except BaseException:
-        for writer in writers:
-            writer.close()
-        for temp in temporary:
-            for suffix in (".bin", ".idx", ".json"):
-                if os.path.exists(temp + suffix):
-                    os.remove(temp + suffix)
+        names = [(key + suffix, prefix + suffix) for suffix in SUFFIXES for key, prefix in zip(json_keys, prefixes)]
+        build.place(names)
+    except BaseException as error:
+        writer.close()
+        build.explain(error)
         raise
-    finally:
-        bar.close()
+    seconds = time.perf_counter() - begin
+    return {prefix: {**figures, "bytes": read_bytes, "seconds": seconds} for prefix, figures in zip(prefixes, counts)}
 
 
-def _write_manifest(
-    path: str, model: Tokenizer, writer: IndexedWriter, append_eod: bool, inputs: Sequence[str]
-) -> None:
-    """Writes what made the shard beside it, so that reading it with another tokenizer is refused."""
-    manifest = {
-        "format": "megatron text shard",
-        "version": 1,
-        "counts": {"documents": len(writer), "tokens": writer.num_items},
-        "tokenizer": {"identity": model.identity, "vocab_size": model.vocab_size},
-        "options": {"append_eod": append_eod},
-        "sources": [{"name": os.path.basename(name), "bytes": os.path.getsize(name)} for name in inputs],
-    }
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+class TextWriter:
+    """Writes a shard a key, under the keys' names.
+
+    Args:
+        folder: an existing folder.
+        keys: of the texts.
+        dtype: of the ids.
+    """
+
+    def __init__(self, folder: str, keys: Sequence[str], dtype: type[np.generic]) -> None:
+        self.prefixes, self.dtype = [os.path.join(folder, key) for key in keys], dtype
+        self.added = 0
+        """Tokens since this process began."""
+        self._writers: list[IndexedWriter] = []
+
+    def __len__(self) -> int:
+        """Documents written so far."""
+        return len(self._writers[0])
+
+    def begin(self, state: dict | None) -> None:
+        """Opens the files: new, or as they were at `state`."""
+        self._writers = []
+        states = state["shards"] if state else [None] * len(self.prefixes)
+        for prefix, value in zip(self.prefixes, states):
+            self._writers.append(IndexedWriter(prefix, self.dtype, value))
+
+    def add(self, blocks: list[TextBlock]) -> None:
+        """Appends a block of each key."""
+        for writer, block in zip(self._writers, blocks):
+            writer.add_documents(block.ids, block.lengths)
+            self.added += block.ids.size
+
+    def state(self) -> dict:
+        """How far the files are; all of it is on the disk."""
+        return {"shards": [writer.state() for writer in self._writers]}
+
+    def finish(self, manifest: dict) -> list[dict[str, int]]:
+        """Writes indexes and manifests; counts of each shard."""
+        counts = []
+        for prefix, writer in zip(self.prefixes, self._writers):
+            writer.finalize()
+            counts.append({"documents": len(writer), "tokens": writer.num_items})
+            write_text_manifest(prefix, {"counts": counts[-1], **manifest})
+        return counts
+
+    def close(self) -> None:
+        """Closes the files, whatever they hold."""
+        for writer in self._writers:
+            writer.close()
+
+
+def write_text_manifest(prefix: str, manifest: dict) -> None:
+    """Writes what made a text shard beside it, so that reading it with another tokenizer is refused."""
+    names = (".bin", ".idx", CHECKSUMS)
+    write_manifest(prefix + ".json", {"format": FORMAT, "version": 1, **manifest}, prefix, names)

@@ -18,7 +18,7 @@ class DataError(ValueError):
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's `main` and ends the process: 0, 1 after an error a user can cause, 130 when interrupted or
-    terminated, so that unfinished output is removed then too."""
+    terminated, so that unfinished output is removed then too, or the interruption says where it is."""
     owner = os.getpid()
 
     def interrupt(number: int, _frame: object) -> None:
@@ -33,7 +33,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"interrupted: {interruption or 'nothing was left behind'}", file=sys.stderr)
         status = 130
     sys.exit(status)

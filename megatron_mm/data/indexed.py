@@ -13,9 +13,12 @@ back.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
-from array import array
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,6 +29,10 @@ HEADER = struct.Struct("<QBQQ")
 HEADER_SIZE = len(MAGIC) + HEADER.size
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODES = {np.dtype(value): code for code, value in DTYPES.items()}
+#: CRC-32 of each document (u32), which `inspect_dataset --verify` compares.
+CHECKSUMS = ".crc"
+#: While a shard is written: its lengths (i32) and document ends (i64), of which the index is made.
+LENGTHS, DOCUMENTS = ".lengths", ".ends"
 _BLOCK = 1 << 20
 
 
@@ -35,39 +42,49 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 
 
 class IndexedWriter:
-    """Writes `PREFIX.bin` as documents arrive and `PREFIX.idx` at the end.
+    """Writes `PREFIX.bin` as documents arrive and `PREFIX.idx` at the end; `PREFIX.crc` has a checksum a document.
 
-    Memory grows by 12 bytes a document, whatever the size of the corpus. Use it on temporary names and rename: `.idx`
-    last, since a shard without it does not open.
+    Lengths and boundaries wait in files of their own until the end, so memory does not grow with the corpus, and a
+    writer can be taken up where an earlier one was (`state`). Use it in a folder of its own or on temporary names.
 
     Args:
         prefix: path without `.bin`.
         dtype: numpy dtype of the items.
+        state: what `state()` said of an earlier writer of these files; what they hold beyond it is cut off.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: type[np.generic]) -> None:
+    def __init__(
+        self, prefix: str | os.PathLike[str], dtype: type[np.generic], state: dict[str, int] | None = None
+    ) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
-        self.num_items = 0
-        self._lengths = array("i")
-        self._documents = array("q", [0])
-        self._file = open(self.prefix + ".bin", "wb", buffering=1 << 20)  # noqa: SIM115
+        state = state or {"items": 0, "sequences": 0, "documents": 0}
+        self.num_items, self._sequences, self._documents = state["items"], state["sequences"], state["documents"]
+        sizes = {
+            ".bin": self.num_items * self.dtype.itemsize,
+            LENGTHS: 4 * self._sequences,
+            DOCUMENTS: 8 * self._documents,
+            CHECKSUMS: 4 * self._documents,
+        }
+        self._files = {suffix: open_at(self.prefix + suffix, size) for suffix, size in sizes.items()}
 
     def __len__(self) -> int:
         """Documents written so far."""
-        return len(self._documents) - 1
+        return self._documents
 
     def add(self, items: np.ndarray | bytes) -> None:
         """Adds one document of one sequence. Bytes are written as they are (dtype uint8)."""
         if isinstance(items, np.ndarray):
-            items = np.ascontiguousarray(items, dtype=self.dtype)
-            size = items.size
-        else:
-            size = len(items) // self.dtype.itemsize
-        self._file.write(items)
-        self._lengths.append(size)
-        self._documents.append(len(self._lengths))
+            items = np.ascontiguousarray(items, dtype=self.dtype).data
+        data = memoryview(items)
+        size = data.nbytes // self.dtype.itemsize
+        self._sequences += 1
+        self._documents += 1
         self.num_items += size
+        self._files[".bin"].write(data)
+        self._files[LENGTHS].write(struct.pack("<i", size))
+        self._files[DOCUMENTS].write(struct.pack("<q", self._sequences))
+        self._files[CHECKSUMS].write(struct.pack("<I", zlib.crc32(data)))
 
     def add_documents(self, items: np.ndarray, lengths: np.ndarray) -> None:
         """Adds many documents at once: their items back to back, and the length of each.
@@ -77,48 +94,95 @@ class IndexedWriter:
         lengths = np.asarray(lengths, dtype=np.int32)
         if int(lengths.sum()) != items.size:
             raise ValueError(f"lengths add up to {int(lengths.sum())}, but there are {items.size} items")
-        self._file.write(np.ascontiguousarray(items, dtype=self.dtype))
+        data = np.ascontiguousarray(items, dtype=self.dtype).view(np.uint8).data
         present = lengths > 0
-        ends = len(self._lengths) + np.cumsum(present, dtype=np.int64)
-        self._lengths.frombytes(lengths[present].tobytes())
-        self._documents.frombytes(ends.tobytes())
+        ends = self._sequences + np.cumsum(present, dtype=np.int64)
+        bounds = [0, *(np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize).tolist()]
+        checksums = [zlib.crc32(data[begin:end]) for begin, end in itertools.pairwise(bounds)]
+        self._files[".bin"].write(data)
+        self._files[LENGTHS].write(lengths[present].tobytes())
+        self._files[DOCUMENTS].write(ends.tobytes())
+        self._files[CHECKSUMS].write(np.array(checksums, dtype="<u4").tobytes())
+        self._sequences += int(present.sum())
+        self._documents += lengths.size
         self.num_items += items.size
 
     def add_shard(self, reader: IndexedReader) -> None:
         """Adds all documents of another shard of the same dtype, as they are."""
         if reader.data.dtype != self.dtype:
             raise DataError(f"{reader.prefix}: dtype {reader.data.dtype}, but {self.prefix} has {self.dtype}")
-        offset = len(self._lengths)
         for start in range(0, reader.data.size, _BLOCK):
-            self._file.write(np.ascontiguousarray(reader.data[start : start + _BLOCK]))
-        self._lengths.frombytes(np.ascontiguousarray(reader.sequence_lengths).tobytes())
-        self._documents.frombytes((reader.document_indices[1:] + offset).astype(np.int64).tobytes())
+            self._files[".bin"].write(np.ascontiguousarray(reader.data[start : start + _BLOCK]))
+        self._files[LENGTHS].write(np.ascontiguousarray(reader.sequence_lengths).tobytes())
+        self._files[DOCUMENTS].write((reader.document_indices[1:] + self._sequences).astype(np.int64).tobytes())
+        for document in range(len(reader)):
+            self._files[CHECKSUMS].write(struct.pack("<I", zlib.crc32(np.ascontiguousarray(reader.document(document)))))
+        self._sequences += reader.sequence_lengths.size
+        self._documents += len(reader)
         self.num_items += reader.data.size
 
+    def state(self) -> dict[str, int]:
+        """How far this writer is; all of it is on the disk."""
+        for stream in self._files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        return {"items": self.num_items, "sequences": self._sequences, "documents": self._documents}
+
     def close(self) -> None:
-        """Closes `.bin` without an index (after a failure, which a full disk would repeat here)."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        """Closes the files without an index (after a failure, which a full disk would repeat here)."""
+        for stream in self._files.values():
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    def discard(self) -> None:
+        """Closes and removes the files."""
+        self.close()
+        for suffix in (*self._files, ".idx"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.prefix + suffix)
 
     def finalize(self) -> None:
-        """Flushes `.bin` to the disk and writes `.idx`."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        documents = np.frombuffer(self._documents, dtype=np.int64)
+        """Writes `.idx`; all files are then on the disk."""
+        self.state()
+        self.close()
         with open(self.prefix + ".idx", "wb") as stream:
-            stream.write(MAGIC + HEADER.pack(1, CODES[self.dtype], lengths.size, documents.size))
-            stream.write(lengths)
+            stream.write(MAGIC + HEADER.pack(1, CODES[self.dtype], self._sequences, self._documents + 1))
+            stream.writelines(_blocks_of(self.prefix + LENGTHS, np.int32))
             end = 0
-            for start in range(0, lengths.size, _BLOCK):
-                sizes = lengths[start : start + _BLOCK].astype(np.int64) * self.dtype.itemsize
+            for lengths in _blocks_of(self.prefix + LENGTHS, np.int32):
+                sizes = lengths.astype(np.int64) * self.dtype.itemsize
                 ends = end + np.cumsum(sizes)
                 stream.write(ends - sizes)
                 end = int(ends[-1])
-            stream.write(documents)
+            stream.write(struct.pack("<q", 0))
+            stream.writelines(_blocks_of(self.prefix + DOCUMENTS, np.int64))
             stream.flush()
             os.fsync(stream.fileno())
+        os.remove(self.prefix + LENGTHS)
+        os.remove(self.prefix + DOCUMENTS)
+
+
+def open_at(path: str, size: int) -> BinaryIO:
+    """A file to write from `size` on: new, or an earlier one whose bytes beyond that are cut off.
+
+    Raises:
+        DataError: it holds less.
+    """
+    if not size:
+        return open(path, "wb", buffering=1 << 20)
+    stream = open(path, "r+b", buffering=1 << 20)  # noqa: SIM115
+    if (held := stream.seek(0, os.SEEK_END)) < size:
+        stream.close()
+        raise DataError(f"{path}: truncated: {held} bytes of {size}")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
+
+
+def _blocks_of(path: str, dtype: type[np.generic]) -> Iterator[np.ndarray]:
+    with open(path, "rb") as stream:
+        while data := stream.read(_BLOCK):
+            yield np.frombuffer(data, dtype=dtype)
 
 
 class IndexedReader:
@@ -216,3 +280,18 @@ class IndexedReader:
         end = int(self.sequence_pointers[last - 1]) // itemsize + int(self.sequence_lengths[last - 1])
         begin += offset
         return self.data[begin : end if length is None else min(end, begin + length)]
+
+    def damaged(self) -> list[int]:
+        """Documents that differ from their checksums; none where there is no `.crc` (Megatron writes none).
+
+        Raises:
+            DataError: `.crc` is not of these documents.
+        """
+        path = self.prefix + CHECKSUMS
+        if not os.path.exists(path):
+            return []
+        checksums = np.fromfile(path, dtype="<u4")
+        if checksums.size != len(self):
+            raise DataError(f"{path}: {checksums.size} checksums for {len(self)} documents")
+        found = (zlib.crc32(np.ascontiguousarray(self.document(number))) for number in range(len(self)))
+        return [number for number, checksum in enumerate(found) if checksum != checksums[number]]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.manifest import damaged_files
 from megatron_mm.data.media import check_medium, decode_image, decode_sound
 from megatron_mm.data.samples import KINDS
 from megatron_mm.data.shards import Shard
@@ -74,12 +77,17 @@ def _describe_medium(kind: str, data: bytes) -> str:
 
 
 def verify(shard: Shard, tokenizer: Tokenizer | None, progress: bool = True) -> list[str]:
-    """Reads every token and decodes every medium of a dataset that has opened.
+    """Compares all checksums, reads every token and decodes every medium of a dataset that has opened.
 
     Returns:
         What is wrong, one message a record; empty for a sound dataset.
     """
-    problems: list[str] = []
+    base = shard.path + os.sep if shard.is_multimodal else shard.path
+    problems = damaged_files(shard.manifest, base)
+    for kind, reader in {"text": shard.text, "ids": shard.ids, **shard.media}.items():
+        for document in reader.damaged() if reader is not None else ():
+            what = f"document {document}" if kind in ("text", "ids") else f"record {document}"
+            problems.append(f"{reader.prefix}.bin, {what}: its CRC-32 is not the one with which it was written")
     placeholders = {}
     if tokenizer is not None and shard.is_multimodal:
         placeholders = {kind: tokenizer.processor.piece_to_id(piece) for kind, piece in PLACEHOLDERS.items()}

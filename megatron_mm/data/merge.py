@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 
@@ -10,10 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.build_multimodal import Block, FolderWriter
+from megatron_mm.data.build_text import SUFFIXES, write_text_manifest
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import IndexedWriter
 from megatron_mm.data.samples import KINDS
 from megatron_mm.data.shards import Shard
+from megatron_mm.data.unfinished import UnfinishedBuild, refuse_existing
 
 _CHUNK = 64
 
@@ -53,8 +54,11 @@ def merge_datasets(inputs: Sequence[str], output: str, overwrite: bool = False, 
 
 
 def _merge_folders(shards: list[Shard], output: str, overwrite: bool, bar: tqdm) -> dict:
-    writer = FolderWriter(output, overwrite)
+    refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
+    build = UnfinishedBuild(output, {"merged": [os.path.abspath(shard.path) for shard in shards]})
+    writer = FolderWriter(build.data)
     try:
+        writer.begin(None)
         for shard in shards:
             for start in range(0, len(shard), _CHUNK):
                 documents = range(start, min(start + _CHUNK, len(shard)))
@@ -64,52 +68,40 @@ def _merge_folders(shards: list[Shard], output: str, overwrite: bool, bar: tqdm)
                 tokens = np.concatenate([shard.text.document(d) for d in documents])
                 writer.add(Block(tokens, np.array(shard.table[start : documents.stop]), ids, media))
                 bar.update(len(documents))
-        manifest = writer.finish(
-            {
-                "tokenizer": shards[0].manifest.get("tokenizer", {}),
-                "options": {"merged": [shard.name for shard in shards]},
-                "sources": [source for shard in shards for source in shard.manifest.get("sources", [])],
-            }
-        )
-    except BaseException:
-        writer.abandon()
+        manifest = writer.finish(_manifest(shards))
+        build.place([("", output)])
+    except BaseException as error:
+        writer.close()
+        build.explain(error)
         raise
     return manifest["counts"]
 
 
+def _manifest(shards: list[Shard]) -> dict:
+    identities = {shard.manifest.get("tokenizer", {}).get("identity") for shard in shards}
+    return {
+        "tokenizer": shards[0].manifest.get("tokenizer", {}) if len(identities) == 1 else {},
+        "options": {"merged": [shard.name for shard in shards]},
+        "sources": [source for shard in shards for source in shard.manifest.get("sources", [])],
+    }
+
+
 def _merge_text(shards: list[Shard], output: str, overwrite: bool, bar: tqdm) -> dict:
-    names = [output + suffix for suffix in (".bin", ".json", ".idx")]
-    for name in names:
-        if os.path.exists(name) and not overwrite:
-            raise DataError(f"{name}: exists already; choose another name or pass --overwrite")
-    temporary = f"{output}.building-{os.getpid()}"
-    writer: IndexedWriter | None = None
+    refuse_existing([output + s for s in SUFFIXES], overwrite, "choose another name or pass --overwrite")
+    build = UnfinishedBuild(output, {"merged": [os.path.abspath(shard.path) for shard in shards]})
+    prefix, writer = os.path.join(build.data, "text"), None
     try:
-        writer = IndexedWriter(temporary, shards[0].text.data.dtype.type)
+        writer = IndexedWriter(prefix, shards[0].text.data.dtype.type)
         for shard in shards:
             writer.add_shard(shard.text)
             bar.update(len(shard))
         writer.finalize()
         counts = {"documents": len(writer), "tokens": writer.num_items}
-        identities = {shard.manifest.get("tokenizer", {}).get("identity") for shard in shards}
-        manifest = {
-            "format": "megatron text shard",
-            "version": 1,
-            "counts": counts,
-            "tokenizer": shards[0].manifest.get("tokenizer", {}) if len(identities) == 1 else {},
-            "options": {"merged": [shard.name for shard in shards]},
-            "sources": [source for shard in shards for source in shard.manifest.get("sources", [])],
-        }
-        with open(temporary + ".json", "w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-        for suffix in (".bin", ".json", ".idx"):
-            os.replace(temporary + suffix, output + suffix)
-    except BaseException:
+        write_text_manifest(prefix, {"counts": counts, **_manifest(shards)})
+        build.place([("text" + suffix, output + suffix) for suffix in SUFFIXES])
+    except BaseException as error:
         if writer is not None:
             writer.close()
-        for suffix in (".bin", ".idx", ".json"):
-            if os.path.exists(temporary + suffix):
-                os.remove(temporary + suffix)
+        build.explain(error)
         raise
     return counts

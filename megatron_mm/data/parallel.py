@@ -7,8 +7,10 @@ costs far less than one a document.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +39,13 @@ class LineBlock:
 
 
 def line_blocks(
-    path: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int, block_lines: int, max_line: int = 1 << 28
+    path: str,
+    stream: BinaryIO,
+    raw: BinaryIO,
+    block_bytes: int,
+    block_lines: int,
+    max_line: int = 1 << 28,
+    first_line: int = 1,
 ) -> Iterator[LineBlock]:
     """Cuts a stream into blocks of whole lines.
 
@@ -48,11 +56,12 @@ def line_blocks(
         block_bytes: a block ends once it holds this many bytes.
         block_lines: most lines of a block; 0 for no limit (faster).
         max_line: bytes of the longest line that is accepted.
+        first_line: number of the line at which the stream stands.
 
     Raises:
         DataError: a line is longer than `max_line`, or compressed input is damaged.
     """
-    first = 1
+    first = first_line
     while True:
         if block_lines:
             lines: list[bytes] = []
@@ -82,10 +91,17 @@ def _read_line(stream: BinaryIO, max_line: int, where: str) -> bytes:
     return line
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def _start_worker(initializer: Callable[..., None] | None, initargs: tuple) -> None:
-    """Leaves interrupts to the parent, which cancels the work and cleans up."""
+    """Leaves interrupts to the parent, which cancels the work and cleans up; ends with it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if initializer:
         initializer(*initargs)
 

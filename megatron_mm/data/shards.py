@@ -6,7 +6,6 @@ Whatever is missing, cut off, or disagrees is reported here, by file, before a r
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from megatron_mm.data.build_multimodal import FORMAT, MANIFEST, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import IndexedReader
+from megatron_mm.data.manifest import read_manifest
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE
 from megatron_mm.data.tokenizer import Tokenizer
 
@@ -73,13 +73,13 @@ class Shard:
         if self.text.data.dtype.kind not in "iu" or self.text.data.dtype.itemsize < 2:
             raise DataError(f"{self.path}.idx: holds {self.text.data.dtype}, not token ids")
         if os.path.exists(self.path + ".json"):
-            self.manifest = _read_json(self.path + ".json")
+            self.manifest = read_manifest(self.path + ".json")
 
     def _open_folder(self) -> None:
         manifest = os.path.join(self.path, MANIFEST)
         if not os.path.exists(manifest):
             raise DataError(f"{self.path}: not a dataset folder: it has no {MANIFEST}")
-        self.manifest = _read_json(manifest)
+        self.manifest = read_manifest(manifest)
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
             raise DataError(
                 f"{manifest}: format {self.manifest.get('format')!r}, version {self.manifest.get('version')!r}; "
@@ -91,7 +91,7 @@ class Shard:
         path = os.path.join(self.path, TABLE)
         try:
             self.table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header ends in whatever Python's parser raises
             raise DataError(f"{path}: missing or damaged ({error})") from error
         for kind, name in MEDIA_SHARDS.items():
             prefix = os.path.join(self.path, name)
@@ -139,8 +139,8 @@ class Shard:
         for part in (data[:_SCANNED_TOKENS], data[-_SCANNED_TOKENS:]):
             if part.size and not 0 <= int(part.min()) <= int(part.max()) < tokenizer.vocab_size:
                 raise DataError(
-                    f"{self.path}: token ids from {int(part.min())} to {int(part.max())}, but {tokenizer.path} has "
-                    f"{tokenizer.vocab_size} pieces: made with another tokenizer, or damaged"
+                    f"{self.text.prefix}.bin: token ids from {int(part.min())} to {int(part.max())}, but "
+                    f"{tokenizer.path} has {tokenizer.vocab_size} pieces: made with another tokenizer, or damaged"
                 )
 
     # ------------------------------------------------------------------------------------------------ documents
@@ -169,7 +169,7 @@ class Shard:
     def document_id(self, document: int) -> str:
         """The sample's id from the JSONL, or its number."""
         if self.ids is not None:
-            name = self.ids.document(document).tobytes().decode()
+            name = self.ids.document(document).tobytes().decode(errors="backslashreplace")
             if name:
                 return name
         return str(document)
@@ -177,14 +177,3 @@ class Shard:
     def describe_record(self, kind: str, record: int, document: int) -> str:
         """How messages name a medium."""
         return f"{self.path}/{MEDIA_SHARDS[kind]}.bin, record {record} (sample {self.document_id(document)})"
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            value = json.load(stream)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: damaged (not a JSON object)")
-    return value

@@ -177,6 +177,7 @@ def test_merge_refuses_another_tokenizer(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     manifest["tokenizer"]["identity"] = "0" * 64
+    del manifest["checksum"]
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="another tokenizer"):
         merge_datasets([folder, str(tmp_path / "other")], str(tmp_path / "m"), progress=False)

@@ -1,0 +1,87 @@
+"""Manifests: what a dataset holds, what made it, of which sources; with checksums of its files and of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+
+from megatron_mm.data.errors import DataError
+
+CHECKSUM = "checksum"
+_CHUNK = 1 << 20
+
+
+def sha256(path: str) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while data := stream.read(_CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def describe_sources(inputs: Sequence[str]) -> list[dict]:
+    """Names and sizes of input files."""
+    return [{"name": os.path.basename(path), "bytes": os.path.getsize(path)} for path in inputs]
+
+
+def write_manifest(path: str, manifest: dict, base: str, names: Sequence[str]) -> None:
+    """Writes a manifest with sizes and checksums of files.
+
+    Tables and indexes get a SHA-256 each; the documents of a `.bin` have a CRC-32 each in `.crc`.
+
+    Args:
+        base: what stands before each name: a folder with its separator, or the prefix of a text shard.
+        names: of the files.
+    """
+    files = {}
+    for name in sorted(names):
+        files[name] = {"bytes": os.path.getsize(base + name)}
+        if not name.endswith(".bin"):
+            files[name]["sha256"] = sha256(base + name)
+    manifest = {**manifest, "files": files}
+    manifest[CHECKSUM] = _digest(manifest)
+    with open(path, "w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _digest(manifest: dict) -> str:
+    rest = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_manifest(path: str) -> dict:
+    """A manifest; an older one has no checksum.
+
+    Raises:
+        DataError: not JSON, or it does not have its own checksum.
+    """
+    try:
+        with open(path, encoding="utf-8") as stream:
+            value = json.load(stream)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: damaged (not a JSON object)")
+    if CHECKSUM in value and value[CHECKSUM] != _digest(value):
+        raise DataError(f"{path}: damaged (its checksum is another)")
+    return value
+
+
+def damaged_files(manifest: dict, base: str) -> list[str]:
+    """What differs from the manifest's sizes and checksums, one message a file."""
+    problems = []
+    for name, expected in manifest.get("files", {}).items():
+        path = base + name
+        if not os.path.exists(path):
+            problems.append(f"{path}: missing")
+        elif os.path.getsize(path) != expected["bytes"]:
+            problems.append(f"{path}: {os.path.getsize(path)} bytes; it was written with {expected['bytes']}")
+        elif "sha256" in expected and sha256(path) != expected["sha256"]:
+            problems.append(f"{path}: its SHA-256 is not the one with which it was written")
+    return problems

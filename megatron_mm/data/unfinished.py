@@ -1,0 +1,270 @@
+"""A build that can be killed: OUTPUT.building has its files, and a journal of how far they and their sources are.
+
+    OUTPUT.building/
+        lock           held by the process that builds
+        options.json   what is built, and how
+        journal.jsonl  a line every few seconds: how far the sources were read, sizes of the files at that moment
+        data/          the files: what the journal says, and perhaps more, which is cut off
+
+The same command takes a build up at the journal's last line. What follows depends on nothing else, so the result is
+byte for byte that of a build that nobody interrupted, for any number of workers. With other options, or if what was
+read has changed since, the build starts anew and says so. Finished files get their names by renaming.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from tqdm import tqdm
+
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.parallel import LineBlock, Result, line_blocks, ordered_map
+from megatron_mm.data.text_input import open_lines
+
+JOURNAL_SECONDS = 5.0
+_CHUNK = 1 << 20
+
+
+class Sink(Protocol):
+    """Where a build's results go."""
+
+    def begin(self, state: dict | None) -> None:
+        """Opens the files: new, or as they were at `state`."""
+
+    def add(self, result) -> None:
+        """Takes the next result."""
+
+    def state(self) -> dict:
+        """How far the files are; all of it is on the disk."""
+
+    def close(self) -> None:
+        """Closes the files, whatever they hold."""
+
+
+@dataclass
+class Source:
+    """How far an input file was read."""
+
+    path: str
+    size: int
+    modified: int
+    """Nanoseconds."""
+    line: int = 1
+    """Number of the first line that was not read."""
+    offset: int = 0
+    """Bytes of the lines read (decompressed)."""
+    checksum: int = 0
+    """CRC-32 of these bytes."""
+    done: bool = False
+
+    @classmethod
+    def of(cls, path: str) -> Source:
+        """A file of which nothing was read."""
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        return cls(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+    def took(self, block: LineBlock) -> None:
+        """A block of its lines was built."""
+        self.line = block.first_line + block.data.count(b"\n")
+        self.offset += len(block.data)
+        self.checksum = zlib.crc32(block.data, self.checksum)
+
+    def unchanged(self) -> bool:
+        """Whether what was read of the file is what it holds now."""
+        now = Source.of(self.path)
+        if (now.size, now.modified) == (self.size, self.modified):
+            return True
+        left, checksum = self.offset, 0
+        with open_lines(self.path) as (stream, _):
+            while left and (data := stream.read(min(_CHUNK, left))):
+                left, checksum = left - len(data), zlib.crc32(data, checksum)
+            ends_here = not stream.read(1)
+        self.size, self.modified = now.size, now.modified
+        return not left and checksum == self.checksum and (ends_here or not self.done)
+
+
+@dataclass
+class Lines:
+    """How the lines of the sources are built."""
+
+    function: Callable[[LineBlock], Result]
+    initializer: Callable[..., None]
+    initargs: tuple
+    workers: int
+    block_bytes: int
+    block_lines: int = 0
+    max_line: int = 1 << 28
+
+
+class UnfinishedBuild:
+    """The folder of a build, locked by this process until `close`.
+
+    Args:
+        output: what is built.
+        options: everything but the sources that the result depends on, as JSON.
+
+    Raises:
+        DataError: another process builds the same output.
+    """
+
+    def __init__(self, output: str, options: dict) -> None:
+        self.output = os.path.abspath(output)
+        self.folder = f"{self.output}.building"
+        self.data = os.path.join(self.folder, "data")
+        self._journal = os.path.join(self.folder, "journal.jsonl")
+        os.makedirs(self.folder, exist_ok=True)
+        self._lock = open(os.path.join(self.folder, "lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise DataError(f"{self.folder}: another process is building {output}; wait for it or stop it") from error
+        self._last: dict | None = None
+        self._take_up(options)
+
+    def _take_up(self, options: dict) -> None:
+        path = os.path.join(self.folder, "options.json")
+        wanted = json.dumps(options, sort_keys=True, ensure_ascii=False)
+        try:
+            with open(path, encoding="utf-8") as stream:
+                found = stream.read()
+        except (OSError, ValueError):
+            found = None
+        if found == wanted:
+            self._last = self._last_line()
+        elif found is not None and self._last_line():
+            self._say("was begun with other options: starts anew")
+        if self._last is None:
+            self._clear()
+            with open(path, "w", encoding="utf-8") as stream:
+                stream.write(wanted)
+        os.makedirs(self.data, exist_ok=True)
+
+    def _last_line(self) -> dict | None:
+        try:
+            with open(self._journal, encoding="utf-8") as stream:
+                lines = stream.read().split("\n")[:-1]  # what follows the last line end was cut off
+            return json.loads(lines[-1]) if lines else None
+        except (OSError, ValueError):
+            return None
+
+    def _clear(self) -> None:
+        self._last = None
+        if os.path.exists(self._journal):
+            os.remove(self._journal)
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def _say(self, text: str) -> None:
+        print(f"{self.folder}: {text}", file=sys.stderr, flush=True)
+
+    def _record(self, sources: Sequence[Source], sink: Sink) -> None:
+        state = sink.state()
+        line = {"sources": [asdict(source) for source in sources], "files": state}
+        with open(self._journal, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _taken_up(self, inputs: Sequence[str], sink: Sink) -> list[Source]:
+        """The sources that were begun, and the sink opened where they left it."""
+        if self._last is not None:
+            sources = [Source(**source) for source in self._last["sources"]]
+            same = [source.path for source in sources] == [os.path.abspath(path) for path in inputs[: len(sources)]]
+            if same and all(os.path.exists(source.path) and source.unchanged() for source in sources):
+                try:
+                    sink.begin(self._last["files"])
+                except (DataError, OSError) as error:
+                    sink.close()
+                    self._say(f"is damaged ({error}): starts anew")
+                else:
+                    self._say("continues an unfinished build")
+                    return sources
+            else:
+                self._say("its sources have changed: starts anew")
+            self._clear()
+            os.makedirs(self.data)
+        sink.begin(None)
+        return []
+
+    def read_lines(self, inputs: Sequence[str], sink: Sink, lines: Lines, bar: tqdm) -> Iterator[LineBlock]:
+        """Builds the lines of the inputs, in order, from where an earlier build stopped.
+
+        Yields:
+            each block that was built.
+
+        Raises:
+            DataError: a line cannot be used; what was built until then is kept.
+        """
+        sources = self._taken_up(inputs, sink)
+        bar.update(sum(source.size for source in sources if source.done))
+        recorded = time.monotonic()
+        for number, path in enumerate(inputs):
+            if number == len(sources):
+                sources.append(Source.of(path))
+            source = sources[number]
+            if source.done:
+                continue
+            with open_lines(path) as (stream, raw):
+                if source.offset:
+                    stream.seek(source.offset)
+                shown = 0
+                limits = (lines.block_bytes, lines.block_lines, lines.max_line)
+                blocks = line_blocks(path, stream, raw, *limits, first_line=source.line)
+                work = ordered_map(lines.function, blocks, lines.workers, lines.initializer, lines.initargs)
+                for block, result in work:
+                    sink.add(result)
+                    source.took(block)
+                    bar.update(block.end - shown)
+                    shown = block.end
+                    yield block
+                    if time.monotonic() > recorded + JOURNAL_SECONDS:
+                        self._record(sources, sink)
+                        recorded = time.monotonic()
+            source.done = True
+
+    def place(self, names: Sequence[tuple[str, str]]) -> None:
+        """Gives finished files or folders their names, in this order, and removes the rest.
+
+        Args:
+            names: (path within `data`, "" for all of it; final path).
+        """
+        for number, (name, final) in enumerate(names):
+            if os.path.isdir(final):
+                os.rename(final, os.path.join(self.folder, f"old-{number}"))
+            os.replace(os.path.join(self.data, name) if name else self.data, final)
+        self._remove()
+
+    def explain(self, error: BaseException) -> None:
+        """Ends an unfinished build: its folder is kept if a journal was begun, and the user told so."""
+        if not os.path.exists(self._journal):
+            self._remove()
+            return
+        self._lock.close()
+        kept = f"{self.folder} keeps what was built, and the same command continues there"
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (kept,)
+        else:
+            print(kept, file=sys.stderr, flush=True)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def refuse_existing(paths: Sequence[str], overwrite: bool, advice: str) -> None:
+    """Raises DataError if an output exists and may not be replaced."""
+    for path in paths:
+        if os.path.exists(path) and not overwrite:
+            raise DataError(f"{path}: exists already; {advice}")

@@ -1,0 +1,165 @@
+"""Builds that are killed, fail or find bad lines continue, and end with the bytes of a build that nobody disturbed.
+
+Truth: the folder that an undisturbed build with another number of workers makes, compared file by file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.data import unfinished
+from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.build_text import build_text
+from megatron_mm.data.errors import DataError
+
+#: Builds with a journal line after every block: python -c DRIVER kind input output tokenizer workers.
+DRIVER = """
+import sys
+from megatron_mm.data import unfinished
+from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.build_text import build_text
+unfinished.JOURNAL_SECONDS = 0
+kind, source, output, tokenizer, workers = sys.argv[1:]
+if kind == "text":
+    build_text([source], output, tokenizer, workers=int(workers), progress=False)
+else:
+    build_multimodal([source], output, tokenizer, workers=int(workers), progress=False)
+"""
+
+
+@pytest.fixture
+def journal_every_block(monkeypatch):
+    monkeypatch.setattr(unfinished, "JOURNAL_SECONDS", -1)
+
+
+@pytest.fixture(scope="module")
+def many(samples) -> Path:
+    """The samples many times over, beside their media; several blocks for either builder."""
+    path = samples.parent / "many.jsonl"
+    path.write_bytes(samples.read_bytes() * 10)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Bytes of a folder's files, or of those whose names begin with a prefix, but for the names of sources."""
+    files = sorted(path.iterdir()) if path.is_dir() else sorted(path.parent.glob(path.name + "*"))
+    return {file.name: file.read_bytes() for file in files if not file.name.endswith(".json")}
+
+
+@pytest.mark.parametrize("kind", ["multimodal", "text"])
+def test_killed_again_and_again(kind, many, tmp_path, tokenizer_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    out.mkdir(), whole.mkdir()
+    source = many.parent / "more.jsonl"
+    source.write_bytes(many.read_bytes() * 3)
+    if kind == "text":
+        source = tmp_path / "text.jsonl"
+        source.write_bytes(many.read_bytes() * 200)
+
+    def start(folder: Path, workers: int) -> subprocess.Popen:
+        words = [sys.executable, "-c", DRIVER, kind, str(source), str(folder / "x"), tokenizer_path, str(workers)]
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+    undisturbed = start(whole, 0)
+    assert undisturbed.wait(timeout=120) == 0, undisturbed.stderr.read()
+    name = "x" if kind == "multimodal" else "x_text_document"
+    finished = "x" if kind == "multimodal" else f"{name}.idx"
+    dice, said, journal = random.Random(0), [], out / "x.building" / "journal.jsonl"
+    for attempt in range(40):
+        before = journal.stat().st_size if journal.exists() else 0
+        build = start(out, attempt % 3)
+        while build.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= before:
+            time.sleep(0.002)
+        time.sleep(dice.random() * 0.2)
+        if attempt < 6:
+            build.send_signal(signal.SIGKILL)
+        _, stderr = build.communicate(timeout=120)
+        said.append(stderr)
+        if build.returncode == 0 or (out / finished).exists():  # the kill may come after all is done
+            break
+        assert build.returncode == -signal.SIGKILL, stderr
+    assert sum("continues an unfinished build" in text for text in said) >= 2
+    assert contents(out / name) == contents(whole / name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mended_line_continues(packed, many, samples, tmp_path, tokenizer_path, journal_every_block, capsys):
+    lines = many.read_bytes().split(b"\n")
+    source = samples.parent / ("mended.jsonl.gz" if packed else "mended.jsonl")
+
+    def write(middle: bytes) -> None:
+        data = b"\n".join([*lines[:300], middle, *lines[300:]])
+        source.write_bytes(gzip.compress(data) if packed else data)
+
+    write(b'{"text": 5}')
+    with pytest.raises(DataError, match=r"mended.jsonl.*, line 301: field \"text\" must be a string"):
+        build_multimodal([str(source)], str(tmp_path / "x"), tokenizer_path, progress=False)
+    assert "keeps what was built, and the same command continues" in capsys.readouterr().err
+    write(b'{"text": "a red ball"}')
+    build_multimodal([str(source)], str(tmp_path / "x"), tokenizer_path, workers=0, progress=False)
+    assert "continues an unfinished build" in capsys.readouterr().err
+    build_multimodal([str(source)], str(tmp_path / "whole"), tokenizer_path, workers=0, progress=False)
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["options", "source", "journal", "files"])
+def test_what_does_not_fit_starts_anew(change, many, samples, tmp_path, tokenizer_path, journal_every_block, capsys):
+    source, out = samples.parent / "changing.jsonl", tmp_path / "x"
+    good = many.read_bytes()
+    source.write_bytes(good + b"[]\n")
+    with pytest.raises(DataError, match="must be a JSON object"):
+        build_multimodal([str(source)], str(out), tokenizer_path, progress=False)
+    building, check = tmp_path / "x.building", True
+    source.write_bytes(good)
+    if change == "options":
+        check = False
+    elif change == "source":
+        source.write_bytes(good.replace(b"red", b"tan", 1))
+    elif change == "journal":
+        (building / "journal.jsonl").write_text("{")
+    else:
+        (building / "data" / "text.bin").write_bytes(b"")
+    build_multimodal([str(source)], str(out), tokenizer_path, check=check, progress=False)
+    said = capsys.readouterr().err
+    assert "continues" not in said.split("\n", 1)[1]
+    assert ("starts anew" in said) == (change != "journal")
+    build_multimodal([str(source)], str(tmp_path / "whole"), tokenizer_path, check=check, progress=False)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_text_continues_after_a_bad_line(many, tmp_path, tokenizer_path, journal_every_block):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_bytes(many.read_bytes() * 30)
+    second.write_bytes(b'{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(DataError, match=r"second.jsonl, line 2: lacks the field"):
+        build_text([str(first), str(second)], str(tmp_path / "x"), tokenizer_path, progress=False)
+    second.write_bytes(b'{"text": "a"}\n{"text": "b"}\n')
+    build_text([str(first), str(second)], str(tmp_path / "x"), tokenizer_path, progress=False)
+    build_text([str(first), str(second)], str(tmp_path / "whole"), tokenizer_path, workers=0, progress=False)
+    names = [tmp_path / f"{name}_text_document" for name in ("x", "whole")]
+    assert list(contents(names[0]).values()) == list(contents(names[1]).values())
+
+
+def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
+    hold = "import sys, time\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
+    hold += "build = UnfinishedBuild(sys.argv[1], {})\nprint('held', flush=True)\ntime.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(DataError, match="another process is building"):
+            build_multimodal([str(samples)], str(tmp_path / "x"), tokenizer_path, progress=False)
+        assert (tmp_path / "x.building").exists()
+    finally:
+        other.kill()
+        other.wait()
+    build_multimodal([str(samples)], str(tmp_path / "x"), tokenizer_path, progress=False)
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["counts"]["samples"] == 60
