@@ -3,10 +3,10 @@
     OUTPUT.building/
         lock           held by the process that builds
         options.json   what is built, and how
-        journal.jsonl  a line every few seconds: how far the sources were read, sizes of the files at that moment
+        journal.json   written anew every few seconds: how far the sources were read, sizes of the files at that moment
         data/          the files: what the journal says, and perhaps more, which is cut off
 
-The same command takes a build up at the journal's last line. What follows depends on nothing else, so the result is
+The same command takes a build up where the journal is. What follows depends on nothing else, so the result is
 byte for byte that of a build that nobody interrupted, for any number of workers. With other options, or if what was
 read has changed since, the build starts anew and says so. Finished files get their names by renaming.
 """
@@ -109,7 +109,7 @@ class Lines:
 
 
 class UnfinishedBuild:
-    """The folder of a build, locked by this process until `close`.
+    """The folder of a build, locked by this process until it is placed or left (`explain`).
 
     Args:
         output: what is built.
@@ -123,7 +123,7 @@ class UnfinishedBuild:
         self.output = os.path.abspath(output)
         self.folder = f"{self.output}.building"
         self.data = os.path.join(self.folder, "data")
-        self._journal = os.path.join(self.folder, "journal.jsonl")
+        self._journal = os.path.join(self.folder, "journal.json")
         os.makedirs(self.folder, exist_ok=True)
         self._lock = open(os.path.join(self.folder, "lock"), "a+", encoding="utf-8")  # noqa: SIM115
         try:
@@ -143,8 +143,8 @@ class UnfinishedBuild:
         except (OSError, ValueError):
             found = None
         if found == wanted:
-            self._last = self._last_line()
-        elif found is not None and self._last_line():
+            self._last = self._read_journal()
+        elif found is not None and self._read_journal():
             self._say("was begun with other options: starts anew")
         if self._last is None:
             self._clear()
@@ -152,11 +152,10 @@ class UnfinishedBuild:
                 stream.write(wanted)
         os.makedirs(self.data, exist_ok=True)
 
-    def _last_line(self) -> dict | None:
+    def _read_journal(self) -> dict | None:
         try:
             with open(self._journal, encoding="utf-8") as stream:
-                lines = stream.read().split("\n")[:-1]  # what follows the last line end was cut off
-            return json.loads(lines[-1]) if lines else None
+                return json.load(stream)
         except (OSError, ValueError):
             return None
 
@@ -170,12 +169,12 @@ class UnfinishedBuild:
         print(f"{self.folder}: {text}", file=sys.stderr, flush=True)
 
     def _record(self, sources: Sequence[Source], sink: Sink) -> None:
-        state = sink.state()
-        line = {"sources": [asdict(source) for source in sources], "files": state}
-        with open(self._journal, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        state = {"files": sink.state(), "sources": [asdict(source) for source in sources]}
+        with open(self._journal + ".new", "w", encoding="utf-8") as stream:
+            json.dump(state, stream, ensure_ascii=False)
             stream.flush()
             os.fsync(stream.fileno())
+        os.replace(stream.name, self._journal)
 
     def _taken_up(self, inputs: Sequence[str], sink: Sink) -> list[Source]:
         """The sources that were begun, and the sink opened where they left it."""

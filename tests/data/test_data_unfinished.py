@@ -21,7 +21,7 @@ from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.errors import DataError
 
-#: Builds with a journal line after every block: python -c DRIVER kind input output tokenizer workers.
+#: Builds with a journal after every block: python -c DRIVER kind input output tokenizer workers.
 DRIVER = """
 import sys
 from megatron_mm.data import unfinished
@@ -73,11 +73,11 @@ def test_killed_again_and_again(kind, many, tmp_path, tokenizer_path):
     assert undisturbed.wait(timeout=120) == 0, undisturbed.stderr.read()
     name = "x" if kind == "multimodal" else "x_text_document"
     finished = "x" if kind == "multimodal" else f"{name}.idx"
-    dice, said, journal = random.Random(0), [], out / "x.building" / "journal.jsonl"
+    dice, said, journal = random.Random(0), [], out / "x.building" / "journal.json"
     for attempt in range(40):
-        before = journal.stat().st_size if journal.exists() else 0
+        before = journal.read_bytes() if journal.exists() else b""
         build = start(out, attempt % 3)
-        while build.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= before:
+        while build.poll() is None and (journal.read_bytes() if journal.exists() else before) == before:
             time.sleep(0.002)
         time.sleep(dice.random() * 0.2)
         if attempt < 6:
@@ -125,7 +125,7 @@ def test_what_does_not_fit_starts_anew(change, many, samples, tmp_path, tokenize
     elif change == "source":
         source.write_bytes(good.replace(b"red", b"tan", 1))
     elif change == "journal":
-        (building / "journal.jsonl").write_text("{")
+        (building / "journal.json").write_text("{")
     else:
         (building / "data" / "text.bin").write_bytes(b"")
     build_multimodal([str(source)], str(out), tokenizer_path, check=check, progress=False)
