@@ -33,7 +33,7 @@ two_phases() {
     rm -rf "$output"/{shards,mae,run,tokenizer.model,results.json}
     mkdir -p "$output"
 
-    local limit=0 mae_iterations=200 prepare=(--questions 24000 --shapes 2400) training=()
+    local limit=0 mae_iterations=200 prepare=(--questions 36000 --shapes 2400) training=()
     if [ $smoke ]; then
         limit=16 mae_iterations=4 prepare=(--names 24 --variants 1 --questions 64 --heldout-questions 16 --shapes 48)
         training=(--train-iters 4 --lr-warmup-iters 2)
@@ -58,7 +58,7 @@ two_phases() {
         shift
         OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
             --logging.output "$output/$folder" --data.tokenizer "$output/tokenizer.model" --data-path \
-            0.4 "$output/shards/pairs" 0.25 "$output/shards/shapes" 0.35 "$output/shards/questions" "$@"
+            0.12 "$output/shards/pairs" 0.46 "$output/shards/shapes" 0.42 "$output/shards/questions" "$@"
     }
 
     heading "Phase 1: masked autoencoding of the vision tower, data parallel 2"

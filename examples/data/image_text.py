@@ -51,7 +51,7 @@ class Arguments:
     """Pictures made of each training drawing: one on white, the others on colours, turned and shifted."""
     questions: int = 0
     """Training questions of easy-vqa (38,575 in all)."""
-    heldout_questions: int = 1500
+    heldout_questions: int = 1000
     """Held-out questions (9,673 in all)."""
     shapes: int = 0
     """Training pictures of easy-vqa with a caption, such as "blue rectangle" (2,435 in all)."""
