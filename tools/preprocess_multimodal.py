@@ -9,7 +9,8 @@ order; paths are relative to the input file or to --media-root. {"base64": "..."
 Tables have these fields as columns: CSV and TSV with a header, "images" being paths with ; between them; Parquet and
 folders of Hugging Face's save_to_disk, whose image or audio columns are read too. In a WebDataset tar, the members of a
 sample have its name: .txt or .caption is "text", .json further fields, images, sounds and videos its media. Tables and
-tars may leave the placeholders out: they are put before the prompt then. .gz and .zst of all but Parquet are read.
+tars may leave the placeholders out: they are put before the prompt then. All but Parquet and save_to_disk may be .gz or
+.zst. A line is at most 256 MiB, so media inside the input are at most 192 MiB a sample; longer ones need paths.
 """
 
 from __future__ import annotations
