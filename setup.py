@@ -25,14 +25,16 @@ setup(
         "soundfile",  # sound decoding (wav, flac, ogg, mp3)
         "soxr",  # resampling
         "tqdm",  # progress bars
+        "backports.zstd; python_version < '3.14'",  # .zst input; unlike zstandard's reader it notices a cut file
         "tensorboard",  # event files
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7"],  # layers and attention on CUDA
+        "parquet": ["pyarrow"],  # Parquet and Hugging Face datasets as input of the builders
         "evaluation": ["pycocoevalcap"],  # CIDEr
         "plot": ["matplotlib"],  # loss curves
         "wandb": ["wandb"],  # experiment tracking
         "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr
-        "test": ["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib", "pyarrow"],
     },
 )

@@ -1,9 +1,11 @@
-"""Tokenises text JSONL into Megatron's .bin/.idx, with Megatron's flag names and byte for byte its output.
+"""Tokenises text into Megatron's .bin/.idx, with Megatron's flag names and byte for byte its output.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-model tokenizer.model --append-eod --workers 8
 
-The shard is data/corpus_text_document.bin and .idx: name `data/corpus_text_document` as a dataset's path.
+Input is JSONL, CSV or TSV (the header names the fields), Parquet, a folder of Hugging Face's save_to_disk, or a
+WebDataset tar (.txt members are "text"); all but Parquet and save_to_disk also as .gz and .zst. The shard is
+data/corpus_text_document.bin and .idx: name `data/corpus_text_document` as a dataset's path.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from megatron_mm.data.text_input import expand_inputs
 
 @dataclass
 class Args:
-    """Tokenise text JSONL into Megatron's .bin/.idx."""
+    """Tokenise text into Megatron's .bin/.idx."""
 
     input: list[str]
-    """JSONL files (.gz too); globs work."""
+    """Files (.jsonl .csv .tsv .parquet .arrow .tar, .gz .zst), folders of them, globs."""
     output_prefix: str
     """Shards are named PREFIX_KEY_document.bin and .idx."""
     tokenizer_model: str
@@ -31,7 +33,7 @@ class Args:
     tokenizer_type: Literal["SentencePieceTokenizer", "GPTSentencePieceTokenizer"] = "GPTSentencePieceTokenizer"
     """For Megatron's scripts; both mean a plain SentencePiece model."""
     json_keys: tuple[str, ...] = ("text",)
-    """Text fields; every line must have all of them."""
+    """Text fields; every record must have all of them."""
     append_eod: bool = False
     """End each document with </s>."""
     workers: int = 2

@@ -1,10 +1,16 @@
-"""Turns a JSONL of samples with images, sounds and videos into a dataset folder that trains.
+"""Turns samples with images, sounds and videos into a dataset folder that trains.
 
     python tools/preprocess_multimodal.py --input samples.jsonl --tokenizer-model tokenizer.model --output data/emoji
 
 A line: {"id": "7", "prompt": "<image> What is this?", "text": " A cat.", "images": ["cat.png"]}. `text` is learned,
 `prompt` (optional) is not; there is one <image>, <audio> or <video> for each file of "images", "audios", "videos", in
-order; paths are relative to the JSONL file or to --media-root.
+order; paths are relative to the input file or to --media-root. {"base64": "..."} in place of a path is a file's bytes.
+
+Tables have these fields as columns: CSV and TSV with a header, "images" being paths with ; between them; Parquet and
+folders of Hugging Face's save_to_disk, whose image or audio columns are read too. In a WebDataset tar, the members of a
+sample have its name: .txt or .caption is "text", .json further fields, images, sounds and videos its media. Tables and
+tars may leave the placeholders out: they are put before the prompt then. All but Parquet and save_to_disk may be .gz or
+.zst. A line is at most 256 MiB, so media inside the input are at most 192 MiB a sample; longer ones need paths.
 """
 
 from __future__ import annotations
@@ -23,13 +29,13 @@ class Args:
     """Build a multimodal dataset folder."""
 
     input: list[str]
-    """JSONL files (.gz too); globs work."""
+    """Files (.jsonl .csv .tsv .parquet .arrow .tar, .gz .zst), folders of them, globs."""
     output: str
     """Folder to make; it appears only when it is complete."""
     tokenizer_model: str
     """SentencePiece model from tools/train_tokenizer.py."""
     media_root: str | None = None
-    """Folder of the media; by default that of the JSONL file."""
+    """Folder of the media; by default that of the input file."""
     workers: int = 2
     """Worker processes; 0 works in this one. The result does not depend on it."""
     check: bool = True

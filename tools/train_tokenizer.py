@@ -20,7 +20,7 @@ class Args:
     """Train a SentencePiece model: <pad> <unk> <s> </s> are 0–3, then <image> <audio> <video> <mask>, then pieces."""
 
     input: list[str]
-    """JSONL files (.jsonl, .json) or plain text, .gz too; globs work."""
+    """Files: .jsonl .csv .tsv .parquet .arrow .tar or plain text, .gz .zst; folders, globs."""
     output: str
     """The .model file to write."""
     vocab_size: int
@@ -28,7 +28,7 @@ class Args:
     model_type: Literal["unigram", "bpe"] = "unigram"
     """SentencePiece's algorithm."""
     json_keys: tuple[str, ...] = ("text",)
-    """Text fields of a JSONL line; a line must have one of them."""
+    """Text fields of a record; a record must have one of them."""
     character_coverage: float = 0.9995
     """Share of the characters that get pieces of their own; the rest is written in bytes."""
     normalization: Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"] = "nmt_nfkc"

@@ -191,13 +191,13 @@ def build_multimodal(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Builds a dataset folder from JSONL files.
+    """Builds a dataset folder from JSONL files, or others with the same fields.
 
     Args:
-        inputs: JSONL files (`.gz` too), read in this order.
+        inputs: files of the formats of `text_input.py`, read in this order.
         output: folder to make.
         tokenizer: SentencePiece model with media placeholders.
-        media_root: folder of the media; None: that of each JSONL file.
+        media_root: folder of the media; None: that of each input file.
         workers: processes; 0 works in this one. The output does not depend on it.
         check: decode every medium once.
         overwrite: replace an existing output.

@@ -18,6 +18,7 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, token_dtype
 from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
+from megatron_mm.data.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.samples import parse_line, text_field
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
@@ -27,8 +28,6 @@ FORMAT = "megatron text shard"
 #: Files of a text shard, in the order in which they get their names: a shard without its index does not open.
 SUFFIXES = (".bin", CHECKSUMS, ".json", ".idx")
 _BLOCK_BYTES = 1 << 18
-#: Longest line that is read; a longer one is refused before it fills memory.
-MAX_LINE_BYTES = 1 << 28
 
 
 @dataclass
@@ -78,10 +77,10 @@ def build_text(
     log_interval: int = 1000,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Tokenises JSONL files into one shard a key.
+    """Tokenises JSONL files, or others with the same fields, into one shard a key.
 
     Args:
-        inputs: JSONL files (`.gz` too), read in this order.
+        inputs: files of the formats of `text_input.py`, read in this order.
         output_prefix: shards are named PREFIX_KEY_document.
         tokenizer: SentencePiece model; needs `</s>` only.
         json_keys: text fields; every line must have all of them.

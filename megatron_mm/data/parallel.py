@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.record_lines import MAX_LINE_BYTES, read_line
 
 LINE_END = b"\n"
 Task = TypeVar("Task")
@@ -44,7 +45,7 @@ def line_blocks(
     raw: BinaryIO,
     block_bytes: int,
     block_lines: int,
-    max_line: int = 1 << 28,
+    max_line: int = MAX_LINE_BYTES,
     first_line: int = 1,
 ) -> Iterator[LineBlock]:
     """Cuts a stream into blocks of whole lines.
@@ -52,7 +53,7 @@ def line_blocks(
     Args:
         path: name for messages.
         stream: the lines (decompressed).
-        raw: the file itself, whose position is the progress; `stream` where nothing is compressed.
+        raw: what tells the progress, the file itself for the most part.
         block_bytes: a block ends once it holds this many bytes.
         block_lines: most lines of a block; 0 for no limit (faster).
         max_line: bytes of the longest line that is accepted.
@@ -67,7 +68,7 @@ def line_blocks(
             lines: list[bytes] = []
             size = 0
             while len(lines) < block_lines and size < block_bytes:
-                line = _read_line(stream, max_line, f"{path}, line {first + len(lines)}")
+                line = read_line(stream, max_line, f"{path}, line {first + len(lines)}")
                 if not line:
                     break
                 lines.append(line)
@@ -76,19 +77,12 @@ def line_blocks(
         else:
             data = stream.read(block_bytes)
             if data and not data.endswith(b"\n"):
-                data += _read_line(stream, max_line, f"{path}, line {first + data.count(LINE_END)}")
+                data += read_line(stream, max_line, f"{path}, line {first + data.count(LINE_END)}")
             count = data.count(LINE_END)
         if not data:
             return
         yield LineBlock(path, first, data, raw.tell())
         first += count
-
-
-def _read_line(stream: BinaryIO, max_line: int, where: str) -> bytes:
-    line = stream.readline(max_line)
-    if len(line) == max_line and not line.endswith(LINE_END):
-        raise DataError(f"{where}: longer than {max_line} bytes")
-    return line
 
 
 def _end_with(parent: int) -> None:

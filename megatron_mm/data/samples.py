@@ -1,7 +1,8 @@
 """One line of a multimodal JSONL → tokens, media bytes and a row of the sample table.
 
 A line is {"id", "prompt", "text", "images", "audios", "videos"}: `text` is learned, `prompt` is not, and the files
-stand in the order of their placeholders. Everything a line can get wrong is refused here, by file and line number.
+stand in the order of their placeholders; {"base64": "..."} in place of a path is a medium itself. Everything a line can
+get wrong is refused here, by file and line number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.media import check_medium
+from megatron_mm.data.record_lines import inline_bytes, is_inline
 from megatron_mm.data.tokenizer import PLACEHOLDERS, Tokenizer
 
 #: The sample table: one row a document, in the order of the token shard.
@@ -78,7 +80,7 @@ def text_field(record: dict, key: str, where: str) -> str:
 
 
 def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, check: bool) -> Sample:
-    """Tokenises one line and reads its media.
+    """Tokenises one line and reads its media: files, or inline as {"base64": "..."}.
 
     Args:
         line: the JSON object.
@@ -96,18 +98,24 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
     name = record.get("id")
     if name is not None and not isinstance(name, (str, int)):
         raise DataError(f'{where}: field "id" must be a string, not {type(name).__name__}')
+    name = text_field(record, "id", where) if isinstance(name, str) else name
     media: dict[str, list[bytes]] = {}
     for kind, placeholder in PLACEHOLDERS.items():
         paths = record.get(kind) or []
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise DataError(f'{where}: field "{kind}" must be a list of paths')
+        if not isinstance(paths, list) or not all(isinstance(path, str) or is_inline(path) for path in paths):
+            raise DataError(f'{where}: field "{kind}" must be a list of paths (or of {{"base64": ...}})')
         count = prompt.count(placeholder) + text.count(placeholder)
         if count != len(paths):
             raise DataError(
                 f'{where}: {count} {placeholder} in prompt and text, but {len(paths)} files in "{kind}"; '
                 "there must be one placeholder a file"
             )
-        media[kind] = [read_medium(kind, path, media_root, where, check) for path in paths]
+        media[kind] = [
+            read_medium(kind, path, media_root, where, check)
+            if isinstance(path, str)
+            else _inline_medium(kind, path, f'{where}: field "{kind}", number {number}', check)
+            for number, path in enumerate(paths, 1)
+        ]
     prompt_ids = tokenizer.encode(prompt) if prompt else []
     text_ids = tokenizer.encode(text)
     tokens = [tokenizer.bos_id, *prompt_ids, *text_ids, tokenizer.eos_id]
@@ -124,15 +132,27 @@ def read_medium(kind: str, path: str, media_root: str, where: str, check: bool) 
         raise DataError(f"{where}: no such file: {full}") from error
     except OSError as error:
         raise DataError(f"{where}: {full}: {error.strerror}") from error
+    return _checked(kind, data, f"{where}: {full}", check)
+
+
+def _inline_medium(kind: str, medium: dict[str, str], where: str, check: bool) -> bytes:
+    try:
+        data = inline_bytes(medium)
+    except ValueError as error:
+        raise DataError(f"{where}: not base64 ({error})") from error
+    return _checked(kind, data, where, check)
+
+
+def _checked(kind: str, data: bytes, where: str, check: bool) -> bytes:
     if not data:
-        raise DataError(f"{where}: {full}: an empty file")
+        raise DataError(f"{where}: an empty file")
     if len(data) > np.iinfo(np.int32).max:
-        raise DataError(f"{where}: {full}: {len(data)} bytes; a record holds at most 2 GiB")
+        raise DataError(f"{where}: {len(data)} bytes; a record holds at most 2 GiB")
     if check:
         try:
             check_medium(kind, data)
         except DataError as error:
-            raise DataError(f"{where}: {full}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
     return data
 
 

@@ -16,8 +16,9 @@ from typing import Literal
 import sentencepiece
 
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.record_lines import MAX_LINE_BYTES, read_line
 from megatron_mm.data.samples import parse_line
-from megatron_mm.data.text_input import open_lines
+from megatron_mm.data.text_input import holds_records, open_lines
 from megatron_mm.data.tokenizer import AUDIO, BOS, EOS, IMAGE, MASK, PAD, UNK, VIDEO
 
 _SPECIAL = re.compile("|".join(map(re.escape, (PAD, UNK, BOS, EOS, IMAGE, AUDIO, VIDEO, MASK))))
@@ -28,17 +29,18 @@ def training_lines(inputs: Sequence[str], json_keys: Sequence[str]) -> Iterator[
     """Lines to learn from.
 
     Args:
-        inputs: `.jsonl`/`.json` files (the fields `json_keys` of each line that has them; one at least), any other
-            file as plain text; `.gz` too.
+        inputs: files of the formats of `text_input.py` (the fields `json_keys` of each record that has them; one at
+            least), any other file as plain text; `.gz` and `.zst` too.
         json_keys: names of the fields.
 
     Raises:
         DataError: a line is not JSON, not UTF-8, or has none of the fields.
     """
     for path in inputs:
-        is_json = path.removesuffix(".gz").endswith((".jsonl", ".json"))
+        is_json, number = holds_records(path), 0
         with open_lines(path) as (stream, _):
-            for number, line in enumerate(stream, 1):
+            while line := read_line(stream, MAX_LINE_BYTES, f"{path}, line {number + 1}"):
+                number += 1
                 where = f"{path}, line {number}"
                 if not line.strip():
                     continue
@@ -72,11 +74,11 @@ def train_tokenizer(
     """Trains a model and writes it atomically.
 
     Args:
-        inputs: text or JSONL files.
+        inputs: text, or files with text fields.
         output: the `.model` file to write.
         vocab_size: pieces wanted, special tokens and 256 byte pieces included. A small corpus may yield fewer.
         model_type: SentencePiece's algorithm.
-        json_keys: text fields of JSONL lines.
+        json_keys: text fields of records.
         character_coverage: share of characters that get a piece of their own; the others fall back to bytes.
         normalization: SentencePiece's rule, or "identity".
         max_sentences: lines drawn at random from the input; 0 takes all.

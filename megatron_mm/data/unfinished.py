@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.parallel import LineBlock, Result, line_blocks, ordered_map
+from megatron_mm.data.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.text_input import open_lines
 
 JOURNAL_SECONDS = 5.0
@@ -61,7 +62,7 @@ class Source:
     line: int = 1
     """Number of the first line that was not read."""
     offset: int = 0
-    """Bytes of the lines read (decompressed)."""
+    """Bytes of the lines read (decompressed, or made of the records)."""
     checksum: int = 0
     """CRC-32 of these bytes."""
     done: bool = False
@@ -105,7 +106,7 @@ class Lines:
     workers: int
     block_bytes: int
     block_lines: int = 0
-    max_line: int = 1 << 28
+    max_line: int = MAX_LINE_BYTES
 
 
 class UnfinishedBuild:
@@ -215,7 +216,7 @@ class UnfinishedBuild:
             source = sources[number]
             if source.done:
                 continue
-            with open_lines(path) as (stream, raw):
+            with open_lines(path, lines.max_line) as (stream, raw):
                 if source.offset:
                     stream.seek(source.offset)
                 shown = 0
