@@ -220,6 +220,7 @@ def build_multimodal(
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:
+        build.begin()
         with bar:
             for _ in build.read_lines(inputs, writer, lines, bar):
                 bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)

@@ -113,6 +113,7 @@ def build_text(
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="text", disable=not progress, mininterval=0.5)
     try:
+        build.begin()
         with bar:
             for block in build.read_lines(inputs, writer, lines, bar):
                 read_bytes += len(block.data)

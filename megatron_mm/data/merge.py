@@ -58,6 +58,7 @@ def _merge_folders(shards: list[Shard], output: str, overwrite: bool, bar: tqdm)
     build = UnfinishedBuild(output, {"merged": [os.path.abspath(shard.path) for shard in shards]})
     writer = FolderWriter(build.data)
     try:
+        build.begin()
         writer.begin(None)
         for shard in shards:
             for start in range(0, len(shard), _CHUNK):
@@ -91,6 +92,7 @@ def _merge_text(shards: list[Shard], output: str, overwrite: bool, bar: tqdm) ->
     build = UnfinishedBuild(output, {"merged": [os.path.abspath(shard.path) for shard in shards]})
     prefix, writer = os.path.join(build.data, "text"), None
     try:
+        build.begin()
         writer = IndexedWriter(prefix, shards[0].text.data.dtype.type)
         for shard in shards:
             writer.add_shard(shard.text)

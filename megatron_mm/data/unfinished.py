@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -115,9 +115,6 @@ class UnfinishedBuild:
     Args:
         output: what is built.
         options: everything but the sources that the result depends on, as JSON.
-
-    Raises:
-        DataError: another process builds the same output.
     """
 
     def __init__(self, output: str, options: dict) -> None:
@@ -125,15 +122,35 @@ class UnfinishedBuild:
         self.folder = f"{self.output}.building"
         self.data = os.path.join(self.folder, "data")
         self._journal = os.path.join(self.folder, "journal.json")
-        os.makedirs(self.folder, exist_ok=True)
-        self._lock = open(os.path.join(self.folder, "lock"), "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise DataError(f"{self.folder}: another process is building {output}; wait for it or stop it") from error
+        self._options = options
+        self._lock: TextIO | None = None
         self._last: dict | None = None
-        self._take_up(options)
+
+    def begin(self) -> UnfinishedBuild:
+        """Makes or takes up the folder. Before this nothing is on the disk, so that a caller can clean up from there
+        on (`explain`), whatever interrupts it.
+
+        Raises:
+            DataError: another process builds the same output.
+        """
+        if not self._locked():
+            raise DataError(f"{self.folder}: another process is building {self.output}; wait for it or stop it")
+        self._take_up(self._options)
+        return self
+
+    def _locked(self) -> bool:
+        """Whether this process has the folder, which is made if it is missing."""
+        if self._lock is not None:
+            return True
+        os.makedirs(self.folder, exist_ok=True)
+        lock = open(os.path.join(self.folder, "lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            return False
+        self._lock = lock
+        return True
 
     def _take_up(self, options: dict) -> None:
         path = os.path.join(self.folder, "options.json")
@@ -248,6 +265,8 @@ class UnfinishedBuild:
 
     def explain(self, error: BaseException) -> None:
         """Ends an unfinished build: its folder is kept if a journal was begun, and the user told so."""
+        if not os.path.exists(self.folder) or not self._locked():
+            return
         if not os.path.exists(self._journal):
             self._remove()
             return

@@ -151,7 +151,7 @@ def test_text_continues_after_a_bad_line(many, tmp_path, tokenizer_path, journal
 
 def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
     hold = "import sys, time\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
-    hold += "build = UnfinishedBuild(sys.argv[1], {})\nprint('held', flush=True)\ntime.sleep(60)"
+    hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\ntime.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     try:
