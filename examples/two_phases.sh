@@ -58,7 +58,7 @@ two_phases() {
         shift
         OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
             --logging.output "$output/$folder" --data.tokenizer "$output/tokenizer.model" --data-path \
-            0.12 "$output/shards/pairs" 0.46 "$output/shards/shapes" 0.42 "$output/shards/questions" "$@"
+            0.2 "$output/shards/pairs" 0.43 "$output/shards/shapes" 0.37 "$output/shards/questions" "$@"
     }
 
     heading "Phase 1: masked autoencoding of the vision tower, data parallel 2"
