@@ -34,6 +34,6 @@ def run_tool(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt as interruption:
-        print(f"interrupted: {interruption or 'nothing was left behind'}", file=sys.stderr)
+        print(f"interrupted: {str(interruption) or 'nothing was left behind'}", file=sys.stderr)
         status = 130
     sys.exit(status)
