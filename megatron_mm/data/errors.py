@@ -16,18 +16,32 @@ class DataError(ValueError):
     """Input that cannot be used; the message names the file, the record and what would be right."""
 
 
+def _keep_from_forks(number: int) -> None:
+    """Gives forked workers the default of a signal that this process handles.
+
+    A handler of Python runs between two instructions: a signal just before a worker waits would be seen after the wait,
+    which may never end. Blocked during the fork, it meets the worker with its default.
+    """
+
+    def in_child() -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {number}),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {number}),
+        after_in_child=in_child,
+    )
+
+
 def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's `main` and ends the process: 0, 1 after an error a user can cause, 130 when interrupted or
     terminated, so that unfinished output is removed then too, or the interruption says where it is."""
-    owner = os.getpid()
-
-    def interrupt(number: int, _frame: object) -> None:
-        if os.getpid() != owner:  # a worker forked with this handler ends as if it had none
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    _keep_from_forks(signal.SIGTERM)
     try:
         status = main() or 0
     except (ValueError, OSError) as error:
