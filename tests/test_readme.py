@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-#: A command that is replaced by a shorter form of itself, or (None) is what runs this very test.
+#: A command that is replaced by a shorter form of itself, or (None) is what runs this very test, or has one of its own.
 SHORTER = {
     "examples/quickstart/run.sh": ["examples/quickstart/run.sh", "--smoke"],
     "tests/run.sh": None,
+    **{f"examples/{name}/tiny.sh": None for name in ("avt_33b", "vlm_14b", "perceiver_fusion_xl", "dual_encoder")},
 }
 #: Options that make a command shorter.
 SMALLER = {"tools/verify_layouts.py": ["--iterations", "2", "--global-batch-size", "4"]}

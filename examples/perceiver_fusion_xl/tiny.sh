@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PerceiverFusion-XL's graph on a laptop: trains perceiver-fusion-tiny on named pictures and scores it on unseen ones.
 #
-#   examples/perceiver_fusion_xl/tiny.sh            at most 8 minutes on two cores, downloads included
+#   examples/perceiver_fusion_xl/tiny.sh            about 8 minutes on two cores, downloads included
 #   examples/perceiver_fusion_xl/tiny.sh --smoke    the same steps on a few samples, to see that they work
 #
 # Options: --output DIR (default outputs/perceiver-fusion-tiny), --cache DIR (downloaded packages; default
