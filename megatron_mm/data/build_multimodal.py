@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedWriter, open_at
+from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, open_at
 from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE, read_sample, table_row
@@ -145,8 +145,7 @@ class FolderWriter:
         self._table.close()
         if not self._rows:
             raise DataError("the input holds no samples")
-        if not self._writers["ids"].num_items:
-            self._writers.pop("ids").discard()
+        unnamed = None if self._writers["ids"].num_items else self._writers.pop("ids")
         for writer in self._writers.values():
             writer.finalize()
         rows = os.path.join(self.folder, _ROWS)
@@ -154,8 +153,13 @@ class FolderWriter:
         np.save(os.path.join(self.folder, TABLE), table)
         manifest = {"format": FORMAT, "version": VERSION, "counts": table_counts(table), **manifest}
         del table
-        os.remove(rows)
-        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, os.listdir(self.folder))
+        shards = [name + suffix for name in self._writers for suffix in (".bin", ".idx", CHECKSUMS)]
+        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, [TABLE, *shards])
+        os.remove(rows)  # last: until here a killed build continues
+        for writer in self._writers.values():
+            writer.tidy()
+        if unnamed is not None:
+            unnamed.discard()
         return manifest
 
     def close(self) -> None:

@@ -142,7 +142,7 @@ class IndexedWriter:
                 os.remove(self.prefix + suffix)
 
     def finalize(self) -> None:
-        """Writes `.idx`; all files are then on the disk."""
+        """Writes `.idx`; all is then on the disk. Until `tidy`, another writer can be taken up where this was."""
         self.state()
         self.close()
         with open(self.prefix + ".idx", "wb") as stream:
@@ -158,6 +158,9 @@ class IndexedWriter:
             stream.writelines(_blocks_of(self.prefix + DOCUMENTS, np.int64))
             stream.flush()
             os.fsync(stream.fileno())
+
+    def tidy(self) -> None:
+        """Removes what only a continued writer would need; to be called when all is finished."""
         os.remove(self.prefix + LENGTHS)
         os.remove(self.prefix + DOCUMENTS)
 

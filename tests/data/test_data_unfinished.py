@@ -149,6 +149,35 @@ def test_text_continues_after_a_bad_line(many, tmp_path, tokenizer_path, journal
     assert list(contents(names[0]).values()) == list(contents(names[1]).values())
 
 
+@pytest.mark.parametrize("kind", ["multimodal", "text"])
+def test_what_fails_at_the_very_end_continues(
+    kind, many, samples, tmp_path, tokenizer_path, journal_every_block, monkeypatch, capsys
+):
+    """Indexes and checksums of a large build take minutes; here the disk is full when the manifest is written."""
+    source = samples.parent / f"nameless-{kind}.jsonl"
+    source.write_text("".join(json.dumps({**json.loads(line), "id": None}) + "\n" for line in many.open()))
+    module = sys.modules[(build_multimodal if kind == "multimodal" else build_text).__module__]
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    def build(name: str) -> dict[str, bytes]:
+        if kind == "multimodal":
+            build_multimodal([str(source)], str(tmp_path / name), tokenizer_path, workers=0, progress=False)
+            return contents(tmp_path / name)
+        build_text([str(source)], str(tmp_path / name), tokenizer_path, workers=0, progress=False)
+        return {file.split(".")[-1]: data for file, data in contents(tmp_path / f"{name}_text_document").items()}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_manifest", full)
+        with pytest.raises(OSError, match="No space left"):
+            build("x")
+    capsys.readouterr()
+    continued = build("x")
+    assert "continues an unfinished build" in capsys.readouterr().err
+    assert continued == build("whole") and not any("ids" in name for name in continued)
+
+
 def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
     hold = "import sys, time\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
     hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\ntime.sleep(60)"
