@@ -179,8 +179,6 @@ class TextWriter:
             writer.finalize()
             counts.append({"documents": len(writer), "tokens": writer.num_items})
             write_text_manifest(prefix, {"counts": counts[-1], **manifest})
-        for writer in self._writers:  # last: until here a killed build continues
-            writer.tidy()
         return counts
 
     def close(self) -> None:

@@ -98,7 +98,6 @@ def _merge_text(shards: list[Shard], output: str, overwrite: bool, bar: tqdm) ->
             writer.add_shard(shard.text)
             bar.update(len(shard))
         writer.finalize()
-        writer.tidy()
         counts = {"documents": len(writer), "tokens": writer.num_items}
         write_text_manifest(prefix, {"counts": counts, **_manifest(shards)})
         build.place([("text" + suffix, output + suffix) for suffix in SUFFIXES])

@@ -111,6 +111,16 @@ def test_one_byte_names_its_record(few, tmp_path, tokenizer, tokenizer_path):
     assert "images.bin, record 3: its CRC-32" in problems[0]
 
 
+def test_a_plausible_table_is_told_by_its_checksum(few, tmp_path, tokenizer_path):
+    """A prompt that is one token shorter breaks no rule that can be checked without the tokenizer."""
+    build_multimodal([str(few)], str(tmp_path / "x"), tokenizer_path, workers=0, progress=False)
+    table = np.load(tmp_path / "x" / "samples.npy")
+    table["prompt_length"][table["prompt_length"].argmax()] -= 1
+    np.save(tmp_path / "x" / "samples.npy", table)
+    (problem,) = verify(Shard(str(tmp_path / "x")), None, progress=False)
+    assert problem.endswith("samples.npy: its SHA-256 is not the one with which it was written")
+
+
 def test_a_folder_without_checksums_opens(few, tmp_path, tokenizer, tokenizer_path):
     """Folders of earlier versions, and Megatron's own shards, have none."""
     build_text([str(few)], str(tmp_path / "x"), tokenizer_path, workers=0, progress=False)

@@ -105,6 +105,9 @@ def test_a_mended_line_continues(packed, many, samples, tmp_path, tokenizer_path
         build_multimodal([str(source)], str(tmp_path / "x"), tokenizer_path, progress=False)
     assert "keeps what was built, and the same command continues" in capsys.readouterr().err
     write(b'{"text": "a red ball"}')
+    for file in (tmp_path / "x.building" / "data").iterdir():  # written after the journal, before the kill
+        with file.open("ab") as stream:
+            stream.write(b"x" * (1 << 20))
     build_multimodal([str(source)], str(tmp_path / "x"), tokenizer_path, workers=0, progress=False)
     assert "continues an unfinished build" in capsys.readouterr().err
     build_multimodal([str(source)], str(tmp_path / "whole"), tokenizer_path, workers=0, progress=False)
