@@ -214,18 +214,14 @@ class MAEConfig:
             yield f"{name}: an image is {patches} patch, so none can be hidden while others are seen"
         elif self.visible_patches(patches) == 0:
             most = math.floor((1 - 1 / patches) * 10000)
-            most -= not _visible(patches, most / 10000)  # 0.9975 of 400 patches is all of them, by rounding
+            most -= not int(patches * (1 - most / 10000))  # 0.9975 of 400 patches is all of them, by rounding
             yield f"{said} all; at most {most / 10000} leaves one"
         elif self.visible_patches(patches) == patches:
             yield f"{said} none; at least {1 / patches:.4g} hides one"
 
     def visible_patches(self, patches: int) -> int:
         """Patches that the encoder sees."""
-        return _visible(patches, self.mask_ratio)
-
-
-def _visible(patches: int, mask_ratio: float) -> int:
-    return int(patches * (1 - mask_ratio))
+        return int(patches * (1 - self.mask_ratio))
 
 
 @section

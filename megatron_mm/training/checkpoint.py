@@ -30,7 +30,7 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.training import checkpoint_folder
-from megatron_mm.training.node_groups import collapsed
+from megatron_mm.training.node_names import collapsed, node_and_weight
 from megatron_mm.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -233,19 +233,18 @@ def check_shapes(folder: Path, weights: dict, stored: dict[str, tuple[int, ...]]
     group = parallel_state.get_pipeline_model_parallel_group()
     everyone: list = [None] * group.size()
     dist.all_gather_object(everyone, own, group=group)
-    lines = _by_node(dict.fromkeys(wrong for stage in everyone for wrong in stage))
+    lines = _size_lines(dict.fromkeys(wrong for stage in everyone for wrong in stage))
     if lines:
         raise ValueError("\n  ".join([f"{folder} is of a model of other sizes:", *lines]))
 
 
-def _by_node(wrong: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+def _size_lines(wrong: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> list[str]:
     """A line for each node, nodes that differ in their number and nothing else together: its first weight, and how many
-    others. A node is what comes before a key's last number, or its first two words."""
+    others."""
     nodes: dict[str, list[tuple]] = {}
     for key, there, here in wrong:
-        words = key.split(".")
-        end = 1 + max((at for at, word in enumerate(words[:-1]) if word.isdigit()), default=min(1, len(words) - 2))
-        nodes.setdefault(".".join(words[:end]), []).append((".".join(words[end:]), there, here))
+        node, weight = node_and_weight(key)
+        nodes.setdefault(node, []).append((weight, there, here))
     alike: dict[tuple, list[str]] = {}
     for node, weights in nodes.items():
         alike.setdefault(tuple(weights), []).append(node)

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.models.graph import Graph
+from megatron_mm.training.node_names import collapsed
 
 #: An iteration of the last phase, in which all that ever learns does.
 LAST_PHASE = math.inf
@@ -75,27 +76,3 @@ def _check_ties(graph: Graph, groups: Sequence[NodeGroupConfig]) -> None:
 def phase_ends(groups: Sequence[NodeGroupConfig]) -> set[int]:
     """Iterations after which nodes begin to learn."""
     return {group.frozen_iters for group in groups if group.frozen_iters > 0}
-
-
-def collapsed(names: Sequence[str]) -> list[str]:
-    """Names that differ in their last number only as ranges, in the order of their first: `vision.layers.0-31`."""
-    ranges: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        words = name.split(".")
-        at = next((at for at in reversed(range(len(words))) if words[at].isdigit()), len(words))
-        key = (".".join(words[:at]), ".".join(words[at + 1 :]))
-        ranges.setdefault(key, []).extend(int(word) for word in words[at : at + 1])
-    return [
-        ".".join(part for part in (before, _numbers(numbers), after) if part)
-        for (before, after), numbers in ranges.items()
-    ]
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.training import checkpoint
-from megatron_mm.training.node_groups import collapsed
+from megatron_mm.training.node_names import collapsed, node_and_weight
 from megatron_mm.training.optimizer import Optimizer
 
 
@@ -121,7 +121,8 @@ def _origins(
             verdicts[name] = "initialised: not among checkpoint.init_nodes"
     for folder, held in there.items():
         for key in sorted(held.get(None, ())):
-            verdicts.setdefault(_unknown_node(key), f"in {folder if several else 'the checkpoint'}, not in this model")
+            node, _ = node_and_weight(key)
+            verdicts.setdefault(node, f"in {folder if several else 'the checkpoint'}, not in this model")
     kinds = dict.fromkeys(verdicts.values())
     return [(one, kind) for kind in kinds for one in collapsed([name for name in verdicts if verdicts[name] == kind])]
 
@@ -131,13 +132,6 @@ def _loaded(wanted: set[str], held: set[str], source: str) -> str:
     if missing:
         return f"loaded {len(wanted) - len(missing)} of {len(wanted)} weights{source}, without {missing[0]}"
     return f"loaded{source}" + (f"; the checkpoint's {unused[0]} has no place" if unused else "")
-
-
-def _unknown_node(key: str) -> str:
-    """What a node of another model was probably called: up to its last number, or two words."""
-    words = key.split(".")
-    last = max((at for at, word in enumerate(words) if word.isdigit()), default=1)
-    return ".".join(words[: last + 1])
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -6,7 +6,8 @@ import torch
 from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import setup
-from megatron_mm.training.node_groups import LAST_PHASE, collapsed, phase_ends, phase_graph
+from megatron_mm.training.node_groups import LAST_PHASE, phase_ends, phase_graph
+from megatron_mm.training.node_names import collapsed, node_and_weight
 from tests.pipeline.toy import Case, build, graph_of, microbatches_of, run_batch
 
 
@@ -53,6 +54,8 @@ def test_nodes_that_share_a_weight_learn_from_the_same_step_on(embedding, head):
 def test_ranges_of_names():
     names = ["v.embeddings", "v.layers.0", "v.layers.1", "v.layers.2", "v.layers.4", "p.0.cross", "p.1.cross", "out"]
     assert collapsed(names) == ["v.embeddings", "v.layers.0-2,4", "p.0-1.cross", "out"]
+    assert node_and_weight("v.layers.3.mlp.linear_fc1.weight") == ("v.layers.3", "mlp.linear_fc1.weight")
+    assert node_and_weight("v.output.norm.weight") == ("v.output", "norm.weight")
 
 
 def test_a_rate_of_their_own(monkeypatch):
