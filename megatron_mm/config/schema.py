@@ -88,6 +88,8 @@ class DataConfig:
     """Channel deviations of image normalisation (CLIP's)."""
     num_workers: Annotated[int, megatron("num-workers")] = 2
     """Reader processes a rank; 0 reads in the training process."""
+    plan_folder: str | None = None
+    """Folder in which the packing plans of large datasets are kept; null: PATH.plans beside each."""
     log_sample_ids: bool = False
     """Write the document ids of every step to metrics.jsonl."""
     builder: str | None = None

@@ -124,15 +124,7 @@ class BlendedDataset:
         samples = []
         for source, epoch, row in zip(*(column.tolist() for column in self.locate(index))):
             packing = self.sources[source].packing
-            span = range(int(packing.row_starts[row]), int(packing.row_starts[row + 1]))
-            samples.append(
-                [
-                    Piece(
-                        source, epoch, int(packing.documents[i]), int(packing.offsets[i]), int(packing.lengths[i])
-                    )
-                    for i in span
-                ]
-            )
+            samples.append([Piece(source, epoch, *piece) for piece in packing.row(row)])
         return samples
 
     def sample_id(self, piece: Piece) -> str:
@@ -196,7 +188,7 @@ class BlendedDataset:
             )
         learned = piece.offset + np.arange(piece.length) >= shard.prompt_length(piece.document)
         learned &= ~np.isin(tokens, self._unlearned)
-        if not self.inputs.packed and piece.length < shard.document_lengths[piece.document]:
+        if not self.inputs.packed and piece.length < shard.document_length(piece.document):
             self._end_early(tokens, learned, shard, piece)
         images, clips, sounds = media_of(shard, piece, self.inputs, self.limits)
         document = Document(
@@ -215,6 +207,6 @@ class BlendedDataset:
 
     def _end_early(self, tokens: np.ndarray, learned: np.ndarray, shard: Shard, piece: Piece) -> None:
         """Lets a truncated text end as the whole one does; nobody learns that it ends there."""
-        last = int(shard.text.document(piece.document, int(shard.document_lengths[piece.document]) - 1, 1)[0])
+        last = int(shard.text.document(piece.document, shard.document_length(piece.document) - 1, 1)[0])
         if self.tokenizer is not None and last == self.tokenizer.eos_id:
             tokens[-1], learned[-1] = last, False

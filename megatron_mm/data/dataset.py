@@ -30,7 +30,7 @@ from megatron_mm.data.builder import CheckedSplit, call_builder
 from megatron_mm.data.formats import Limits
 from megatron_mm.data.masking import Masking
 from megatron_mm.data.order import Purpose, split_documents
-from megatron_mm.data.packing import one_a_row, pack
+from megatron_mm.data.plans import plan
 from megatron_mm.data.reading import MediaReader
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
@@ -110,18 +110,18 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
     for entry, shard in zip(data.datasets, shards):
         if not 0 < entry.weight < float("inf"):
             raise ValueError(f"data.datasets: weight {entry.weight} of {entry.path} must be positive")
-        if inputs.video == "frames" and shard.is_multimodal and int(shard.column("num_videos").max()) > 0:
+        if inputs.video == "frames" and "videos" in shard.media:
             _check_frames(config, entry.path)
     limits = Limits.of(data, inputs)
     masking = Masking(inputs.mask_ratio, tokenizer.mask_id, tokenizer.is_ordinary()) if inputs.mask_ratio else None
     names = _unique_names([shard.path for shard in shards])
-    arrange = pack if inputs.packed else one_a_row
     splits: dict[str, BlendedDataset] = {}
     for split, part in zip(("train", "valid", "test"), range(3)):
         train, sources = split == "train", []
         for i, (entry, shard) in enumerate(zip(data.datasets, shards)):
             documents = split_documents(data.split, len(shard))[part]
-            packing = arrange(shard, documents, limits, [seed, Purpose.PACK, i] if train else None)
+            key = [seed, Purpose.PACK, i] if train else None
+            packing = plan(shard, documents, limits, key, inputs.packed, data.plan_folder)
             if len(packing):
                 sources.append(Source(shard, packing, entry.weight, names[i]))
             elif train and trains:

@@ -1,4 +1,8 @@
-"""Megatron's `.bin`/`.idx` format: a streaming writer, and a reader that finds damage when it opens a shard.
+"""Megatron's `.bin`/`.idx` format: a streaming writer, and a reader that finds damage and never reads past it.
+
+Opening a shard checks its sizes and, up to `CHECKED_AT_OPEN` sequences, all of its index; of a larger one the rest is
+checked when its packing is planned and by `inspect_dataset --verify` (`IndexedReader.check`), and around each document
+when it is read. So a shard of any size opens in milliseconds.
 
 The files are byte for byte those of megatron-core's `IndexedDatasetBuilder`, and either library reads the other's (a
 test checks both directions). The format is written here again because importing megatron-core takes seconds in every
@@ -33,6 +37,8 @@ CODES = {np.dtype(value): code for code, value in DTYPES.items()}
 CHECKSUMS = ".crc"
 #: While a shard is written: its lengths (i32) and document ends (i64), of which the index is made.
 LENGTHS, DOCUMENTS = ".lengths", ".ends"
+#: Sequences of an index that opening it checks.
+CHECKED_AT_OPEN = 1 << 20
 _BLOCK = 1 << 20
 
 
@@ -189,7 +195,7 @@ def _blocks_of(path: str, dtype: type[np.generic]) -> Iterator[np.ndarray]:
 
 
 class IndexedReader:
-    """A memory-mapped shard. Opening it checks that index and data agree to the last byte.
+    """A memory-mapped shard.
 
     Args:
         prefix: path without `.bin`.
@@ -229,20 +235,37 @@ class IndexedReader:
         self.sequence_lengths = raw[HEADER_SIZE:middle].view(np.int32)
         self.sequence_pointers = raw[middle:end].view(np.int64)
         self.document_indices = raw[end : end + 8 * num_documents].view(np.int64)
-        self._check(idx, binary, dtype)
-        self.data = (
-            np.memmap(binary, dtype=dtype, mode="r") if os.path.getsize(binary) else np.empty(0, dtype=dtype)
-        )
+        self._itemsize = dtype.itemsize
+        if max(num_sequences, num_documents) <= CHECKED_AT_OPEN:
+            self.check()
+        self._check_ends(idx, binary)
+        self.data = np.memmap(binary, dtype=dtype, mode="r") if os.path.getsize(binary) else np.empty(0, dtype=dtype)
 
     def __reduce__(self):
         return IndexedReader, (self.prefix,)
 
-    def _check(self, idx: str, binary: str, dtype: np.dtype) -> None:
-        """Checks pointers, lengths and document boundaries against each other and against the size of `.bin`."""
+    def _check_ends(self, idx: str, binary: str) -> None:
+        """Checks the ends of the index against each other and against the size of `.bin`."""
+        lengths, pointers, documents = self.sequence_lengths, self.sequence_pointers, self.document_indices
+        if not documents.size or documents[0] != 0 or documents[-1] != lengths.size:
+            raise DataError(f"{idx}: document boundaries must run from 0 to {lengths.size}")
+        end = int(pointers[-1]) + int(lengths[-1]) * self._itemsize if lengths.size else 0
+        actual = os.path.getsize(binary)
+        if actual != end:
+            how = "truncated" if actual < end else "longer than its index says"
+            raise DataError(f"{binary}: {how}: {actual} bytes, but {idx} describes {end}")
+
+    def check(self) -> None:
+        """Checks every pointer, length and document boundary; memory does not grow with the shard.
+
+        Raises:
+            DataError: file, sequence or document, and what is wrong.
+        """
+        idx, itemsize = self.prefix + ".idx", self._itemsize
         lengths, pointers, documents = self.sequence_lengths, self.sequence_pointers, self.document_indices
         end = 0
         for start in range(0, lengths.size, _BLOCK):
-            sizes = lengths[start : start + _BLOCK].astype(np.int64) * dtype.itemsize
+            sizes = lengths[start : start + _BLOCK].astype(np.int64) * itemsize
             expected = end + np.cumsum(sizes) - sizes
             wrong = (pointers[start : start + _BLOCK] != expected) | (sizes < 0)
             if wrong.any():
@@ -252,36 +275,56 @@ class IndexedReader:
                     f"{int(expected[at - start])} bytes precede it"
                 )
             end += int(sizes.sum())
-        if not documents.size or documents[0] != 0 or documents[-1] != lengths.size:
-            raise DataError(f"{idx}: document boundaries must run from 0 to {lengths.size}")
         for start in range(0, documents.size, _BLOCK):
             block = documents[start : start + _BLOCK + 1]
             if (block[1:] < block[:-1]).any():
                 at = start + int(np.argmax(block[1:] < block[:-1]))
                 raise DataError(f"{idx}: document {at} ends before it begins")
-        actual = os.path.getsize(binary)
-        if actual != end:
-            how = "truncated" if actual < end else "longer than its index says"
-            raise DataError(f"{binary}: {how}: {actual} bytes, but {idx} describes {end}")
 
     def __len__(self) -> int:
         """Documents of the shard."""
         return self.document_indices.size - 1
 
-    def document_lengths(self) -> np.ndarray:
-        """Items of each document, int64 [documents]."""
-        ends = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
-        return np.diff(ends[self.document_indices])
+    def document_lengths(self, documents: np.ndarray | None = None) -> np.ndarray:
+        """Items of each document, or of those named, int64 [documents]."""
+        if documents is None:
+            documents = np.arange(len(self))
+        first, last = self.document_indices[documents], self.document_indices[documents + 1]
+        if (last - first <= 1).all():  # text without sentences, and all media
+            lengths = np.zeros(len(documents), np.int64)
+            present = last > first
+            lengths[present] = self.sequence_lengths[first[present]]
+            return lengths
+        ends = self._sequence_start(last) - self._sequence_start(first)
+        return ends // self.data.itemsize
+
+    def _sequence_start(self, sequences: np.ndarray) -> np.ndarray:
+        """First byte of sequences; that of the one behind the last is the end."""
+        starts = np.full(len(sequences), self.data.nbytes, np.int64)
+        inside = sequences < self.sequence_pointers.size
+        starts[inside] = self.sequence_pointers[sequences[inside]]
+        return starts
 
     def document(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Items of a document, or `length` of them from `offset`; a view of the mapped file, not to be written to."""
+        """Items of a document, or `length` of them from `offset`; a view of the mapped file, not to be written to.
+
+        Raises:
+            DataError: the index is damaged here.
+        """
         first, last = int(self.document_indices[index]), int(self.document_indices[index + 1])
         if first == last:
             return self.data[:0]
-        itemsize = self.data.itemsize
-        begin = int(self.sequence_pointers[first]) // itemsize
-        end = int(self.sequence_pointers[last - 1]) // itemsize + int(self.sequence_lengths[last - 1])
-        begin += offset
+        count, size, itemsize = self.sequence_lengths.size, self.data.nbytes, self.data.itemsize
+        if not 0 <= first < last <= count:
+            raise DataError(f"{self.prefix}.idx: document {index} has sequences {first} to {last} of {count}")
+        begin, end = int(self.sequence_pointers[first]), int(self.sequence_pointers[last]) if last < count else size
+        held = int(self.sequence_lengths[first:last].sum(dtype=np.int64)) * itemsize
+        if not 0 <= begin <= end <= size or end - begin != held:
+            raise DataError(
+                f"{self.prefix}.idx: document {index} takes bytes {begin} to {end} of {size}, but its lengths add up "
+                f"to {held}"
+            )
+        begin, end = begin // itemsize + offset, end // itemsize
         return self.data[begin : end if length is None else min(end, begin + length)]
 
     def damaged(self) -> list[int]:

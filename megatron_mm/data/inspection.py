@@ -17,7 +17,7 @@ from megatron_mm.data.tokenizer import PLACEHOLDERS, Tokenizer
 
 def summary(shard: Shard) -> dict:
     """Counts, sizes and length statistics of a dataset, ready for JSON."""
-    lengths = shard.document_lengths
+    lengths = shard.document_lengths()
     quantiles = np.percentile(lengths, [0, 50, 90, 99, 100])
     out: dict = {
         "path": shard.path,
@@ -84,6 +84,10 @@ def verify(shard: Shard, tokenizer: Tokenizer | None, progress: bool = True) -> 
     """
     base = shard.path + os.sep if shard.is_multimodal else shard.path
     problems = damaged_files(shard.manifest, base)
+    try:
+        shard.check()
+    except DataError as error:
+        return [*problems, str(error)]
     for kind, reader in {"text": shard.text, "ids": shard.ids, **shard.media}.items():
         for document in reader.damaged() if reader is not None else ():
             what = f"document {document}" if kind in ("text", "ids") else f"record {document}"

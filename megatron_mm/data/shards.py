@@ -1,24 +1,27 @@
 """Datasets on disk, opened and checked: a text shard (Megatron's prefix) or a multimodal folder.
 
 Both look the same to what follows: documents with token lengths, prompt lengths and media counts, read by number.
-Whatever is missing, cut off, or disagrees is reported here, by file, before a run begins.
+Whatever is missing, cut off, or disagrees is reported here, by file; of a very large dataset, row by row in `check` and
+around what is read (see indexed.py).
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import numpy as np
 
 from megatron_mm.data.build_multimodal import FORMAT, MANIFEST, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedReader
+from megatron_mm.data.indexed import CHECKED_AT_OPEN, IndexedReader
 from megatron_mm.data.manifest import read_manifest
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE
 from megatron_mm.data.tokenizer import Tokenizer
 
 _FIRST = {"images": "first_image", "audios": "first_audio", "videos": "first_video"}
 _SCANNED_TOKENS = 1 << 20
+_BLOCK = 1 << 20
 
 
 class Shard:
@@ -45,10 +48,10 @@ class Shard:
             self._open_text()
         if not len(self.text):
             raise DataError(f"{self.path}: holds no documents")
-        self.document_lengths = self.text.document_lengths()
-        """Tokens of each document, int64 [documents]."""
         if self.table is not None:
-            self._check_table(self.table)
+            self._check_shape(self.table)
+            if len(self) <= CHECKED_AT_OPEN:
+                self._check_table(self.table)
         if tokenizer is not None:
             self._check_tokenizer(tokenizer)
 
@@ -102,7 +105,7 @@ class Shard:
         if os.path.exists(os.path.join(self.path, "ids.idx")):
             self.ids = IndexedReader(os.path.join(self.path, "ids"))
 
-    def _check_table(self, table: np.ndarray) -> None:
+    def _check_shape(self, table: np.ndarray) -> None:
         path = os.path.join(self.path, TABLE)
         if table.dtype != TABLE_DTYPE or table.ndim != 1:
             raise DataError(f"{path}: has fields {table.dtype.names}, not {TABLE_DTYPE.names}")
@@ -110,20 +113,41 @@ class Shard:
             raise DataError(f"{path}: {table.size} samples, but text.idx has {len(self.text)} documents")
         if self.ids is not None and len(self.ids) != table.size:
             raise DataError(f"{self.path}/ids.idx: {len(self.ids)} ids for {table.size} samples")
-        checks = [(table["num_tokens"] != self.document_lengths, "token count differs from text.idx")]
-        checks.append(
-            ((table["prompt_length"] < 0) | (table["prompt_length"] > table["num_tokens"]), "prompt longer than text")
-        )
-        for kind in KINDS:
-            available = len(self.media[kind]) if kind in self.media else 0
-            counts = table[f"num_{kind}"].astype(np.int64)
-            end = table[_FIRST[kind]] + counts
-            wrong = (counts < 0) | (table[_FIRST[kind]] < 0) | ((counts > 0) & (end > available))
-            checks.append((wrong, f"refers beyond the {available} records of {MEDIA_SHARDS[kind]}.idx"))
-        for wrong, cause in checks:
-            if wrong.any():
-                raise DataError(f"{path}: sample {int(np.argmax(wrong))}: {cause}")
-        counts = table_counts(table)
+        counts = self.manifest.get("counts", {})
+        if counts.get("samples", table.size) != table.size:
+            raise DataError(f"{self.path}/{MANIFEST}: {counts['samples']} samples, but {TABLE} has {table.size}")
+
+    def check(self) -> None:
+        """Checks every row of the indexes and of the table; memory does not grow with the dataset.
+
+        Raises:
+            DataError: file, record and what is wrong.
+        """
+        for reader in (self.text, self.ids, *self.media.values()):
+            if reader is not None:
+                reader.check()
+        if self.table is not None:
+            self._check_table(self.table)
+
+    def _check_table(self, table: np.ndarray) -> None:
+        path = os.path.join(self.path, TABLE)
+        counts: Counter[str] = Counter()
+        for start in range(0, table.size, _BLOCK):
+            rows = table[start : start + _BLOCK]
+            lengths = self.text.document_lengths(np.arange(start, start + rows.size))
+            checks = [(rows["num_tokens"] != lengths, "token count differs from text.idx")]
+            longer = (rows["prompt_length"] < 0) | (rows["prompt_length"] > rows["num_tokens"])
+            checks.append((longer, "prompt longer than text"))
+            for kind in KINDS:
+                available = len(self.media[kind]) if kind in self.media else 0
+                numbers = rows[f"num_{kind}"].astype(np.int64)
+                first = rows[_FIRST[kind]]
+                wrong = (numbers < 0) | (first < 0) | ((numbers > 0) & (first + numbers > available))
+                checks.append((wrong, f"refers beyond the {available} records of {MEDIA_SHARDS[kind]}.idx"))
+            for wrong, cause in checks:
+                if wrong.any():
+                    raise DataError(f"{path}: sample {start + int(np.argmax(wrong))}: {cause}")
+            counts.update(table_counts(rows))
         for name, value in self.manifest.get("counts", {}).items():
             if counts.get(name, value) != value:
                 raise DataError(f"{self.path}/{MANIFEST}: {value} {name}, but {TABLE} has {counts[name]}")
@@ -145,11 +169,20 @@ class Shard:
 
     # ------------------------------------------------------------------------------------------------ documents
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of the sample table, int64 [documents]; zeros for a text shard."""
+    def document_lengths(self, documents: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of each document, or of those named, int64 [documents]."""
+        return self.text.document_lengths(documents)
+
+    def document_length(self, document: int) -> int:
+        """Tokens of a document."""
+        return self.text.document(document).size
+
+    def column(self, name: str, documents: np.ndarray | None = None) -> np.ndarray:
+        """A column of the sample table, or its values of the documents named, int64; zeros for a text shard."""
         if self.table is None:
-            return np.zeros(len(self), np.int64)
-        return np.asarray(self.table[name], dtype=np.int64)
+            return np.zeros(len(self) if documents is None else len(documents), np.int64)
+        values = self.table[name] if documents is None else self.table[documents][name]
+        return np.asarray(values, dtype=np.int64)
 
     def prompt_length(self, document: int) -> int:
         """Leading tokens that are not learned."""
@@ -159,8 +192,11 @@ class Shard:
         """Records of a document's media of a kind ('images', 'audios', 'videos')."""
         if self.table is None:
             return range(0)
-        first = int(self.table[_FIRST[kind]][document])
-        return range(first, first + int(self.table[f"num_{kind}"][document]))
+        row = self.table[document]
+        first, number = int(row[_FIRST[kind]]), int(row[f"num_{kind}"])
+        if number and not 0 <= first <= first + number <= (len(self.media[kind]) if kind in self.media else 0):
+            raise DataError(f"{self.path}/{TABLE}: sample {document}: refers beyond {MEDIA_SHARDS[kind]}.idx")
+        return range(first, first + number)
 
     def medium(self, kind: str, record: int) -> bytes:
         """Encoded bytes of a medium."""

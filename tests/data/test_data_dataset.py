@@ -60,20 +60,20 @@ def test_packing_keeps_every_document_once_within_bounds(folder, seq_length, max
     shard = Shard(folder)
     limits = Limits(seq_length, max_images, max_sounds, frames_per_video=3)
     packing = pack(shard, range(5, 60), limits, key=[1])
-    assert sorted(packing.documents.tolist()) == list(range(5, 60))
-    lengths = np.minimum(shard.document_lengths, seq_length)
-    assert np.array_equal(packing.lengths, lengths[packing.documents])
+    assert sorted(packing.pieces["document"].tolist()) == list(range(5, 60))
+    lengths = np.minimum(shard.document_lengths(), seq_length)
+    assert np.array_equal(packing.pieces["length"], lengths[packing.pieces["document"]])
     images = np.minimum(shard.column("num_images") + 3 * shard.column("num_videos"), max_images)
     for r in range(len(packing)):
-        row = packing.documents[packing.row_starts[r] : packing.row_starts[r + 1]]
-        assert row.size and packing.lengths[packing.row_starts[r] : packing.row_starts[r + 1]].sum() <= seq_length
+        row = packing.pieces["document"][packing.row_starts[r] : packing.row_starts[r + 1]]
+        assert row.size and packing.pieces["length"][packing.row_starts[r] : packing.row_starts[r + 1]].sum() <= seq_length
         assert images[row].sum() <= max_images and shard.column("num_audios")[row].sum() <= max_sounds
     report = packing.report
-    assert report["padding"] == len(packing) * seq_length - packing.lengths.sum()
-    assert report["documents_truncated"] == (shard.document_lengths[5:60] > seq_length).sum()
+    assert report["padding"] == len(packing) * seq_length - packing.pieces["length"].sum()
+    assert report["documents_truncated"] == (shard.document_lengths()[5:60] > seq_length).sum()
     again = pack(shard, range(5, 60), limits, key=[1])
-    assert np.array_equal(again.documents, packing.documents) and np.array_equal(again.row_starts, packing.row_starts)
-    assert not np.array_equal(pack(shard, range(5, 60), limits, key=[2]).documents, packing.documents)
+    assert np.array_equal(again.pieces["document"], packing.pieces["document"]) and np.array_equal(again.row_starts, packing.row_starts)
+    assert not np.array_equal(pack(shard, range(5, 60), limits, key=[2]).pieces["document"], packing.pieces["document"])
 
 
 def test_long_text_is_split_and_packs_tightly(tmp_path):
@@ -84,7 +84,7 @@ def test_long_text_is_split_and_packs_tightly(tmp_path):
     writer.finalize()
     packing = pack(Shard(str(tmp_path / "x")), range(sizes.size), Limits(128, 0, 0, 1), key=[0])
     covered = Counter()
-    for d, o, n in zip(packing.documents, packing.offsets, packing.lengths):
+    for d, o, n in zip(packing.pieces["document"], packing.pieces["offset"], packing.pieces["length"]):
         assert n >= 2
         for t in range(o, o + n):
             covered[d, t] += 1

@@ -183,7 +183,7 @@ def test_what_has_no_place_is_counted_and_reported(corpus):
     config = make(corpus)
     config.data.split = "1"
     report = build_datasets(config).train.report()["shards"]
-    long = np.maximum(Shard(str(corpus / "shards")).document_lengths - LENGTH, 0)
+    long = np.maximum(Shard(str(corpus / "shards")).document_lengths() - LENGTH, 0)
     assert report["documents"] == report["rows"] == 60
     assert (report["documents_truncated"], report["tokens_cut"]) == ((long > 0).sum(), long.sum())
     assert report["documents_truncated"] >= 6
