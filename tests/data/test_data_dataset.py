@@ -65,15 +65,16 @@ def test_packing_keeps_every_document_once_within_bounds(folder, seq_length, max
     assert np.array_equal(packing.pieces["length"], lengths[packing.pieces["document"]])
     images = np.minimum(shard.column("num_images") + 3 * shard.column("num_videos"), max_images)
     for r in range(len(packing)):
-        row = packing.pieces["document"][packing.row_starts[r] : packing.row_starts[r + 1]]
-        assert row.size and packing.pieces["length"][packing.row_starts[r] : packing.row_starts[r + 1]].sum() <= seq_length
+        pieces = packing.pieces[packing.row_starts[r] : packing.row_starts[r + 1]]
+        row = pieces["document"]
+        assert row.size and pieces["length"].sum() <= seq_length
         assert images[row].sum() <= max_images and shard.column("num_audios")[row].sum() <= max_sounds
     report = packing.report
     assert report["padding"] == len(packing) * seq_length - packing.pieces["length"].sum()
     assert report["documents_truncated"] == (shard.document_lengths()[5:60] > seq_length).sum()
     again = pack(shard, range(5, 60), limits, key=[1])
-    assert np.array_equal(again.pieces["document"], packing.pieces["document"]) and np.array_equal(again.row_starts, packing.row_starts)
-    assert not np.array_equal(pack(shard, range(5, 60), limits, key=[2]).pieces["document"], packing.pieces["document"])
+    assert np.array_equal(again.pieces, packing.pieces) and np.array_equal(again.row_starts, packing.row_starts)
+    assert not np.array_equal(pack(shard, range(5, 60), limits, key=[2]).pieces, packing.pieces)
 
 
 def test_long_text_is_split_and_packs_tightly(tmp_path):

@@ -122,7 +122,7 @@ def test_damaged_plans_and_folders_without_room_are_named(text, everything_large
     whole = path.read_bytes()
     for data in (b"", whole[:50], whole[:-16], b"\0" * len(whole)):
         path.write_bytes(data)
-        with pytest.raises(DataError, match="damaged packing plan.*remove the folder"):
+        with pytest.raises(DataError, match=r"damaged packing plan.*remove the folder"):
             plan(Shard(text), range(500), LIMITS, [1], True)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file: the packing plan .* set data\.plan_folder"):
