@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from megatron_mm.data.order import Purpose, keyed_generator
-from megatron_mm.data.transforms import Box, center_crop_box
+from megatron_mm.data.transforms import Box, center_crop_box, resize
 
 CROP_SCALE = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -96,9 +96,9 @@ class View:
     mirrored: bool = False
     colours: tuple[tuple[str, float], ...] = ()
 
-    def apply(self, image: Image.Image, size: int) -> Image.Image:
-        """The RGB image cropped, resized to size × size (bicubic), mirrored, and in its colours."""
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=self.box)
+    def apply(self, image: Image.Image | np.ndarray, size: int) -> Image.Image:
+        """The RGB image cropped, resized to size × size (`transforms.resize`), mirrored, and in its colours."""
+        image = resize(image, size, self.box)
         if self.mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for name, amount in self.colours:

@@ -1,4 +1,4 @@
-"""Encoded bytes → pixels and samples: images (Pillow), sounds (soundfile, then PyAV), videos (PyAV, Pillow).
+"""Encoded bytes → pixels and samples: images (Pillow, simplejpeg), sounds (soundfile, PyAV), videos (PyAV, Pillow).
 
 Builders use it to check that a file decodes, datasets to read it. It imports no torch, so tools start fast. Every
 failure is a `DataError` that says what the bytes are not; callers add file or shard and record.
@@ -6,10 +6,12 @@ failure is a `DataError` that says what the bytes are not; callers add file or s
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from megatron_mm.data.errors import DataError
@@ -52,6 +54,22 @@ def decode_image(data: bytes) -> Image.Image:
         raise DataError("not an image that Pillow can read") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
         raise DataError(f"corrupt image ({error})") from error
+
+
+def read_image(data: bytes) -> Image.Image | np.ndarray:
+    """A still image for training: a JPEG as uint8 [height, width, 3], anything else as `decode_image` gives it.
+
+    Both hold the same pixels: Pillow and simplejpeg decode with libjpeg-turbo, but simplejpeg in half the time.
+
+    Raises:
+        DataError: as `decode_image`.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(ValueError):  # then Pillow says what is wrong, or reads what is only unusual
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if height * width <= MAX_IMAGE_PIXELS and colours in ("YCbCr", "Gray"):
+                return simplejpeg.decode_jpeg(data)
+    return decode_image(data)
 
 
 def decode_sound(data: bytes) -> tuple[np.ndarray, int]:

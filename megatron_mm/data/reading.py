@@ -13,7 +13,7 @@ from megatron_mm.data.augmentation import Augmentation, View
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.formats import InputFormat, Limits
 from megatron_mm.data.masking import patch_noise
-from megatron_mm.data.media import decode_image, decode_sound, decode_video
+from megatron_mm.data.media import decode_sound, decode_video, read_image
 from megatron_mm.data.order import Purpose
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
@@ -116,14 +116,15 @@ class MediaReader:
         """The key of what is drawn for a name, which begins with the epoch."""
         return [0, purpose, 0, *name[1:]] if self.fixed else [self.seed, purpose, *name]
 
-    def _view(self, medium: Medium, image: Image.Image) -> View:
+    def _view(self, medium: Medium, image: Image.Image | np.ndarray) -> View:
         def text() -> str:
             assert self.tokenizer is not None, "documents with media are opened with their tokenizer"
             return self.tokenizer.decode(medium.shard.text.document(medium.piece.document).tolist())
 
-        return self.augmentation.view(*image.size, self.seed, medium.name, text)
+        width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+        return self.augmentation.view(width, height, self.seed, medium.name, text)
 
-    def _pixels(self, image: Image.Image, view: View) -> torch.Tensor:
+    def _pixels(self, image: Image.Image | np.ndarray, view: View) -> torch.Tensor:
         return pixel_tensor(view.apply(image, self.inputs.image_size), self.mean, self.std)
 
     def images(self, media: list[Medium]) -> torch.Tensor:
@@ -133,7 +134,7 @@ class MediaReader:
         videos: dict[tuple[Piece, int], list[Image.Image]] = {}  # decoded once for all its frames
         for i, medium in enumerate(media):
             if medium.kind == "images":
-                image = medium.decode(decode_image)
+                image = medium.decode(read_image)
             else:
                 video = (medium.piece, medium.number)
                 if video not in videos:

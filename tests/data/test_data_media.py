@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
+from megatron_mm.data import media
 from megatron_mm.data.augmentation import random_crop_box
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.media import decode_image, decode_sound, decode_video, evenly_spaced
+from megatron_mm.data.media import decode_image, decode_sound, decode_video, evenly_spaced, read_image
 from megatron_mm.data.transforms import (
     center_crop_box,
     image_tensor,
     log_mel_spectrogram,
     resample,
+    resize,
     waveform,
 )
 
@@ -194,3 +196,48 @@ def test_video_and_sound_errors():
     data = video(12)
     with pytest.raises(DataError):
         decode_video(data[: len(data) // 2], 2)
+
+
+# ------------------------------------------------------------------------------------------------------- JPEG
+
+
+def photo(width: int = 90, height: int = 70) -> Image.Image:
+    """Smooth colours with noise."""
+    random = np.random.default_rng(4)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], -1) * 90 + 128
+    return Image.fromarray(np.clip(waves + random.normal(0, 9, waves.shape), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options", [{"quality": 90}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"optimize": True}]
+)
+def test_jpeg_is_read_as_pillow_reads_it(mode, options):
+    data = encoded(photo().convert(mode), format="JPEG", **options)
+    pixels = read_image(data)
+    assert isinstance(pixels, np.ndarray) and np.array_equal(pixels, np.asarray(decode_image(data)))
+
+
+def test_what_is_no_common_jpeg_goes_to_pillow(monkeypatch):
+    for data in (encoded(photo().convert("CMYK"), format="JPEG"), encoded(photo(), format="PNG")):
+        assert np.array_equal(np.asarray(read_image(data)), np.asarray(decode_image(data)))
+    jpeg = encoded(photo(), format="JPEG")
+    for data in (jpeg[: len(jpeg) // 2], jpeg[:3]):
+        with pytest.raises(DataError, match=r"corrupt image|not an image"):
+            read_image(data)
+    monkeypatch.setattr(media, "MAX_IMAGE_PIXELS", 90 * 70 - 1)
+    with pytest.raises(DataError, match="90 × 70 pixels"):
+        read_image(jpeg)
+
+
+def test_resizing_by_torch_is_pillows_but_for_rounding():
+    image = photo(300, 240)
+    for box in ((0, 0, 240, 240), (31, 5, 200, 190), (100, 100, 130, 150)):
+        for size in (224, 32):
+            ours = np.asarray(resize(np.array(image), size, box), np.int16)
+            pillows = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC), np.int16)
+            # The weights have 15 bits in torch and 22 in Pillow; two passes, a rounding each.
+            assert np.abs(ours - pillows).max() <= 2 and np.abs(ours - pillows).mean() < 0.1
+    halves = (0.5, 0, 240.5, 240)
+    assert resize(np.array(image), 32, halves) == resize(image, 32, halves)
