@@ -7,6 +7,9 @@ is stored, so the loader is resumed by giving it `consumed_samples`.
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -85,6 +88,42 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+class _Ahead:
+    """Takes from an iterator in a thread: what workers send is unpacked while the last microbatch trains."""
+
+    def __init__(self, iterator: Iterator, depth: int = 2) -> None:
+        self._taken: queue.Queue = queue.Queue(depth)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._take, args=(iterator,), name="microbatches", daemon=True)
+        self._thread.start()
+
+    def _take(self, iterator: Iterator) -> None:
+        while not self._ended.is_set():
+            try:
+                item: object = next(iterator)
+            except BaseException as error:  # of the iterator, or of what it runs: whoever waits for an item gets it
+                item = error
+            self._taken.put(item)
+            if isinstance(item, BaseException):
+                return
+
+    def __next__(self):
+        item = self._taken.get()
+        if isinstance(item, BaseException):
+            self._taken.put(item)  # for whoever asks again
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; one that a stuck worker holds is left to end with the process."""
+        self._ended.set()
+        for _ in range(200):
+            if not self._thread.is_alive():
+                return
+            with contextlib.suppress(queue.Empty):
+                self._taken.get(timeout=0.05)
+
+
 class MicrobatchLoader:
     """An endless iterator over the microbatches of one rank.
 
@@ -141,7 +180,9 @@ class MicrobatchLoader:
             }
         microbatches = _Microbatches(dataset, frozenset(fields), layout, tasks or TaskSchedule((), 0))
         self._loader = DataLoader(microbatches, batch_size=None, sampler=_Count(), **workers)
+        self._has_workers = num_workers > 0
         self._iterator: Iterator | None = None
+        self._ahead: _Ahead | None = None
 
     def __iter__(self) -> MicrobatchLoader:
         return self
@@ -149,13 +190,18 @@ class MicrobatchLoader:
     def __next__(self) -> Microbatch:
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        microbatch = next(self._iterator)
+            if self._has_workers:
+                self._ahead = _Ahead(self._iterator)
+        microbatch = next(self._ahead or self._iterator)
         if isinstance(microbatch, _Failure):
             raise DataError(microbatch.message)
         return microbatch
 
     def close(self) -> None:
         """Ends the workers."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
