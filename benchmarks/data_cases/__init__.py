@@ -1,0 +1,1 @@
+"""Cases of benchmarks/data.py: each module's `run(arguments)` yields figures."""
