@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import tyro
 
 from megatron_mm.data.errors import run_tool
-from megatron_mm.data.html_page import Entry, size_words, write_page
+from megatron_mm.data.html_page import Entry, write_page
 from megatron_mm.data.inspection import describe_sample, summary, verify
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.words import size_words
 
 
 @dataclass

@@ -21,6 +21,7 @@ from megatron_mm.data.preview import Preview, preview
 from megatron_mm.data.samples import KINDS
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.words import size_words
 
 #: Most tokens of a sample that are shown, as text and as chips.
 MAX_TOKENS = 400
@@ -93,15 +94,6 @@ def write_page(path: str, entries: Sequence[Entry], tokenizer: Tokenizer | None)
             os.remove(unfinished)
         raise
     return os.path.getsize(path)
-
-
-def size_words(size: float) -> str:
-    """Bytes for people: '37.5 MB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def _dataset(entry: Entry, tokenizer: Tokenizer | None) -> dict:

@@ -19,11 +19,12 @@ import soundfile
 from PIL import Image
 
 from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.html_page import MAX_TOKENS, Entry, histogram, size_words, write_page
+from megatron_mm.data.html_page import MAX_TOKENS, Entry, histogram, write_page
 from megatron_mm.data.indexed import IndexedWriter
 from megatron_mm.data.preview import IMAGE_SIDE, SOUND_BYTES, preview
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.words import size_words
 from tests import browser
 
 ROOT = Path(__file__).parents[2]
