@@ -70,7 +70,7 @@ class LineSamples:
         chosen = [heads[(2 * n + 1) * len(heads) // (2 * count)] for n in range(count)]
         chosen_bytes, head_bytes = sum(map(_size, chosen)), sum(map(_size, heads))
         self._readables: list[_Readable] = []
-        cut = 0
+        cut: list[str] = []
         for number, path in enumerate(inputs):
             size = _size(path)
             if is_plain(path):
@@ -79,16 +79,17 @@ class LineSamples:
                 most = max(_HEAD_BYTES, most_bytes * size // max(1, head_bytes))
                 head = os.path.join(folder, f"head-{number}")
                 length, share = _unpack_head(path, head, most)
-                cut += share < 1
+                cut += [os.path.basename(path)] if share < 1 else []
                 stands_for = length / share * (head_bytes / chosen_bytes if chosen_bytes else 1)
                 self._readables.append(_Readable(path, head, length, stands_for))
         self._readables = [readable for readable in self._readables if readable.size]
         if not self._readables:
             raise DataError(f"{', '.join(inputs)}: no lines")
         if cut:
-            self.notes.append(f"{cut} files can only be read from their beginning: the rest may differ")
+            names = ", ".join(cut[:3]) + (f" and {len(cut) - 3} more" if len(cut) > 3 else "")
+            self.notes.append(f"read from the beginning only: {names}; margins (±) know nothing of the rest")
         if len(chosen) < len(heads):
-            self.notes.append(f"{len(chosen)} of {len(heads)} compressed or table files were read")
+            self.notes.append(f"{len(chosen)} of {len(heads)} compressed files, tables and tars were read")
         self.line_bytes = sum(readable.stands_for for readable in self._readables)
         """Bytes of all lines of the input; estimated where heads stand for files."""
         self.readable_bytes = sum(readable.size for readable in self._readables)

@@ -122,7 +122,7 @@ def test_compressed_input_is_read_from_its_beginning(tmp_path, corpus, tokenizer
     paths[1].write_bytes(b"".join(lines[1::2]))
     build = text_build(str(tmp_path / "out"), tokenizer_path, ("text",), False, 0)
     found = estimate(list(map(str, paths)), build, seconds=3, megabytes=0.3)
-    assert found.notes == ["1 files can only be read from their beginning: the rest may differ"]
+    assert found.notes == ["read from the beginning only: a.jsonl.gz; margins (±) know nothing of the rest"]
     assert abs(found.counts["documents"].value / len(lines) - 1) < 0.15
 
 
@@ -132,7 +132,7 @@ def test_many_compressed_files_are_represented(tmp_path):
         paths.append(str(tmp_path / f"{number:02d}.jsonl.gz"))
         Path(paths[-1]).write_bytes(gzip.compress(b'{"text": "x"}\n' * 100))
     drawn = LineSamples(paths, str(tmp_path), 1 << 20)
-    assert drawn.notes == [f"{MAX_HEADS} of {2 * MAX_HEADS} compressed or table files were read"]
+    assert drawn.notes == [f"{MAX_HEADS} of {2 * MAX_HEADS} compressed files, tables and tars were read"]
     assert drawn.line_bytes == pytest.approx(2 * MAX_HEADS * 1400, rel=0.01) and not drawn.is_exact
 
 
