@@ -49,26 +49,27 @@ class Multimodal(Limits, preprocess_multimodal.Args):
 
 def margin(figure: Figure) -> str:
     """As it stands after a figure."""
-    if figure.margin is None:
-        return " (margin not known)"
-    return f" ± {figure.margin:.1%}" if figure.margin else ""
+    if not figure.value or figure.margin == 0:
+        return ""
+    return " (margin not known)" if figure.margin is None else f" ± {figure.margin:.1%}"
 
 
 def show(result: Estimate) -> None:
     """Prints an estimate."""
-    print(f"input    {result.files} files, {size_words(result.input_bytes)}")
-    built = f"built    {result.share:.2%} of it in {result.spent_seconds:.1f} s"
+    files = "1 file" if result.files == 1 else f"{result.files} files"
+    print(f"input        {size_words(result.input_bytes)} in {files}")
+    built = f"built        {result.share:.2%} of it in {result.spent_seconds:.1f} s"
     print(built + (f", as {result.samples} samples" if result.samples > 1 else ""))
     for note in result.notes:
-        print(f"         {note}")
+        print(f"             {note}")
     for name, figure in result.counts.items():
-        print(f"{name:8} {figure.value:,.0f}{margin(figure)}")
+        print(f"{name:12} {figure.value:,.0f}{margin(figure)}")
     for path, figure in result.outputs.items():
-        print(f"file     {path}: {size_words(figure.value)}{margin(figure)}")
-    print(f"time     {time_words(result.seconds.value)}{margin(result.seconds)} with {result.workers} workers")
+        print(f"file         {path}: {size_words(figure.value)}{margin(figure)}")
+    print(f"time         {time_words(result.seconds.value)}{margin(result.seconds)} with {result.workers} workers")
     verdict = "enough" if result.fits else "TOO LITTLE"
     needed = f"{size_words(result.disk_bytes.value)}{margin(result.disk_bytes)}"
-    print(f"disk     {needed} while it is built; {result.disk} has {size_words(result.free_bytes)} free: {verdict}")
+    print(f"disk         {needed} while it is built; {result.disk} has {size_words(result.free_bytes)} free: {verdict}")
 
 
 def main() -> int:
