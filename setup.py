@@ -8,7 +8,7 @@ setup(
     description="Pretraining of multimodal models on megatron-core, from a laptop to a cluster",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
-    package_data={"megatron_mm": ["recipes/*.yaml"]},
+    package_data={"megatron_mm": ["recipes/*.yaml", "data/*.html"]},
     install_requires=[
         "torch>=2.6",  # tensors, autograd, collectives
         "megatron-core>=0.16.1,<0.17",  # parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards
@@ -28,6 +28,7 @@ setup(
         "tqdm",  # progress bars
         "backports.zstd; python_version < '3.14'",  # .zst input; unlike zstandard's reader it notices a cut file
         "tensorboard",  # event files
+        "jinja2",  # the page of tools/inspect_dataset.py, with everything escaped; torch needs it too
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7"],  # layers and attention on CUDA
@@ -36,6 +37,9 @@ setup(
         "plot": ["matplotlib"],  # loss curves
         "wandb": ["wandb"],  # experiment tracking
         "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr
-        "test": ["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib", "pyarrow"],
+        "test": [
+            *["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib", "pyarrow"],
+            "selenium",  # looks at the page of tools/inspect_dataset.py in Chromium
+        ],
     },
 )

@@ -21,6 +21,9 @@ ruff check .
 find . -name '*.sh' -not -path './.venv*' -not -path '*/node_modules/*' -print0 | xargs -0 -n1 bash -n
 for script in examples/*/*.slurm; do bash -n "$script"; done
 
+# Debian's Chromium, for the test of inspect_dataset's page; where it cannot be had, the test says so.
+python -m tests.browser || true
+
 echo "tests"
 # Two files at a time, those of whole runs first (tests/conftest.py): most tests wait for start-up or use one core.
 exec python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder \

@@ -1,7 +1,11 @@
-"""Shows what is in datasets: counts, lengths, samples; --verify reads and decodes everything.
+"""Shows what is in datasets: counts, lengths, samples; --verify reads and decodes everything; --html makes a page.
 
     python tools/inspect_dataset.py --path data/emoji --tokenizer-model tokenizer.model --samples 5
+    python tools/inspect_dataset.py --path data/emoji --tokenizer-model tokenizer.model --samples 20 --html emoji.html
     python tools/inspect_dataset.py --path data/emoji --tokenizer-model tokenizer.model --verify
+
+The page is one file for any browser, without scripts and network: lengths as a histogram, samples with their images,
+sounds to play, frames of videos, prompt, learned text, and tokens with their ids.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from dataclasses import dataclass
 import tyro
 
 from megatron_mm.data.errors import run_tool
+from megatron_mm.data.html_page import Entry, write_page
 from megatron_mm.data.inspection import describe_sample, summary, verify
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.words import size_words
 
 
 @dataclass
@@ -32,6 +38,8 @@ class Args:
     """Read every token and decode every medium; exit status 1 if anything is damaged."""
     json: str | None = None
     """Write the figures here."""
+    html: str | None = None
+    """Write a page with the figures and samples here; large images and long sounds are scaled down and cut."""
 
 
 def show(value: dict, indent: str = "  ") -> None:
@@ -47,29 +55,32 @@ def show(value: dict, indent: str = "  ") -> None:
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     tokenizer = Tokenizer(args.tokenizer_model, require_media=False) if args.tokenizer_model else None
-    results, damaged = [], False
+    results, entries = [], []
     for path in args.path:
         shard = Shard(path, tokenizer)
         result = summary(shard)
         print(result["path"])
         show({k: v for k, v in result.items() if k != "path"})
         count = min(args.samples, len(shard))
-        result["samples"] = [describe_sample(shard, i * len(shard) // count, tokenizer) for i in range(count)]
+        entry = Entry(shard, [i * len(shard) // count for i in range(count)])
+        entries.append(entry)
+        result["samples"] = [describe_sample(shard, document, tokenizer) for document in entry.documents]
         for sample in result["samples"]:
             print(f"  sample {sample['id']}")
             show({k: v for k, v in sample.items() if k != "id"}, "    ")
         if args.verify:
-            problems = verify(shard, tokenizer)
-            result["problems"] = problems
+            problems = entry.problems = result["problems"] = verify(shard, tokenizer)
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)
             print(f"  verified: {'no damage' if not problems else f'{len(problems)} damaged records'}")
-            damaged |= bool(problems)
         results.append(result)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as stream:
             json.dump({"datasets": results}, stream, indent=2, ensure_ascii=False)
-    return int(damaged)
+    if args.html:
+        size = write_page(args.html, entries, tokenizer)
+        print(f"wrote {args.html}: {sum(len(entry.documents) for entry in entries)} samples, {size_words(size)}")
+    return int(any(entry.problems for entry in entries))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ accent (en-us, en-gb-scotland, …) and timbre (+m3, +f2, …). What is held out
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+
+from examples.data import programs
 
 SAMPLE_RATE = 16000
 LICENCE = "speech synthesised by espeak-ng, GPL-3.0-or-later (the program; its output is yours)"
@@ -26,19 +26,7 @@ def install() -> None:
     Raises:
         ValueError: it is missing and this user cannot install it, or apt-get failed.
     """
-    if shutil.which("espeak-ng"):
-        return
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise ValueError("espeak-ng is not installed and installing it needs root: sudo apt-get install espeak-ng")
-    for arguments in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "espeak-ng"]):
-        done = subprocess.run(
-            ["apt-get", *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        )
-    if done.returncode != 0:
-        raise ValueError(f"apt-get could not install espeak-ng: {done.stderr.strip()}")
+    programs.install({"espeak-ng": "espeak-ng"})
 
 
 def speak(text: str, voice: str, words_per_minute: int) -> np.ndarray:

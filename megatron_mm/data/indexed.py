@@ -21,7 +21,8 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import BinaryIO
 
 import numpy as np
@@ -113,19 +114,24 @@ class IndexedWriter:
         self._documents += lengths.size
         self.num_items += items.size
 
-    def add_shard(self, reader: IndexedReader) -> None:
-        """Adds all documents of another shard of the same dtype, as they are."""
+    def add_copies(self, reader: IndexedReader, documents: Sequence[int]) -> None:
+        """Adds documents of another shard of the same dtype with their sequences, as they are.
+
+        Raises:
+            DataError: another dtype, or a document differs from its checksum.
+        """
         if reader.data.dtype != self.dtype:
             raise DataError(f"{reader.prefix}: dtype {reader.data.dtype}, but {self.prefix} has {self.dtype}")
-        for start in range(0, reader.data.size, _BLOCK):
-            self._files[".bin"].write(np.ascontiguousarray(reader.data[start : start + _BLOCK]))
-        self._files[LENGTHS].write(np.ascontiguousarray(reader.sequence_lengths).tobytes())
-        self._files[DOCUMENTS].write((reader.document_indices[1:] + self._sequences).astype(np.int64).tobytes())
-        for document in range(len(reader)):
-            self._files[CHECKSUMS].write(struct.pack("<I", zlib.crc32(np.ascontiguousarray(reader.document(document)))))
-        self._sequences += reader.sequence_lengths.size
-        self._documents += len(reader)
-        self.num_items += reader.data.size
+        for document in documents:
+            data = np.ascontiguousarray(reader.checked(document))
+            first, last = reader.document_indices[document : document + 2].tolist()
+            self._sequences += last - first
+            self._documents += 1
+            self.num_items += data.size
+            self._files[".bin"].write(data)
+            self._files[LENGTHS].write(reader.sequence_lengths[first:last].tobytes())
+            self._files[DOCUMENTS].write(struct.pack("<q", self._sequences))
+            self._files[CHECKSUMS].write(struct.pack("<I", zlib.crc32(data)))
 
     def state(self) -> dict[str, int]:
         """How far this writer is; all of it is on the disk."""
@@ -327,17 +333,35 @@ class IndexedReader:
         begin, end = begin // itemsize + offset, end // itemsize
         return self.data[begin : end if length is None else min(end, begin + length)]
 
-    def damaged(self) -> list[int]:
-        """Documents that differ from their checksums; none where there is no `.crc` (Megatron writes none).
+    @cached_property
+    def checksums(self) -> np.ndarray | None:
+        """CRC-32 of each document, u32 [documents]; None where there is no `.crc` (Megatron writes none).
 
         Raises:
             DataError: `.crc` is not of these documents.
         """
         path = self.prefix + CHECKSUMS
         if not os.path.exists(path):
+            return None
+        size = os.path.getsize(path)
+        if size != 4 * len(self):
+            raise DataError(f"{path}: {size // 4} checksums for {len(self)} documents")
+        return np.memmap(path, dtype="<u4", mode="r") if size else np.empty(0, dtype="<u4")
+
+    def checked(self, index: int) -> np.ndarray:
+        """`document(index)`, compared with its checksum. Raises DataError if it differs."""
+        data = self.document(index)
+        if self.checksums is not None and zlib.crc32(np.ascontiguousarray(data)) != self.checksums[index]:
+            raise DataError(f"{self.prefix}.bin, document {index}: its CRC-32 is not the one with which it was written")
+        return data
+
+    def damaged(self) -> list[int]:
+        """Documents that differ from their checksums; none where there is no `.crc`.
+
+        Raises:
+            DataError: `.crc` is not of these documents.
+        """
+        if self.checksums is None:
             return []
-        checksums = np.fromfile(path, dtype="<u4")
-        if checksums.size != len(self):
-            raise DataError(f"{path}: {checksums.size} checksums for {len(self)} documents")
         found = (zlib.crc32(np.ascontiguousarray(self.document(number))) for number in range(len(self)))
-        return [number for number, checksum in enumerate(found) if checksum != checksums[number]]
+        return [number for number, checksum in enumerate(found) if checksum != self.checksums[number]]

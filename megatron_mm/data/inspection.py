@@ -53,9 +53,12 @@ def describe_sample(shard: Shard, document: int, tokenizer: Tokenizer | None, wi
     if tokenizer is None:
         out["token_ids"] = tokens[:32].tolist()
     else:
-        if prompt > 1:
-            out["prompt"] = tokenizer.decode(tokens[:prompt].tolist())[:width]
-        out["text"] = tokenizer.decode(tokens[prompt:].tolist())[:width]
+        try:
+            if prompt > 1:
+                out["prompt"] = tokenizer.decode(tokens[:prompt].tolist())[:width]
+            out["text"] = tokenizer.decode(tokens[prompt:].tolist())[:width]
+        except IndexError:
+            out["text"] = f"DAMAGED: holds the id {int(tokens.max())}; the tokenizer has {tokenizer.vocab_size} pieces"
     for kind in KINDS:
         media = [_describe_medium(kind, shard.medium(kind, record)) for record in shard.records(kind, document)]
         if media:

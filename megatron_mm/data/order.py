@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     JITTER = 6
     HIDE = 7
     NOISE = 8
+    SPLIT = 9
 
 
 def keyed_generator(key: Sequence[int]) -> np.random.Generator:
@@ -177,8 +178,11 @@ def epoch_and_place(within: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.n
     return np.divmod(np.asarray(within, dtype=np.int64), num_rows)
 
 
-def parse_split(split: str) -> tuple[float, float, float]:
+def parse_split(split: str, field: str = "data.split") -> tuple[float, float, float]:
     """Normalised shares of train, validation and test documents from Megatron's "969,30,1".
+
+    Args:
+        field: names it in messages.
 
     Raises:
         ValueError: not one to three non-negative numbers with a positive sum.
@@ -188,7 +192,7 @@ def parse_split(split: str) -> tuple[float, float, float]:
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3 or any(not 0 <= part < float("inf") for part in parts) or sum(parts) <= 0:
-        raise ValueError(f'data.split: "{split}" must be up to three proportions, such as "969,30,1"')
+        raise ValueError(f'{field}: "{split}" must be up to three proportions, such as "969,30,1"')
     parts += [0.0] * (3 - len(parts))
     total = sum(parts)
     return parts[0] / total, parts[1] / total, parts[2] / total

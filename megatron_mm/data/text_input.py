@@ -58,6 +58,12 @@ def holds_records(path: str) -> bool:
     return _endings(path)[0] in (*_LINES, *_PACKABLE, *_COLUMNS)
 
 
+def is_plain(path: str) -> bool:
+    """Whether a file is lines as they are, which can be read from any place, by its ending."""
+    form, packing = _endings(path)
+    return not packing and form not in (*_PACKABLE, *_COLUMNS)
+
+
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
     """Files named by paths, folders and globs.
 

@@ -60,8 +60,8 @@ def test_documents_of_several_sequences(tmp_path):
     reader = IndexedReader(prefix)
     assert reader.document(1).tolist() == [0, 1, 2, 0, 1, 2, 3]
     writer = IndexedWriter(str(tmp_path / "copy"), np.int32)
-    writer.add_shard(reader)
-    writer.add_shard(reader)
+    writer.add_copies(reader, range(len(reader)))
+    writer.add_copies(reader, range(len(reader)))
     writer.finalize()
     copy = IndexedReader(str(tmp_path / "copy"))
     assert len(copy) == 4 and copy.document(3).tolist() == [0, 1, 2, 0, 1, 2, 3]

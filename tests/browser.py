@@ -1,0 +1,53 @@
+"""Debian's Chromium for tests that look at pages: installed with apt-get where it is missing, driven by Selenium.
+
+    python -m tests.browser     installs it
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from examples.data import programs
+
+_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--force-device-scale-factor=1",
+    "--window-size=1280,1000", "--autoplay-policy=no-user-gesture-required", "--mute-audio",
+)  # fmt: skip
+
+
+def install() -> None:
+    """Installs Chromium and its driver where they are missing. Raises ValueError where that is not possible."""
+    programs.install({"chromium": "chromium", "chromedriver": "chromium-driver"})
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator:
+    """A browser window, 1280 × 1000 pixels, as Selenium's driver; it logs every request and message of its pages.
+
+    Args:
+        profile: a new, empty folder.
+    """
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (*_FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+if __name__ == "__main__":
+    try:
+        install()
+    except ValueError as error:
+        sys.exit(f"no browser: {error}")
