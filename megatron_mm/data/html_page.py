@@ -102,7 +102,7 @@ def _dataset(entry: Entry, tokenizer: Tokenizer | None) -> dict:
         "figures": figures,
         "media": {kind: figures[kind] for kind in KINDS if figures.get(kind, {}).get("count")},
         "sources": shard.manifest.get("sources", []),
-        "bars": histogram(shard.document_lengths),
+        "bars": histogram(shard.document_lengths()),
         "samples": (_sample(shard, document, tokenizer) for document in entry.documents),
         "shown": len(entry.documents),
         "problems": entry.problems,
