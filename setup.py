@@ -33,12 +33,13 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7"],  # layers and attention on CUDA
         "parquet": ["pyarrow"],  # Parquet and Hugging Face datasets as input of the builders
+        "sentences": ["nltk"],  # --split-sentences
         "evaluation": ["pycocoevalcap"],  # CIDEr
         "plot": ["matplotlib"],  # loss curves
         "wandb": ["wandb"],  # experiment tracking
         "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr
         "test": [
-            *["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib", "pyarrow"],
+            *["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib", "pyarrow", "nltk"],
             "selenium",  # looks at the page of tools/inspect_dataset.py in Chromium
         ],
     },

@@ -93,25 +93,32 @@ class IndexedWriter:
         self._files[DOCUMENTS].write(struct.pack("<q", self._sequences))
         self._files[CHECKSUMS].write(struct.pack("<I", zlib.crc32(data)))
 
-    def add_documents(self, items: np.ndarray, lengths: np.ndarray) -> None:
-        """Adds many documents at once: their items back to back, and the length of each.
+    def add_documents(self, items: np.ndarray, lengths: np.ndarray, sentences: np.ndarray | None = None) -> None:
+        """Adds many documents at once.
 
-        As in Megatron's preprocessing, a document without items has no sequence.
+        As in Megatron's preprocessing, a document or a sentence without items has no sequence.
+
+        Args:
+            items: of all documents, back to back.
+            lengths: items of each document, or of each of their sentences.
+            sentences: number of sentences of each document; None: documents are not divided.
         """
         lengths = np.asarray(lengths, dtype=np.int32)
         if int(lengths.sum()) != items.size:
             raise ValueError(f"lengths add up to {int(lengths.sum())}, but there are {items.size} items")
         data = np.ascontiguousarray(items, dtype=self.dtype).view(np.uint8).data
+        last = np.cumsum(np.ones(lengths.size, np.int64) if sentences is None else sentences, dtype=np.int64)
         present = lengths > 0
-        ends = self._sequences + np.cumsum(present, dtype=np.int64)
-        bounds = [0, *(np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize).tolist()]
-        checksums = [zlib.crc32(data[begin:end]) for begin, end in itertools.pairwise(bounds)]
+        ends = self._sequences + np.concatenate([[0], np.cumsum(present, dtype=np.int64)])[last]
+        bytes_before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[last] * self.dtype.itemsize
+        bounds = itertools.pairwise([0, *bytes_before.tolist()])
+        checksums = [zlib.crc32(data[begin:end]) for begin, end in bounds]
         self._files[".bin"].write(data)
         self._files[LENGTHS].write(lengths[present].tobytes())
         self._files[DOCUMENTS].write(ends.tobytes())
         self._files[CHECKSUMS].write(np.array(checksums, dtype="<u4").tobytes())
         self._sequences += int(present.sum())
-        self._documents += lengths.size
+        self._documents += last.size
         self.num_items += items.size
 
     def add_copies(self, reader: IndexedReader, documents: Sequence[int]) -> None:
