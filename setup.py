@@ -26,6 +26,7 @@ setup(
         "soundfile",  # sound decoding (wav, flac, ogg, mp3)
         "soxr",  # resampling
         "tqdm",  # progress bars
+        "fsspec",  # datasets in object stores (torch needs it too); s3fs, gcsfs and others are the user's to choose
         "backports.zstd; python_version < '3.14'",  # .zst input; unlike zstandard's reader it notices a cut file
         "tensorboard",  # event files
         "jinja2",  # the page of tools/inspect_dataset.py, with everything escaped; torch needs it too

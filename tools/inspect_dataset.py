@@ -19,6 +19,7 @@ import tyro
 from megatron_mm.data.errors import run_tool
 from megatron_mm.data.html_page import Entry, write_page
 from megatron_mm.data.inspection import describe_sample, summary, verify
+from megatron_mm.data.remote import localize
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.words import size_words
@@ -29,7 +30,7 @@ class Args:
     """Inspect text shards and multimodal folders."""
 
     path: list[str]
-    """Prefixes of text shards, or dataset folders."""
+    """Prefixes of text shards, or dataset folders; URLs are copied first."""
     tokenizer_model: str | None = None
     """SentencePiece model: shows samples as text, and checks that it made the dataset."""
     samples: int = 3
@@ -57,7 +58,7 @@ def main() -> int:
     tokenizer = Tokenizer(args.tokenizer_model, require_media=False) if args.tokenizer_model else None
     results, entries = [], []
     for path in args.path:
-        shard = Shard(path, tokenizer)
+        shard = Shard(localize(path), tokenizer)
         result = summary(shard)
         print(result["path"])
         show({k: v for k, v in result.items() if k != "path"})

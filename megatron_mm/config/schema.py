@@ -53,7 +53,8 @@ class DatasetConfig:
     """One dataset of a blend."""
 
     path: str
-    """Prefix of a text shard (without .bin) or folder that tools/preprocess_multimodal.py wrote."""
+    """Prefix of a text shard (without .bin) or folder that tools/preprocess_multimodal.py wrote; or a URL that fsspec
+    knows, such as s3://bucket/emoji."""
     weight: float = 1.0
     """Share of the samples, relative to the other datasets."""
 
@@ -88,6 +89,8 @@ class DataConfig:
     """Channel deviations of image normalisation (CLIP's)."""
     num_workers: Annotated[int, megatron("num-workers")] = 2
     """Reader processes a rank; 0 reads in the training process."""
+    cache_folder: str | None = None
+    """Folder into which datasets named by URLs are copied; null: ~/.cache/megatron_mm/datasets."""
     plan_folder: str | None = None
     """Folder in which the packing plans of large datasets are kept; null: PATH.plans beside each."""
     log_sample_ids: bool = False

@@ -20,6 +20,7 @@ copies of the split, so it must not depend on the order of its calls.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ from megatron_mm.data.masking import Masking
 from megatron_mm.data.order import Purpose, split_documents
 from megatron_mm.data.plans import plan
 from megatron_mm.data.reading import MediaReader
+from megatron_mm.data.remote import localize
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
 
@@ -99,7 +101,7 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
     if not data.datasets:
         raise ValueError("data.datasets: empty; name at least one dataset, such as {path: data/emoji}")
     tokenizer = Tokenizer(data.tokenizer, require_media=False) if data.tokenizer else None
-    shards = [Shard(entry.path, tokenizer) for entry in data.datasets]
+    shards = [Shard(localize(entry.path, data.cache_folder), tokenizer) for entry in data.datasets]
     needs = "multimodal datasets need" if any(shard.is_multimodal for shard in shards) else None
     if inputs.mask_ratio:
         needs = "masked language modelling hides tokens behind the <mask> of"
@@ -114,7 +116,7 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
             _check_frames(config, entry.path)
     limits = Limits.of(data, inputs)
     masking = Masking(inputs.mask_ratio, tokenizer.mask_id, tokenizer.is_ordinary()) if inputs.mask_ratio else None
-    names = _unique_names([shard.path for shard in shards])
+    names = _unique_names([os.path.normpath(entry.path) for entry in data.datasets])
     splits: dict[str, BlendedDataset] = {}
     for split, part in zip(("train", "valid", "test"), range(3)):
         train, sources = split == "train", []
