@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.config.load import dump_config
+from megatron_mm.config.load import dump_config, load_config
+from megatron_mm.config.schema import DatasetConfig
+from megatron_mm.data.build_text import build_text
 from megatron_mm.training import checkpoint_folder
 from tests.corpus import build_corpus, corpus_config
 from tests.recipes import small_config
@@ -101,6 +103,35 @@ def test_killed_and_resumed_in_another_layout(corpus, uninterrupted, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed from" in done.stdout
     assert_same_history(tmp_path, uninterrupted)
+
+
+def test_a_blend_resumed_five_times_elsewhere_reads_the_same_samples(corpus, tmp_path):
+    """Other data-parallel sizes, layouts, microbatches and reader workers at each stop; ids in order, losses too."""
+    output, tokenizer = tmp_path / "blend", str(corpus[1])
+    lines = [json.dumps({"text": f"line {number}: {'word ' * (number % 23)}"}) for number in range(200)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    build_text([str(tmp_path / "lines.jsonl")], str(tmp_path / "lines"), tokenizer, workers=0, progress=False)
+    for folder in ("whole", "blend"):
+        path = recipe(corpus, tmp_path / folder)
+        config = load_config(path)
+        config.data.datasets.append(DatasetConfig(path=str(tmp_path / "lines_text_document"), weight=0.7))
+        dump_config(config, path)
+    whole = run(tmp_path / "whole" / "recipe.yaml")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    stops = {
+        2: (2, "--micro-batch-size 1 --num-workers 2"),
+        4: (4, "--micro-batch-size 1 --num-workers 1 --use-distributed-optimizer"),
+        6: (2, "--pipeline-model-parallel-size 2 --num-workers 0"),
+        8: (4, "--tensor-model-parallel-size 2 --micro-batch-size 1 --num-workers 2"),
+        10: (1, "--num-workers 1"),
+        12: (2, "--micro-batch-size 2 --num-workers 0"),
+    }
+    for stop, (processes, words) in stops.items():
+        done = run(output / "recipe.yaml", processes, "--train-iters", str(stop), *words.split())
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_history(output, tmp_path / "whole")
+    read = [name for line in metrics(output) for name in line["sample_ids"]]
+    assert {name.split("/")[0] for name in read} == {corpus[0].name, "lines_text_document"}
 
 
 def test_from_the_distributed_optimizer_to_one_process_with_a_damaged_checkpoint(corpus, uninterrupted, tmp_path):
