@@ -17,24 +17,28 @@ _FRAME_SECONDS = 0.02
 
 
 class _MediaRules:
-    """Rules whose fields are `min_x` and `max_x` of what is measured, in the order of the fields."""
+    """Rules whose fields are `min_x` and `max_x`, in the order in which they are looked at."""
 
-    def _judge(self, kind: str, number: int, measured: dict[str, float | None]) -> Verdict | None:
-        for field in fields(self):  # type: ignore[arg-type]
-            bound, _, name = field.name.partition("_")
-            limit, value = getattr(self, field.name), measured.get(name)
-            if limit is None or value is None or bound not in ("min", "max"):
-                continue
-            if value < limit if bound == "min" else value > limit:
-                detail = {"number": number, "value": round(value, 4), "limit": limit}
-                return Verdict(f"{kind}: {field.name}", detail)
-        return None
+    def _limits(self) -> list[tuple[str, float]]:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return [(name, limit) for name, limit in values if limit is not None and name[:4] in ("min_", "max_")]
 
     @property
     def wanted(self) -> bool:
         """Whether any rule is on."""
-        limits = (field.name for field in fields(self) if field.name[:4] in ("min_", "max_"))  # type: ignore[arg-type]
-        return any(getattr(self, name) is not None for name in limits)
+        return bool(self._limits())
+
+    def _first_broken(self, kind: str, number: int, measured: dict[str, float | None]) -> Verdict | None:
+        """Args:
+            kind: of the medium.
+            number: of the medium among its record's.
+            measured: what it has, by x, or by min_x or max_x where these differ; None is not judged.
+        """
+        for name, limit in self._limits():
+            value = measured.get(name, measured.get(name[4:]))
+            if value is not None and (value < limit if name.startswith("min") else value > limit):
+                return Verdict(f"{kind}: {name}", {"number": number, "value": round(value, 4), "limit": limit})
+        return None
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,8 @@ class ImageRules(_MediaRules):
         """The first rule that an image breaks; `number` is the image's, from 1."""
         for number, image in enumerate(images, 1):
             short, long = sorted(image.size)
-            measured = {"aspect": long / short, "pixels": short * long}
-            sides = {"min_side": short, "max_side": long}
-            for name, side in sides.items():
-                limit = getattr(self, name)
-                if limit is not None and (side < limit if name == "min_side" else side > limit):
-                    return Verdict(f"images: {name}", {"number": number, "value": side, "limit": limit})
-            if verdict := self._judge("images", number, measured):
+            measured = {"min_side": short, "max_side": long, "aspect": long / short, "pixels": short * long}
+            if verdict := self._first_broken("images", number, measured):
                 return verdict
         return None
 
@@ -82,7 +81,7 @@ class SoundRules(_MediaRules):
             measured: dict[str, float | None] = {"seconds": samples.size / rate}
             if self.max_silence is not None:
                 measured["silence"] = silent_share(samples, rate, self.silence_dbfs)
-            if verdict := self._judge("audios", number, measured):
+            if verdict := self._first_broken("audios", number, measured):
                 return verdict
         return None
 
@@ -116,14 +115,10 @@ class VideoRules(_MediaRules):
     max_aspect: float | None = None
     """Longer side over shorter side."""
 
-    def judge(self, videos: Iterable[bytes]) -> Verdict | None:
-        """The first rule that a video (its file) breaks; `number` is the video's, from 1.
-
-        Raises:
-            DataError: not a video.
-        """
-        for number, data in enumerate(videos, 1):
-            if verdict := self._judge("videos", number, measure_video(data)):
+    def judge(self, videos: Iterable[dict[str, float | None]]) -> Verdict | None:
+        """The first rule that a video (what `measure_video` says of it) breaks; `number` is the video's, from 1."""
+        for number, measured in enumerate(videos, 1):
+            if verdict := self._first_broken("videos", number, measured):
                 return verdict
         return None
 
