@@ -56,7 +56,8 @@ RECORD_DTYPE = np.dtype(
     ]
 )
 TEXT_DTYPE = np.dtype([("record", "<u8"), ("signature", "<u4", (PERMUTATIONS,))])
-IMAGE_DTYPE = np.dtype([("record", "<u8"), ("prompt", "<u8"), *[(n, SIGNATURE_DTYPE[n]) for n in SIGNATURE_DTYPE.names]])
+_SIGNATURE = [(name, SIGNATURE_DTYPE[name]) for name in SIGNATURE_DTYPE.names]
+IMAGE_DTYPE = np.dtype([("record", "<u8"), ("prompt", "<u8"), *_SIGNATURE])
 RECORDS, TEXTS, IMAGES, REJECTED = "records.bin", "texts.bin", "images.bin", "rejected.jsonl"
 UNREADABLE = "unreadable"
 
@@ -240,7 +241,8 @@ class RowWriter:
             self._files[band_file(band)].write(hashes.tobytes())
         for number, verdict in rows.rejected:
             value = {"record": self.records + number, **verdict._asdict()}
-            self._files[REJECTED].write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            line = json.dumps(value, ensure_ascii=False) + "\n"
+            self._files[REJECTED].write(line.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON has it
         self.records += len(rows.records)
         self.rejected += len(rows.rejected)
 
