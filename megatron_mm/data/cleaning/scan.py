@@ -41,6 +41,7 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import open_at
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import KINDS
+from megatron_mm.data.tokenizer import PLACEHOLDERS
 
 #: Bytes of a record's text that reports show.
 EXCERPT_BYTES = 160
@@ -148,16 +149,20 @@ def _judge(record: Record) -> Verdict | None:
     return verdict
 
 
-def _hash64(text: str) -> int:
-    return int.from_bytes(exact_hash(text)[:8], "little")
+def _question(prompt: str) -> int:
+    """Hash of what a prompt asks, wherever its placeholders stand."""
+    for mark in PLACEHOLDERS.values():
+        prompt = prompt.replace(mark, " ")
+    return int.from_bytes(exact_hash(normalised(prompt))[:8], "little")
 
 
-def _exact(record: Record, text: str) -> bytes:
+def _exact(record: Record) -> bytes:
     """Hash of everything that would be learned from."""
-    if Worker.wanted.exact == "verbatim":
-        text = f"{record.prompt}\x00{record.text}"
+    prompt, text = record.prompt, record.text
+    if Worker.wanted.exact == "normalised":
+        prompt, text = normalised(prompt), normalised(text)
     media = (kind.encode() + data for kind in KINDS for data in record.media.files(kind))
-    return exact_hash(text, media)
+    return exact_hash(f"{prompt}\x00{text}", media)
 
 
 def scan_block(block: LineBlock) -> Rows:
@@ -183,11 +188,10 @@ def scan_block(block: LineBlock) -> Rows:
             excerpt = (record.text or record.prompt)[:EXCERPT_BYTES].encode()[:EXCERPT_BYTES]
             verdict = _judge(record)
             if verdict is None:
-                prompt, text = normalised(record.prompt), normalised(record.text)
                 if wanted.exact != "off":
-                    exact = _exact(record, f"{prompt}\x00{text}")
+                    exact = _exact(record)
                 if wanted.images and pictures:
-                    key = _hash64(prompt) if wanted.prompts else 0
+                    key = _question(record.prompt) if wanted.prompts else 0
                     signatures = zip(record.media.images, record.media.files("images"))
                     images += [(at, key, *image_signature(image, data)) for image, data in signatures]
                 comparable = wanted.cut is not None and (wanted.texts_with_media or not record.media)
