@@ -145,7 +145,7 @@ def _options(text_keys: Sequence[str], rules: Rules, duplicates: DuplicateRules)
         values["rules"]["blocklist"] = sha256(rules.blocklist)
     if rules.predicate:
         values["rules"]["predicate"] = {"function": rules.predicate, "sha256": Predicate(rules.predicate).identity}
-    return values
+    return json.loads(json.dumps(values))  # as the report will be read: lists, not tuples
 
 
 def _comparing(folder: str, rules: DuplicateRules) -> dict:
