@@ -7,8 +7,8 @@ The corpus stays as it is; the folder says which lines to drop, and preprocess_d
 leave them out. In it, report.md has counts by reason with samples, dropped.jsonl a line a dropped record. Inputs are
 read as by the builders, all together: of equal records the first is kept, whatever file it is in.
 
-By default equal records, texts that are equal to 80% (of records without media) and records whose images all come
-again with the same prompt are dropped. Every rule is off until it has a threshold. Scores of a classifier are fields:
+By default equal records, texts that are equal to 80% (of records without media) and records that have the images of an
+earlier one, and its prompt, are dropped. Every rule is off until it has a threshold. Scores of a classifier are fields:
 --field-below nsfw 0.5 --field-above aesthetic 4.5 --field-equals language en. A rule of your own is a function
 keep(record) or keep(record, media) that returns None or True, or a reason to drop: --predicate rules.py:keep.
 """

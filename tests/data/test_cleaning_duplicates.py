@@ -169,9 +169,11 @@ def write_rows(folder: Path, hashes: np.ndarray, per_record: int) -> None:
     (folder / TEXTS).write_bytes(b"")
 
 
-@pytest.mark.parametrize("mode, per_record", [("any", 1), ("any", 3), ("all", 2)])
+@pytest.mark.parametrize("mode, per_record", [("any", 1), ("any", 3), ("all", 2), ("same", 1), ("same", 2)])
 def test_images_are_found_as_by_comparing_all_with_all(mode, per_record, tmp_path):
-    """Truth: in order, a record is dropped if any (all) of its hashes is within 4 bits of one of a kept record.
+    """Truth: in order, a record is dropped if any (all) of its hashes is within 4 bits of one of the kept records.
+
+    For "same" it is one kept record, each of whose hashes is within 4 bits of one of this record too.
 
     1,800 hashes: random ones, their neighbours within 3 bits, neighbours of neighbours, so that there are chains.
     """
@@ -183,14 +185,21 @@ def test_images_are_found_as_by_comparing_all_with_all(mode, per_record, tmp_pat
             value ^= 1 << bit
         hashes.append(value)
     dice.shuffle(hashes)
-    kept: list[int] = []
+    if (mode, per_record) == ("same", 2):  # pairs come again, turned round
+        hashes[900:] = [value ^ 3 << dice.randrange(63) for value in reversed(hashes[:900])]
+    kept: list[list[int]] = []
     expected = []
     for record in range(len(hashes) // per_record):
         mine = hashes[record * per_record : (record + 1) * per_record]
-        found = [any((value ^ other).bit_count() <= 4 for other in kept) for value in mine]
-        expected.append(any(found) if mode == "any" else all(found))
+
+        def within(first: list[int], second: list[int]) -> list[bool]:
+            return [any((value ^ other).bit_count() <= 4 for other in second) for value in first]
+
+        found = within(mine, [value for values in kept for value in values])
+        same = any(all(within(mine, values)) and all(within(values, mine)) for values in kept)
+        expected.append({"any": any(found), "all": all(found), "same": same}[mode])
         if not expected[-1]:
-            kept += mine
+            kept.append(mine)
     assert 0.1 < np.mean(expected) < 0.95
     write_rows(tmp_path / "rows", np.array(hashes, dtype=np.uint64), per_record)
     rules = DuplicateRules(exact="off", near=None, images=mode)
@@ -250,6 +259,7 @@ def illustrated(tmp_path) -> Path:
         {"prompt": "<image><image>", "text": "one, three", "images": ["1.jpg", "3.png"]},
         {"prompt": "<image><image>", "text": "two, one", "images": ["2.jpg", "1.png"]},
         {"prompt": "<image>", "text": "ZERO", "images": ["0.png"]},
+        {"prompt": "<image><image>", "text": "three, zero", "images": ["3.png", "0.png"]},
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -260,12 +270,13 @@ def illustrated(tmp_path) -> Path:
     "rules, expected",
     [
         ({}, {2: 1, 4: 1, 7: 5, 8: 1}),
-        ({"images": "any"}, {2: 1, 4: 1, 6: 5, 7: 5, 8: 1}),
+        ({"images": "all"}, {2: 1, 4: 1, 7: 5, 8: 1, 9: 1}),
+        ({"images": "any"}, {2: 1, 4: 1, 6: 5, 7: 5, 8: 1, 9: 1}),
         ({"images": "off"}, {8: 1}),
         ({"image_across_prompts": True}, {2: 1, 3: 1, 4: 1, 7: 5, 8: 1}),
         ({"image_distance": 0, "exact": "off"}, {8: 1}),
     ],
-    ids=["all", "any", "off", "across-prompts", "equal-hashes"],
+    ids=["same", "all", "any", "off", "across-prompts", "equal-hashes"],
 )
 def test_images_of_records(rules, expected, illustrated, tmp_path):
     dropped = run([illustrated], tmp_path / "out", duplicates=DuplicateRules(**rules))

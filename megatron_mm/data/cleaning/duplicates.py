@@ -63,8 +63,9 @@ class DuplicateRules:
     """Words of a shingle."""
     near_with_media: bool = False
     """Compare texts of records with media too: captions repeat, and their images tell them apart."""
-    images: Literal["off", "any", "all"] = "all"
-    """Drop a record of whose images any, or all, are in records before it."""
+    images: Literal["off", "same", "all", "any"] = "same"
+    """Drop a record if one before it has the same images and no others, or if all, or any, of its images are in some
+    records before it."""
     image_distance: int = 4
     """Bits of 64 by which perceptual hashes of one image differ at most."""
     image_across_prompts: bool = False
@@ -384,23 +385,53 @@ class Resolver:
             for part in range(1 << bits)
         ]
         rows, groups = groups_of(self._search(tasks))
-        compare = image_comparison(table, most)
+        order = itertools.groupby(range(rows.size), lambda place: int(table["record"][rows[place]]))
+        records = ((record, np.array(list(places))) for record, places in order)
+        find = self._same_images if self._rules.images == "same" else self._any_or_all_images
+        for record, original, score in find(table, rows, groups, records):
+            self._drop(SAME_IMAGES, np.array([record]), np.array([original]), np.array([score]))
+
+    def _same_images(
+        self, table: np.ndarray, rows: np.ndarray, groups: np.ndarray, records: Iterator[tuple[int, np.ndarray]]
+    ) -> Iterator[tuple[int, int, int]]:
+        """(record, original, bits) of records whose images are those of one that is kept, and as many."""
+        compare = image_comparison(table, self._rules.image_distance)
+        kept: dict[tuple[int, ...], list[np.ndarray]] = {}
+        """Rows of kept records, by the groups of their images."""
+        for record, places in records:
+            if len(places) < self._records["images"][record]:  # one of its images is like no other
+                continue
+            mine, others = rows[places], kept.setdefault(tuple(sorted(groups[places].tolist())), [])
+            for theirs in others:
+                similar, bits = compare(np.repeat(mine, theirs.size), np.tile(theirs, mine.size))
+                nearest = np.where(similar, bits, 255).reshape(mine.size, theirs.size)
+                if (worst := max(nearest.min(axis=1).max(), nearest.min(axis=0).max())) < 255:
+                    yield record, int(table["record"][theirs[0]]), int(worst)
+                    break
+            else:
+                others.append(mine)
+
+    def _any_or_all_images(
+        self, table: np.ndarray, rows: np.ndarray, groups: np.ndarray, records: Iterator[tuple[int, np.ndarray]]
+    ) -> Iterator[tuple[int, int, int]]:
+        """(record, original, bits) of records any or all of whose images are in some that are kept; the original is
+        that of the likest image."""
+        compare = image_comparison(table, self._rules.image_distance)
         signatures = _signatures(table[rows])
         kept: dict[int, dict[bytes, int]] = {}
         """Images of kept records by group and signature: the first row of each."""
-        places = itertools.groupby(range(rows.size), lambda place: int(table["record"][rows[place]]))
-        for record, members in places:
-            images, best = list(members), []
-            for place in images:
+        for record, places in records:
+            best = []
+            for place in places:
                 earlier = np.array([*kept.get(int(groups[place]), {}).values()], dtype=np.int64)
-                similar, scores = compare(np.full(earlier.size, rows[place]), earlier)
+                similar, bits = compare(np.full(earlier.size, rows[place]), earlier)
                 if similar.any():
-                    nearest = int(np.argmin(np.where(similar, scores, 255)))
-                    best.append((int(scores[nearest]), int(table["record"][earlier[nearest]])))
+                    nearest = int(np.argmin(np.where(similar, bits, 255)))
+                    best.append((int(bits[nearest]), int(table["record"][earlier[nearest]])))
             needed = 1 if self._rules.images == "any" else int(self._records["images"][record])
             if best and len(best) >= needed:
-                score, original = min(best)
-                self._drop(SAME_IMAGES, np.array([record]), np.array([original]), np.array([score]))
+                bits, original = min(best)
+                yield record, original, bits
                 continue
-            for place in images:
+            for place in places:
                 kept.setdefault(int(groups[place]), {}).setdefault(signatures[place].tobytes(), int(rows[place]))

@@ -3,6 +3,7 @@ drops the record, whose placeholders would no longer fit without it."""
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ class _MediaRules:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
         return [(name, limit) for name, limit in values if limit is not None and name[:4] in ("min_", "max_")]
 
-    @property
+    @functools.cached_property
     def wanted(self) -> bool:
         """Whether any rule is on."""
         return bool(self._limits())

@@ -6,6 +6,7 @@ English web pages of 50 words and more: captions and other languages need thresh
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -70,7 +71,7 @@ class TextRules:
             return self
         return replace(self, **{name: value for name, value in GOPHER.items() if getattr(self, name) is None})
 
-    @property
+    @functools.cached_property
     def wanted(self) -> bool:
         """Whether any rule is on."""
         return any(field.name != "gopher" and getattr(self, field.name) is not None for field in fields(self))

@@ -107,7 +107,7 @@ def shingle_hashes(texts: Sequence[list[bytes]], words: int) -> tuple[np.ndarray
         (hashes, [shingles] u32; where each text begins in them, [texts]).
     """
     counts = np.array([len(text) for text in texts])
-    data = np.frombuffer(b" ".join(word for text in texts for word in text), dtype=np.uint8)
+    data = np.frombuffer(b" ".join(map(b" ".join, texts)), dtype=np.uint8)
     forward, backward = _Powers.upto(data.size + 1)
     sums = np.zeros(data.size + 1, dtype=np.uint64)
     np.cumsum(_BYTE_VALUES[data] * forward[: data.size], dtype=np.uint64, out=sums[1:])
