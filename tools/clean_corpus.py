@@ -10,7 +10,8 @@ read as by the builders, all together: of equal records the first is kept, whate
 By default equal records, texts that are equal to 80% (of records without media) and records that have the images of an
 earlier one, and its prompt, are dropped. Every rule is off until it has a threshold. Scores of a classifier are fields:
 --field-below nsfw 0.5 --field-above aesthetic 4.5 --field-equals language en. A rule of your own is a function
-keep(record) or keep(record, media) that returns None or True, or a reason to drop: --predicate rules.py:keep.
+keep(record) or keep(record, media) that returns None or True, or a reason to drop: --predicate rules.py:keep. It gets
+the record's fields, and its media decoded when asked: media.images, media.sounds, media.frames(4).
 """
 
 from __future__ import annotations
@@ -70,11 +71,17 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    fields = FieldRules(args.field_below, args.field_above, args.field_equals)
     rules = Rules(
-        args.text, args.images, args.audios, args.videos, fields, args.blocklist, args.predicate, args.check,
-        args.on_error,
-    )  # fmt: skip
+        text=args.text,
+        images=args.images,
+        audios=args.audios,
+        videos=args.videos,
+        fields=FieldRules(args.field_below, args.field_above, args.field_equals),
+        blocklist=args.blocklist,
+        predicate=args.predicate,
+        check=args.check,
+        on_error=args.on_error,
+    )
     report = clean_corpus(
         expand_inputs(args.input), args.output, args.text_keys, args.media_root, rules, args.duplicates, args.workers,
         args.overwrite,

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mm.data import unfinished
 from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
@@ -102,6 +103,37 @@ def test_neither_workers_nor_memory_show(samples, tmp_path):
     first = contents(tmp_path / "a")
     assert first == contents(tmp_path / "b") == contents(tmp_path / "c")
     assert first.keys() == {"drops.npy", "dropped.jsonl", "manifest.json", "report.json", "report.md"}
+
+
+@pytest.mark.parametrize("failing", ["Resolver", "write_manifest"])
+def test_what_fails_in_the_second_pass_continues(failing, tmp_path, monkeypatch, capsys):
+    """The disk is full while duplicates are looked for, or when the manifest is written."""
+    inputs = list(map(str, crawl(tmp_path, 400)))
+    monkeypatch.setattr(unfinished, "JOURNAL_SECONDS", -1)
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[clean_corpus.__module__], failing, full)
+        with pytest.raises(OSError, match="No space left"):
+            clean_corpus(inputs, str(tmp_path / "out"), workers=0, progress=False)
+    assert "the same command continues there" in capsys.readouterr().err
+    clean_corpus(inputs, str(tmp_path / "out"), workers=2, progress=False)
+    assert "continues an unfinished build" in capsys.readouterr().err
+    clean_corpus(inputs, str(tmp_path / "whole"), workers=0, progress=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.building").exists()
+
+
+def test_an_input_that_grows_meanwhile_is_refused(tmp_path):
+    """A predicate appends to the file that is read; the list would be of neither the old file nor the new."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    mine = tmp_path / "grows.py"
+    mine.write_text(f"def keep(record):\n    open({str(tmp_path / 'a.jsonl')!r}, 'a').write(chr(10))\n")
+    with pytest.raises(DataError, match=r"a.jsonl: has 15 bytes, but 14 when this run began"):
+        rules = Rules(predicate=f"{mine}:keep")
+        clean_corpus([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), rules=rules, workers=0, progress=False)
 
 
 def test_the_report_adds_up(tmp_path):

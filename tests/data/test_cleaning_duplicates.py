@@ -10,12 +10,14 @@ import itertools
 import json
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from megatron_mm.data.cleaning import duplicates
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
 from megatron_mm.data.cleaning.duplicates import (
     EXACT,
@@ -30,6 +32,7 @@ from megatron_mm.data.cleaning.duplicates import (
     link,
 )
 from megatron_mm.data.cleaning.scan import IMAGE_DTYPE, IMAGES, RECORD_DTYPE, RECORDS, TEXTS
+from megatron_mm.data.cleaning.text_signatures import mixed
 from megatron_mm.data.errors import DataError
 
 
@@ -228,6 +231,25 @@ def test_exact_hashes_in_partitions(tmp_path):
             wanted = REJECTED_BY_RULE if record["rejected"] else KEPT if original == number else EXACT
             assert verdicts["reason"][number] == wanted
             assert wanted != EXACT or verdicts["original"][number] == original
+
+
+def test_memory_is_that_of_a_partition(tmp_path, monkeypatch):
+    """400,000 hashes, each twice, in parts of 1 MB: less than an eighth of what all at once take."""
+    monkeypatch.setattr(duplicates, "_CHUNK", 1 << 12)
+    write_rows(tmp_path / "rows", np.arange(400_000) // 2, 1)
+    records = np.memmap(tmp_path / "rows" / RECORDS, dtype=RECORD_DTYPE)
+    records["exact"][:, 0] = np.random.default_rng(0).permutation(mixed(np.arange(400_000, dtype=np.uint64) // 2))
+    found = []
+    monkeypatch.setattr(duplicates, "join", lambda links: found.append(len(links)) or Links(*(np.empty(0, int),) * 3))
+    peaks = []
+    for memory in (1.0, 1e-3):
+        rules = DuplicateRules(near=None, images="off", memory_gb=memory)
+        resolver = Resolver(str(tmp_path / "rows"), rules, 0, print)
+        tracemalloc.start()
+        resolver.resolve()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < min(peaks[0] / 8, 2e6) and found
 
 
 def drawing(seed: int) -> Image.Image:

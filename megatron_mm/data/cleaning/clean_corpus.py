@@ -88,7 +88,7 @@ def clean_corpus(
     """
     rules, duplicates = rules or Rules(), duplicates or DuplicateRules()
     refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
-    _check(inputs, text_keys, rules, duplicates)
+    sizes = _check(inputs, text_keys, rules, duplicates)
     options = _options(text_keys, rules, duplicates)
     root = os.path.abspath(media_root) if media_root is not None else None
     build = UnfinishedBuild(output, {"format": FORMAT, "version": VERSION, **options, "media_root": root})
@@ -96,7 +96,7 @@ def clean_corpus(
     writer = RowWriter(build.data, wanted.cut.bands if wanted.cut else 0)
     initargs = (tuple(inputs), tuple(text_keys), media_root, rules, wanted)
     lines = Lines(scan_block, Worker.start, initargs, workers, _BLOCK_BYTES, 256)
-    total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
+    total = sum(sizes.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="records", disable=not progress, mininterval=0.5)
 
     def say(text: str) -> None:
@@ -113,7 +113,7 @@ def clean_corpus(
         writer.state()
         writer.close()
         verdicts = Resolver(build.data, duplicates, workers, say).resolve()
-        report = _write(build.data, inputs, verdicts, options, _comparing(build.data, duplicates))
+        report = _write(build.data, sizes, verdicts, options, _comparing(build.data, duplicates))
         build.place([(_RESULT, output)])
     except BaseException as error:
         writer.close()
@@ -122,18 +122,19 @@ def clean_corpus(
     return report
 
 
-def _check(inputs: Sequence[str], text_keys: Sequence[str], rules: Rules, duplicates: DuplicateRules) -> None:
-    """Raises DataError where the run could only fail, or would drop everything."""
+def _check(
+    inputs: Sequence[str], text_keys: Sequence[str], rules: Rules, duplicates: DuplicateRules
+) -> dict[str, int]:
+    """Bytes of each input. Raises DataError where the run could only fail, or would drop everything."""
     duplicates.check()
     if not text_keys:
         raise DataError("text_keys names no field")
     for path, times in Counter(map(os.path.abspath, inputs)).items():
         if times > 1:
             raise DataError(f"{path}: given {times} times; every record would be a duplicate of itself")
-    for path in inputs:
-        Source.of(path)
     if rules.blocklist:
         Blocklist(rules.blocklist)
+    return {path: Source.of(path).size for path in inputs}
 
 
 def _options(text_keys: Sequence[str], rules: Rules, duplicates: DuplicateRules) -> dict:
@@ -168,8 +169,16 @@ def _rejections(folder: str) -> Iterator[dict]:
         yield from map(json.loads, stream)
 
 
-def _write(folder: str, inputs: Sequence[str], verdicts: np.ndarray, options: dict, comparing: dict) -> dict:
-    """Writes the result beside the rows."""
+def _write(folder: str, sizes: dict[str, int], verdicts: np.ndarray, options: dict, comparing: dict) -> dict:
+    """Writes the result beside the rows.
+
+    Raises:
+        DataError: an input has changed since it was begun.
+    """
+    for path, size in sizes.items():
+        if os.path.getsize(path) != size:
+            raise DataError(f"{path}: has {os.path.getsize(path)} bytes, but {size} when this run began; run it again")
+    inputs = list(sizes)
     result = os.path.join(folder, _RESULT)
     os.makedirs(result, exist_ok=True)
     records = read_rows(os.path.join(folder, RECORDS), RECORD_DTYPE)
@@ -186,8 +195,8 @@ def _write(folder: str, inputs: Sequence[str], verdicts: np.ndarray, options: di
             for file in np.unique(rows["file"]):
                 here = rows["file"] == file
                 counts, gone = tally.files[inputs[int(file)]], here & (reasons != KEPT)
-                sizes = rows["characters"].astype(np.int64)
-                for name, value in zip(names, (here.sum(), gone.sum(), sizes[here].sum(), sizes[gone].sum())):
+                characters = rows["characters"].astype(np.int64)
+                for name, value in zip(names, (here.sum(), gone.sum(), characters[here].sum(), characters[gone].sum())):
                     counts[name] += int(value)
             dropped = np.flatnonzero(reasons != KEPT) + begin
             numbers.append(records["line"][dropped])
@@ -218,7 +227,7 @@ def _write(folder: str, inputs: Sequence[str], verdicts: np.ndarray, options: di
         {
             "name": os.path.basename(path),
             "path": os.path.abspath(path),
-            "bytes": os.path.getsize(path),
+            "bytes": sizes[path],
             "records": tally.files[path]["records"],
             "dropped": tally.files[path]["dropped"],
         }

@@ -127,17 +127,17 @@ class Worker:
 
 
 def _judge(record: Record) -> Verdict | None:
-    """The first rule of all that a record breaks."""
+    """The first rule that a record breaks, those that cost least first: what they drop need not decode."""
     rules, media = Worker.rules, record.media
     if not record.text.strip() and not media:
         return Verdict("empty", {})
-    if rules.check:
-        media.check()
     verdict = rules.fields.judge(record.fields, record.where)
     if verdict is None and Worker.blocklist is not None:
         verdict = Worker.blocklist.judge(f"{record.prompt}\n{record.text}")
     if verdict is None and Worker.text_rules.wanted:
         verdict = Worker.text_rules.judge(record.text)
+    if verdict is None and rules.check:
+        media.check()
     if verdict is None and rules.images.wanted and media.count("images"):
         verdict = rules.images.judge(media.images)
     if verdict is None and rules.audios.wanted and media.count("audios"):
