@@ -23,12 +23,14 @@ from megatron_mm.data import unfinished
 from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
+from megatron_mm.data.cleaning.drop_list import DropList
 from megatron_mm.data.cleaning.duplicates import DuplicateRules
 from megatron_mm.data.cleaning.field_rules import FieldRules
 from megatron_mm.data.cleaning.media_rules import ImageRules, SoundRules
 from megatron_mm.data.cleaning.scan import Rules
 from megatron_mm.data.cleaning.text_rules import TextRules
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.shards import Shard
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -242,6 +244,16 @@ def test_builders_leave_dropped_lines_out(workers, cleaned, samples, tokenizer_p
     one, other = (tmp_path / f"{name}_text_document.bin" for name in "tu")
     assert one.read_bytes() == other.read_bytes()
     assert Shard(str(tmp_path / "t_text_document")).manifest["options"]["drop"] == identity
+
+
+def test_blocks_of_lines_wherever_they_are_cut(cleaned, samples):
+    folder, left = cleaned
+    drops, lines = DropList(str(folder)), samples.read_bytes().splitlines(keepends=True)
+    for begin in range(0, 60, 3):
+        for end in range(begin + 1, 61, 5):
+            for cut in (None, -1):  # the last line of a file may have no end
+                block = LineBlock(str(samples), begin + 1, b"".join(lines[begin:end])[:cut], 0)
+                assert drops.within(block) == set(range(begin + 1, end + 1)) - set(left)
 
 
 def test_a_list_of_other_inputs_is_refused(cleaned, samples, tokenizer_path, tmp_path):

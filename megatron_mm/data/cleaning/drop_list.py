@@ -78,9 +78,9 @@ class DropList:
     def within(self, block: LineBlock) -> frozenset[int]:
         """Numbers of the lines of a block that are dropped."""
         lines = self._lines[os.path.abspath(block.path)]
-        first = block.first_line
-        begin, end = np.searchsorted(lines, np.array([first, first + block.data.count(b"\n") + 1], dtype=np.uint64))
-        return frozenset(lines[begin:end].tolist())
+        end = block.first_line + block.data.count(b"\n") + (not block.data.endswith(b"\n"))
+        low, high = np.searchsorted(lines, np.array([block.first_line, end], dtype=np.uint64))
+        return frozenset(lines[low:high].tolist())
 
 
 def drop_options(folder: str | None, inputs: Sequence[str]) -> dict[str, str]:
