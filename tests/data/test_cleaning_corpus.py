@@ -300,4 +300,4 @@ def test_the_tools(samples, tokenizer_path, tmp_path):
     assert done.returncode == 0 and f": {left} documents" in done.stdout, done.stderr
     done = run("clean_corpus.py", "--output", "more", "--field-below", "nsfw", "0.5")
     assert done.returncode == 1
-    assert "samples.jsonl, line 1: lacks the field \"nsfw\", which a rule asks for" in done.stderr
+    assert 'samples.jsonl, line 1: lacks the field "nsfw", which a rule asks for' in done.stderr

@@ -82,7 +82,7 @@ def test_gopher_keeps_prose_and_drops_what_repeats():
 
 
 def test_overlapping_ngrams_count_once():
-    """"x" ten times: every 5-gram repeats, and no character counts twice."""
+    """A word ten times: every 5-gram repeats, and no character counts twice."""
     assert TextRules(max_duplicate_ngrams=(0.9,)).judge("x " * 10).detail["value"] == 1.0
     assert TextRules(max_duplicate_ngrams=(0.9,)).judge("x " * 5) is None
 

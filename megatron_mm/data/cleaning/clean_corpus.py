@@ -122,9 +122,7 @@ def clean_corpus(
     return report
 
 
-def _check(
-    inputs: Sequence[str], text_keys: Sequence[str], rules: Rules, duplicates: DuplicateRules
-) -> dict[str, int]:
+def _check(inputs: Sequence[str], text_keys: Sequence[str], rules: Rules, duplicates: DuplicateRules) -> dict[str, int]:
     """Bytes of each input. Raises DataError where the run could only fail, or would drop everything."""
     duplicates.check()
     if not text_keys:

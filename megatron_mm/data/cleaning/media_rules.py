@@ -30,7 +30,9 @@ class _MediaRules:
         return bool(self._limits())
 
     def _first_broken(self, kind: str, number: int, measured: dict[str, float | None]) -> Verdict | None:
-        """Args:
+        """The first rule, in the order of the fields, that a medium breaks.
+
+        Args:
             kind: of the medium.
             number: of the medium among its record's.
             measured: what it has, by x, or by min_x or max_x where these differ; None is not judged.

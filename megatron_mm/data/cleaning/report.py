@@ -71,9 +71,7 @@ def summarise(tally: Tally, options: dict, comparing: dict) -> dict:
             }
             for name, entry in reasons
         },
-        "files": [
-            {"file": name, **change(file["records"], file["dropped"])} for name, file in tally.files.items()
-        ],
+        "files": [{"file": name, **change(file["records"], file["dropped"])} for name, file in tally.files.items()],
         "comparing": comparing,
         "options": options,
     }
