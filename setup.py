@@ -13,7 +13,7 @@ setup(
         "torch>=2.6",  # tensors, autograd, collectives
         "megatron-core>=0.16.1,<0.17",  # parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards
         "psutil",  # dist_checkpointing imports it without declaring it; ending child processes
-        "numpy",  # shards, spectrogram filters, sample order
+        "numpy>=2.0",  # shards, spectrogram filters, sample order; from 2.0 it counts bits
         "pydantic>=2.7",  # typed recipes: errors that name the field
         "tyro>=1.0",  # command lines from the typed tree
         "pyyaml",  # recipes

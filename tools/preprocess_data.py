@@ -40,6 +40,8 @@ class Args:
     """Worker processes; 0 works in this one. The result does not depend on it."""
     log_interval: int = 1000
     """Documents between refreshes of the rate."""
+    drop: str | None = None
+    """Folder of tools/clean_corpus.py: leave out the lines that it names."""
     overwrite: bool = False
     """Replace existing shards."""
 
@@ -48,7 +50,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     report = build_text(
         expand_inputs(args.input), args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod,
-        args.workers, args.overwrite, args.log_interval,
+        args.workers, args.overwrite, args.log_interval, drop=args.drop,
     )  # fmt: skip
     for prefix, figures in report.items():
         rate = figures["tokens"] / figures["seconds"] / 1e6

@@ -40,6 +40,8 @@ class Args:
     """Worker processes; 0 works in this one. The result does not depend on it."""
     check: bool = True
     """Decode every medium once; --no-check stores the bytes unseen."""
+    drop: str | None = None
+    """Folder of tools/clean_corpus.py: leave out the lines that it names."""
     overwrite: bool = False
     """Replace an existing output."""
 
@@ -48,7 +50,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     manifest = build_multimodal(
         expand_inputs(args.input), args.output, args.tokenizer_model, args.media_root, args.workers, args.check,
-        args.overwrite,
+        args.overwrite, drop=args.drop,
     )  # fmt: skip
     print(f"wrote {args.output}: " + ", ".join(f"{value} {name}" for name, value in manifest["counts"].items()))
 

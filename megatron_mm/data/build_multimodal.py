@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, open_at
 from megatron_mm.data.manifest import describe_sources, write_manifest
@@ -52,12 +53,14 @@ class _Worker:
     unlearned: np.ndarray
     media_root: str | None
     check: bool
+    drops: DropList | None
 
     @classmethod
-    def start(cls, tokenizer: str, media_root: str | None, check: bool) -> None:
+    def start(cls, tokenizer: str, media_root: str | None, check: bool, drop: str | None) -> None:
         cls.tokenizer = Tokenizer(tokenizer)
         cls.unlearned = np.array(cls.tokenizer.unlearned_ids)
         cls.media_root, cls.check = media_root, check
+        cls.drops = DropList(drop) if drop is not None else None
 
 
 def _build_block(block: LineBlock) -> Block:
@@ -66,8 +69,9 @@ def _build_block(block: LineBlock) -> Block:
     media: dict[str, list[bytes]] = {kind: [] for kind in KINDS}
     tokens: list[int] = []
     rows, ids = [], []
+    dropped = _Worker.drops.within(block) if _Worker.drops is not None else ()
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        if not line.strip():
+        if not line.strip() or number in dropped:
             continue
         sample = read_sample(line, f"{block.path}, line {number}", _Worker.tokenizer, root, _Worker.check)
         tokens += sample.tokens
@@ -194,6 +198,7 @@ def build_multimodal(
     check: bool = True,
     overwrite: bool = False,
     progress: bool = True,
+    drop: str | None = None,
 ) -> dict:
     """Builds a dataset folder from JSONL files, or others with the same fields.
 
@@ -206,21 +211,24 @@ def build_multimodal(
         check: decode every medium once.
         overwrite: replace an existing output.
         progress: show a bar.
+        drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
 
     Returns:
         The manifest.
 
     Raises:
         DataError: a line or a medium cannot be used (file, line and cause are named); what was built before it is kept
-            where the build was long, and continued from when the line is mended.
+            where the build was long, and continued from when the line is mended. An input is not the one that was
+            cleaned.
     """
     model = Tokenizer(tokenizer)
     refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
     root = os.path.abspath(media_root) if media_root is not None else None
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
-    build = UnfinishedBuild(output, {"format": FORMAT, "tokenizer": made_by, "media_root": root, "check": check})
+    how = {"check": check, **drop_options(drop, inputs)}
+    build = UnfinishedBuild(output, {"format": FORMAT, "tokenizer": made_by, "media_root": root, **how})
     writer = FolderWriter(build.data)
-    lines = Lines(_build_block, _Worker.start, (tokenizer, media_root, check), workers, 1 << 18, 32)
+    lines = Lines(_build_block, _Worker.start, (tokenizer, media_root, check, drop), workers, 1 << 18, 32)
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:
@@ -228,7 +236,7 @@ def build_multimodal(
         with bar:
             for _ in build.read_lines(inputs, writer, lines, bar):
                 bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)
-        manifest = {"tokenizer": made_by, "options": {"check": check}, "sources": describe_sources(inputs)}
+        manifest = {"tokenizer": made_by, "options": how, "sources": describe_sources(inputs)}
         manifest = writer.finish(manifest)
         build.place([("", output)])
         return manifest

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, token_dtype
 from megatron_mm.data.manifest import describe_sources, write_manifest
@@ -42,18 +43,20 @@ class _Worker:
     """State of one worker process."""
 
     @classmethod
-    def start(cls, tokenizer: str, keys: tuple[str, ...], append_eod: bool) -> None:
+    def start(cls, tokenizer: str, keys: tuple[str, ...], append_eod: bool, drop: str | None) -> None:
         model = Tokenizer(tokenizer, require_media=False)
         cls.encode = block_encoder(model, model.eos_id if append_eod else None)
         cls.keys = keys
+        cls.drops = DropList(drop) if drop is not None else None
         cls.dtype = token_dtype(model.vocab_size)
 
 
 def _encode_block(block: LineBlock) -> list[TextBlock]:
     """Tokenises the lines of a block; runs in a worker."""
     texts: list[list[str]] = [[] for _ in _Worker.keys]
+    dropped = _Worker.drops.within(block) if _Worker.drops is not None else ()
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        if not line or line.isspace():
+        if not line or line.isspace() or number in dropped:
             continue
         where = f"{block.path}, line {number}"
         record = parse_line(line, where)
@@ -76,6 +79,7 @@ def build_text(
     overwrite: bool = False,
     log_interval: int = 1000,
     progress: bool = True,
+    drop: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Tokenises JSONL files, or others with the same fields, into one shard a key.
 
@@ -89,13 +93,15 @@ def build_text(
         overwrite: replace existing shards.
         log_interval: documents between refreshes of the progress bar.
         progress: show a bar.
+        drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
 
     Returns:
         Documents, tokens, bytes and seconds, by shard prefix.
 
     Raises:
         DataError: a line cannot be used (file, line and cause are named; what was built before it is kept where the
-            build was long, and continued from when the line is mended), or an output exists.
+            build was long, and continued from when the line is mended), an output exists, or an input is not
+            the one that was cleaned.
     """
     model = Tokenizer(tokenizer, require_media=False)
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
@@ -104,10 +110,11 @@ def build_text(
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
-    options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), "append_eod": append_eod}
+    how = {"append_eod": append_eod, **drop_options(drop, inputs)}
+    options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), **how}
     build = UnfinishedBuild(output_prefix, options)
     writer = TextWriter(build.data, json_keys, token_dtype(model.vocab_size))
-    initargs = (tokenizer, tuple(json_keys), append_eod)
+    initargs = (tokenizer, tuple(json_keys), append_eod, drop)
     lines = Lines(_encode_block, _Worker.start, initargs, workers, _BLOCK_BYTES, max_line=MAX_LINE_BYTES)
     read_bytes = shown = 0
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
@@ -123,7 +130,7 @@ def build_text(
                     bar.set_postfix_str(f"{shown} documents, {rate / 1e6:.2f} Mtok/s", refresh=False)
         if not len(writer):
             raise DataError(f"{', '.join(inputs)}: no documents")
-        manifest = {"tokenizer": made_by, "options": {"append_eod": append_eod}, "sources": describe_sources(inputs)}
+        manifest = {"tokenizer": made_by, "options": how, "sources": describe_sources(inputs)}
         counts = writer.finish(manifest)
         # The index last: a shard without it does not open.
         names = [(key + suffix, prefix + suffix) for suffix in SUFFIXES for key, prefix in zip(json_keys, prefixes)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,27 +100,38 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
     if name is not None and not isinstance(name, (str, int)):
         raise DataError(f'{where}: field "id" must be a string, not {type(name).__name__}')
     name = text_field(record, "id", where) if isinstance(name, str) else name
-    media: dict[str, list[bytes]] = {}
+    media = {
+        kind: [read_entry(kind, entry, number, media_root, where, check) for number, entry in enumerate(entries, 1)]
+        for kind, entries in media_entries(record, (prompt, text), where).items()
+    }
+    prompt_ids = tokenizer.encode(prompt) if prompt else []
+    text_ids = tokenizer.encode(text)
+    tokens = [tokenizer.bos_id, *prompt_ids, *text_ids, tokenizer.eos_id]
+    return Sample("" if name is None else str(name), tokens, 1 + len(prompt_ids), media)
+
+
+def media_entries(record: dict, texts: Sequence[str], where: str) -> dict[str, list]:
+    """Paths or inline media of each kind. Raises DataError where they are none, or do not fit the placeholders."""
+    entries: dict[str, list] = {}
     for kind, placeholder in PLACEHOLDERS.items():
         paths = record.get(kind) or []
         if not isinstance(paths, list) or not all(isinstance(path, str) or is_inline(path) for path in paths):
             raise DataError(f'{where}: field "{kind}" must be a list of paths (or of {{"base64": ...}})')
-        count = prompt.count(placeholder) + text.count(placeholder)
+        count = sum(text.count(placeholder) for text in texts)
         if count != len(paths):
             raise DataError(
                 f'{where}: {count} {placeholder} in prompt and text, but {len(paths)} files in "{kind}"; '
                 "there must be one placeholder a file"
             )
-        media[kind] = [
-            read_medium(kind, path, media_root, where, check)
-            if isinstance(path, str)
-            else _inline_medium(kind, path, f'{where}: field "{kind}", number {number}', check)
-            for number, path in enumerate(paths, 1)
-        ]
-    prompt_ids = tokenizer.encode(prompt) if prompt else []
-    text_ids = tokenizer.encode(text)
-    tokens = [tokenizer.bos_id, *prompt_ids, *text_ids, tokenizer.eos_id]
-    return Sample("" if name is None else str(name), tokens, 1 + len(prompt_ids), media)
+        entries[kind] = paths
+    return entries
+
+
+def read_entry(kind: str, entry: str | dict[str, str], number: int, media_root: str, where: str, check: bool) -> bytes:
+    """Bytes of the `number`th medium of a line (from 1), a path or inline; decoded once if `check`."""
+    if isinstance(entry, str):
+        return read_medium(kind, entry, media_root, where, check)
+    return _inline_medium(kind, entry, f'{where}: field "{kind}", number {number}', check)
 
 
 def read_medium(kind: str, path: str, media_root: str, where: str, check: bool) -> bytes:
