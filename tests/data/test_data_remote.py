@@ -76,7 +76,7 @@ def test_a_copy_that_was_cut_off_is_made_again(store, folder, tmp_path, monkeypa
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(DataError, match="memory://bucket/balls.*No space left"):
+    with pytest.raises(DataError, match=r"memory://bucket/balls.*No space left"):
         localize("memory://bucket/balls", str(tmp_path))
     monkeypatch.setattr(os, "replace", replace)
     path = localize("memory://bucket/balls", str(tmp_path))
@@ -85,9 +85,9 @@ def test_a_copy_that_was_cut_off_is_made_again(store, folder, tmp_path, monkeypa
 
 
 def test_what_is_wrong_is_named(store, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="memory://bucket/none: neither a dataset folder nor"):
+    with pytest.raises(DataError, match=r"memory://bucket/none: neither a dataset folder nor"):
         localize("memory://bucket/none", str(tmp_path))
-    with pytest.raises(DataError, match="nosuch://a/b.*Protocol not known"):
+    with pytest.raises(DataError, match=r"nosuch://a/b.*Protocol not known"):
         localize("nosuch://a/b", str(tmp_path))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage._replace(free=10))
