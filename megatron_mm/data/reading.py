@@ -13,11 +13,11 @@ from megatron_mm.data.augmentation import Augmentation, View
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.formats import InputFormat, Limits
 from megatron_mm.data.masking import patch_noise
-from megatron_mm.data.media import decode_image, decode_sound, decode_video
+from megatron_mm.data.media import decode_image, decode_sound, decode_video, resample
 from megatron_mm.data.order import Purpose
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.transforms import log_mel_spectrogram, pixel_tensor, resample, waveform
+from megatron_mm.data.transforms import log_mel_spectrogram, pixel_tensor, waveform
 
 
 @dataclass(frozen=True)
