@@ -17,6 +17,7 @@ import tyro
 
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.errors import run_tool
+from megatron_mm.data.skipped import OnError
 from megatron_mm.data.text_input import expand_inputs
 
 
@@ -42,18 +43,22 @@ class Args:
     """Documents between refreshes of the rate."""
     overwrite: bool = False
     """Replace existing shards."""
+    on_error: OnError = "stop"
+    """skip: leave out lines that cannot be used, and list them in PREFIX_skipped.jsonl; stop: end with the first."""
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     report = build_text(
         expand_inputs(args.input), args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod,
-        args.workers, args.overwrite, args.log_interval,
+        args.workers, args.overwrite, args.log_interval, on_error=args.on_error,
     )  # fmt: skip
     for prefix, figures in report.items():
         rate = figures["tokens"] / figures["seconds"] / 1e6
         counts = f"{figures['documents']} documents, {figures['tokens']} tokens"
         print(f"wrote {prefix}.bin, .idx: {counts}, {rate:.2f} Mtok/s")
+    if skipped := next(iter(report.values())).get("skipped"):
+        print(f"left out {skipped} lines; {args.output_prefix}_skipped.jsonl lists them with their causes")
 
 
 if __name__ == "__main__":

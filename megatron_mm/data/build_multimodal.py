@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
+from megatron_mm.data.encoding import KEEP, Encoding
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, open_at
 from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE, read_sample, table_row
+from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
 
@@ -43,6 +45,7 @@ class Block:
     table: np.ndarray
     ids: list[str]
     media: dict[str, list[bytes]] = field(default_factory=dict)
+    skipped: list[SkippedLine] = field(default_factory=list)
 
 
 class _Worker:
@@ -52,12 +55,16 @@ class _Worker:
     unlearned: np.ndarray
     media_root: str | None
     check: bool
+    encoding: Encoding
+    on_error: OnError
 
     @classmethod
-    def start(cls, tokenizer: str, media_root: str | None, check: bool) -> None:
+    def start(
+        cls, tokenizer: str, media_root: str | None, check: bool, encoding: Encoding, on_error: OnError
+    ) -> None:
         cls.tokenizer = Tokenizer(tokenizer)
         cls.unlearned = np.array(cls.tokenizer.unlearned_ids)
-        cls.media_root, cls.check = media_root, check
+        cls.media_root, cls.check, cls.encoding, cls.on_error = media_root, check, encoding, on_error
 
 
 def _build_block(block: LineBlock) -> Block:
@@ -65,17 +72,24 @@ def _build_block(block: LineBlock) -> Block:
     root = _Worker.media_root if _Worker.media_root is not None else os.path.dirname(os.path.abspath(block.path))
     media: dict[str, list[bytes]] = {kind: [] for kind in KINDS}
     tokens: list[int] = []
-    rows, ids = [], []
+    rows, ids, skipped = [], [], []
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
         if not line.strip():
             continue
-        sample = read_sample(line, f"{block.path}, line {number}", _Worker.tokenizer, root, _Worker.check)
+        where = f"{block.path}, line {number}"
+        try:
+            sample = read_sample(line, where, _Worker.tokenizer, root, _Worker.check, _Worker.encoding)
+        except DataError as error:
+            if _Worker.on_error == "stop":
+                raise
+            skipped.append(SkippedLine.of(block.path, number, error))
+            continue
         tokens += sample.tokens
         rows.append(table_row(sample, _Worker.unlearned))
         ids.append(sample.id)
         for kind in KINDS:
             media[kind] += sample.media[kind]
-    return Block(np.array(tokens, dtype=np.int32), np.array(rows, dtype=TABLE_DTYPE), ids, media)
+    return Block(np.array(tokens, dtype=np.int32), np.array(rows, dtype=TABLE_DTYPE), ids, media, skipped)
 
 
 class FolderWriter:
@@ -90,12 +104,14 @@ class FolderWriter:
         self._writers: dict[str, IndexedWriter] = {}
         self._rows = 0
         self._table: BinaryIO | None = None
+        self.skipped = SkippedLines(folder)
 
     def begin(self, state: dict | None) -> None:
         """Opens the files: new, or as they were at `state`."""
-        state = state or {"rows": 0, "shards": {}}
+        state = state or {"rows": 0, "shards": {}, "skipped": None}
         self._rows, self._writers = state["rows"], {}
         self._table = open_at(os.path.join(self.folder, _ROWS), self._rows * TABLE_DTYPE.itemsize)
+        self.skipped.begin(state["skipped"])
         for name, value in state["shards"].items():
             self._writers[name] = IndexedWriter(os.path.join(self.folder, name), _dtype(name), value)
 
@@ -103,7 +119,8 @@ class FolderWriter:
         """How far the files are; all of it is on the disk."""
         self._table.flush()
         os.fsync(self._table.fileno())
-        return {"rows": self._rows, "shards": {name: writer.state() for name, writer in self._writers.items()}}
+        shards = {name: writer.state() for name, writer in self._writers.items()}
+        return {"rows": self._rows, "shards": shards, "skipped": self.skipped.state()}
 
     def _writer(self, name: str) -> IndexedWriter:
         if name not in self._writers:
@@ -131,6 +148,7 @@ class FolderWriter:
         for name in block.ids:
             self._writer("ids").add(name.encode())
         self._table.write(table.tobytes())
+        self.skipped.add(block.skipped)
         self._rows += table.size
 
     def finish(self, manifest: dict) -> dict:
@@ -143,6 +161,7 @@ class FolderWriter:
             DataError: there are no samples.
         """
         self._table.close()
+        skipped = self.skipped.finish(self._rows)
         if not self._rows:
             raise DataError("the input holds no samples")
         unnamed = None if self._writers["ids"].num_items else self._writers.pop("ids")
@@ -151,10 +170,11 @@ class FolderWriter:
         rows = os.path.join(self.folder, _ROWS)
         table = np.memmap(rows, dtype=TABLE_DTYPE, mode="r")
         np.save(os.path.join(self.folder, TABLE), table)
-        manifest = {"format": FORMAT, "version": VERSION, "counts": table_counts(table), **manifest}
+        manifest = {"format": FORMAT, "version": VERSION, "counts": {**table_counts(table), **skipped}, **manifest}
         del table
         shards = [name + suffix for name in self._writers for suffix in (".bin", ".idx", CHECKSUMS)]
-        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, [TABLE, *shards])
+        names = [TABLE, *shards, *([LIST] if skipped else [])]
+        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, names)
         os.remove(rows)  # last: until here a killed build continues
         for writer in self._writers.values():
             writer.tidy()
@@ -166,6 +186,7 @@ class FolderWriter:
         """Closes the files, whatever they hold."""
         for writer in self._writers.values():
             writer.close()
+        self.skipped.close()
         if self._table is not None:
             with contextlib.suppress(OSError):
                 self._table.close()
@@ -194,6 +215,8 @@ def build_multimodal(
     check: bool = True,
     overwrite: bool = False,
     progress: bool = True,
+    encoding: Encoding = KEEP,
+    on_error: OnError = "stop",
 ) -> dict:
     """Builds a dataset folder from JSONL files, or others with the same fields.
 
@@ -206,6 +229,8 @@ def build_multimodal(
         check: decode every medium once.
         overwrite: replace an existing output.
         progress: show a bar.
+        encoding: how media are stored.
+        on_error: "skip" leaves out lines that cannot be used, and lists them in the folder (`skipped.py`).
 
     Returns:
         The manifest.
@@ -218,9 +243,11 @@ def build_multimodal(
     refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
     root = os.path.abspath(media_root) if media_root is not None else None
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
-    build = UnfinishedBuild(output, {"format": FORMAT, "tokenizer": made_by, "media_root": root, "check": check})
+    options = {"check": check, "on_error": on_error, "encoding": asdict(encoding)}
+    build = UnfinishedBuild(output, {"format": FORMAT, "tokenizer": made_by, "media_root": root, **options})
     writer = FolderWriter(build.data)
-    lines = Lines(_build_block, _Worker.start, (tokenizer, media_root, check), workers, 1 << 18, 32)
+    initargs = (tokenizer, media_root, check, encoding, on_error)
+    lines = Lines(_build_block, _Worker.start, initargs, workers, 1 << 18, 32)
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:
@@ -228,7 +255,7 @@ def build_multimodal(
         with bar:
             for _ in build.read_lines(inputs, writer, lines, bar):
                 bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)
-        manifest = {"tokenizer": made_by, "options": {"check": check}, "sources": describe_sources(inputs)}
+        manifest = {"tokenizer": made_by, "options": options, "sources": describe_sources(inputs)}
         manifest = writer.finish(manifest)
         build.place([("", output)])
         return manifest

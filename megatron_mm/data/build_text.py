@@ -20,6 +20,7 @@ from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.samples import parse_line, text_field
+from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
 from megatron_mm.data.word_cache import block_encoder
@@ -42,28 +43,36 @@ class _Worker:
     """State of one worker process."""
 
     @classmethod
-    def start(cls, tokenizer: str, keys: tuple[str, ...], append_eod: bool) -> None:
+    def start(cls, tokenizer: str, keys: tuple[str, ...], append_eod: bool, on_error: OnError) -> None:
         model = Tokenizer(tokenizer, require_media=False)
         cls.encode = block_encoder(model, model.eos_id if append_eod else None)
-        cls.keys = keys
+        cls.keys, cls.on_error = keys, on_error
         cls.dtype = token_dtype(model.vocab_size)
 
 
-def _encode_block(block: LineBlock) -> list[TextBlock]:
+def _encode_block(block: LineBlock) -> tuple[list[TextBlock], list[SkippedLine]]:
     """Tokenises the lines of a block; runs in a worker."""
     texts: list[list[str]] = [[] for _ in _Worker.keys]
+    skipped = []
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
         if not line or line.isspace():
             continue
         where = f"{block.path}, line {number}"
-        record = parse_line(line, where)
-        for key, values in zip(_Worker.keys, texts):
-            values.append(text_field(record, key, where))
+        try:
+            record = parse_line(line, where)
+            fields = [text_field(record, key, where) for key in _Worker.keys]
+        except DataError as error:
+            if _Worker.on_error == "stop":
+                raise
+            skipped.append(SkippedLine.of(block.path, number, error))
+            continue
+        for field, values in zip(fields, texts):
+            values.append(field)
     out = []
     for values in texts:
         ids, lengths = _Worker.encode(values)
         out.append(TextBlock(ids.astype(_Worker.dtype, copy=False), lengths))
-    return out
+    return out, skipped
 
 
 def build_text(
@@ -76,6 +85,7 @@ def build_text(
     overwrite: bool = False,
     log_interval: int = 1000,
     progress: bool = True,
+    on_error: OnError = "stop",
 ) -> dict[str, dict[str, float]]:
     """Tokenises JSONL files, or others with the same fields, into one shard a key.
 
@@ -89,9 +99,10 @@ def build_text(
         overwrite: replace existing shards.
         log_interval: documents between refreshes of the progress bar.
         progress: show a bar.
+        on_error: "skip" leaves out lines that cannot be used, and lists them in PREFIX_skipped.jsonl (`skipped.py`).
 
     Returns:
-        Documents, tokens, bytes and seconds, by shard prefix.
+        Documents, tokens, lines skipped if any, bytes and seconds, by shard prefix.
 
     Raises:
         DataError: a line cannot be used (file, line and cause are named; what was built before it is kept where the
@@ -99,15 +110,17 @@ def build_text(
     """
     model = Tokenizer(tokenizer, require_media=False)
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
-    finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES]
+    listed = f"{output_prefix}_{LIST}"
+    finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES] + [listed]
     refuse_existing(finals, overwrite, "choose another --output-prefix or pass --overwrite")
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
     options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), "append_eod": append_eod}
+    options["on_error"] = on_error
     build = UnfinishedBuild(output_prefix, options)
     writer = TextWriter(build.data, json_keys, token_dtype(model.vocab_size))
-    initargs = (tokenizer, tuple(json_keys), append_eod)
+    initargs = (tokenizer, tuple(json_keys), append_eod, on_error)
     lines = Lines(_encode_block, _Worker.start, initargs, workers, _BLOCK_BYTES, max_line=MAX_LINE_BYTES)
     read_bytes = shown = 0
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
@@ -121,12 +134,17 @@ def build_text(
                     shown = len(writer)
                     rate = writer.added / max(1e-9, time.perf_counter() - begin)
                     bar.set_postfix_str(f"{shown} documents, {rate / 1e6:.2f} Mtok/s", refresh=False)
-        if not len(writer):
+        if not len(writer) and not writer.skipped.count:
             raise DataError(f"{', '.join(inputs)}: no documents")
-        manifest = {"tokenizer": made_by, "options": {"append_eod": append_eod}, "sources": describe_sources(inputs)}
+        manifest = {"tokenizer": made_by, "sources": describe_sources(inputs)}
+        manifest["options"] = {"append_eod": append_eod, "on_error": on_error}
         counts = writer.finish(manifest)
         # The index last: a shard without it does not open.
         names = [(key + suffix, prefix + suffix) for suffix in SUFFIXES for key, prefix in zip(json_keys, prefixes)]
+        if writer.skipped.count:
+            names.insert(0, (LIST, listed))
+        elif os.path.exists(listed):  # of the build that this one replaces
+            os.remove(listed)
         build.place(names)
     except BaseException as error:
         writer.close()
@@ -150,6 +168,7 @@ class TextWriter:
         self.added = 0
         """Tokens since this process began."""
         self._writers: list[IndexedWriter] = []
+        self.skipped = SkippedLines(folder)
 
     def __len__(self) -> int:
         """Documents written so far."""
@@ -161,23 +180,26 @@ class TextWriter:
         states = state["shards"] if state else [None] * len(self.prefixes)
         for prefix, value in zip(self.prefixes, states):
             self._writers.append(IndexedWriter(prefix, self.dtype, value))
+        self.skipped.begin(state["skipped"] if state else None)
 
-    def add(self, blocks: list[TextBlock]) -> None:
-        """Appends a block of each key."""
+    def add(self, result: tuple[list[TextBlock], list[SkippedLine]]) -> None:
+        """Appends a block of each key, and lists the lines left out."""
+        blocks, skipped = result
+        self.skipped.add(skipped)
         for writer, block in zip(self._writers, blocks):
             writer.add_documents(block.ids, block.lengths)
             self.added += block.ids.size
 
     def state(self) -> dict:
         """How far the files are; all of it is on the disk."""
-        return {"shards": [writer.state() for writer in self._writers]}
+        return {"shards": [writer.state() for writer in self._writers], "skipped": self.skipped.state()}
 
     def finish(self, manifest: dict) -> list[dict[str, int]]:
         """Writes indexes and manifests; counts of each shard."""
-        counts = []
+        counts, skipped = [], self.skipped.finish(len(self))
         for prefix, writer in zip(self.prefixes, self._writers):
             writer.finalize()
-            counts.append({"documents": len(writer), "tokens": writer.num_items})
+            counts.append({"documents": len(writer), "tokens": writer.num_items, **skipped})
             write_text_manifest(prefix, {"counts": counts[-1], **manifest})
         return counts
 
@@ -185,6 +207,7 @@ class TextWriter:
         """Closes the files, whatever they hold."""
         for writer in self._writers:
             writer.close()
+        self.skipped.close()
 
 
 def write_text_manifest(prefix: str, manifest: dict) -> None:

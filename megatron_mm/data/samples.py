@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.data.encoding import Encoding, encode_medium
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.media import check_medium
 from megatron_mm.data.record_lines import inline_bytes, is_inline
@@ -79,7 +80,14 @@ def text_field(record: dict, key: str, where: str) -> str:
     return value
 
 
-def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, check: bool) -> Sample:
+def read_sample(
+    line: bytes,
+    where: str,
+    tokenizer: Tokenizer,
+    media_root: str,
+    check: bool,
+    encoding: Encoding,
+) -> Sample:
     """Tokenises one line and reads its media: files, or inline as {"base64": "..."}.
 
     Args:
@@ -88,6 +96,7 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
         tokenizer: with media placeholders.
         media_root: folder to which paths are relative.
         check: decode every medium.
+        encoding: how media are stored; what is encoded anew is decoded in any case.
 
     Raises:
         DataError: anything wrong with the line or a file it names.
@@ -111,9 +120,9 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
                 "there must be one placeholder a file"
             )
         media[kind] = [
-            read_medium(kind, path, media_root, where, check)
+            read_medium(kind, path, media_root, where, check, encoding)
             if isinstance(path, str)
-            else _inline_medium(kind, path, f'{where}: field "{kind}", number {number}', check)
+            else _inline_medium(kind, path, f'{where}: field "{kind}", number {number}', check, encoding)
             for number, path in enumerate(paths, 1)
         ]
     prompt_ids = tokenizer.encode(prompt) if prompt else []
@@ -122,8 +131,8 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
     return Sample("" if name is None else str(name), tokens, 1 + len(prompt_ids), media)
 
 
-def read_medium(kind: str, path: str, media_root: str, where: str, check: bool) -> bytes:
-    """Bytes of a media file, decoded once if `check`. Raises DataError naming `where` and the path."""
+def read_medium(kind: str, path: str, media_root: str, where: str, check: bool, encoding: Encoding) -> bytes:
+    """Bytes to store of a media file, decoded once if `check`. Raises DataError naming `where` and the path."""
     full = os.path.join(media_root, path)
     try:
         with open(full, "rb") as stream:
@@ -132,27 +141,29 @@ def read_medium(kind: str, path: str, media_root: str, where: str, check: bool) 
         raise DataError(f"{where}: no such file: {full}") from error
     except OSError as error:
         raise DataError(f"{where}: {full}: {error.strerror}") from error
-    return _checked(kind, data, f"{where}: {full}", check)
+    return _checked(kind, data, f"{where}: {full}", check, encoding)
 
 
-def _inline_medium(kind: str, medium: dict[str, str], where: str, check: bool) -> bytes:
+def _inline_medium(kind: str, medium: dict[str, str], where: str, check: bool, encoding: Encoding) -> bytes:
     try:
         data = inline_bytes(medium)
     except ValueError as error:
         raise DataError(f"{where}: not base64 ({error})") from error
-    return _checked(kind, data, where, check)
+    return _checked(kind, data, where, check, encoding)
 
 
-def _checked(kind: str, data: bytes, where: str, check: bool) -> bytes:
+def _checked(kind: str, data: bytes, where: str, check: bool, encoding: Encoding) -> bytes:
     if not data:
         raise DataError(f"{where}: an empty file")
     if len(data) > np.iinfo(np.int32).max:
         raise DataError(f"{where}: {len(data)} bytes; a record holds at most 2 GiB")
-    if check:
-        try:
+    try:
+        if encoding.changes(kind):
+            return encode_medium(kind, data, encoding)
+        if check:
             check_medium(kind, data)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     return data
 
 
