@@ -123,9 +123,9 @@ def _decode_sound_av(data: bytes) -> tuple[np.ndarray, int]:
                     count += out.samples
                     _limit_samples(count)
                     parts.append(out.to_ndarray().mean(axis=0))
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged container makes PyAV raise
         raise DataError(f"not a sound that libsndfile or FFmpeg can read ({error})") from error
     return np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32), rate
 
@@ -216,9 +216,9 @@ def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
             if len(frames) == len(needed):
                 return [frames[i] for i in wanted]
             total = count
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged container makes PyAV raise
         raise DataError(f"not a video that FFmpeg can read ({error})") from error
     raise DataError("a video without frames")
 
