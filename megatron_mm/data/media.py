@@ -117,12 +117,13 @@ def _decode_sound_av(data: bytes) -> tuple[np.ndarray, int]:
             if not container.streams.audio:
                 raise DataError("no sound track")
             rate = container.streams.audio[0].codec_context.sample_rate
-            resampler = av.AudioResampler(format="fltp", layout=None, rate=None)
+            # Packed: PyAV reads beyond the planes of a planar frame of more than 16 channels.
+            resampler = av.AudioResampler(format="flt", layout=None, rate=None)
             for frame in container.decode(audio=0):
                 for out in resampler.resample(frame):
                     count += out.samples
                     _limit_samples(count)
-                    parts.append(out.to_ndarray().mean(axis=0))
+                    parts.append(out.to_ndarray().reshape(out.samples, -1).mean(axis=1))
     except DataError:
         raise
     except Exception as error:  # whatever a damaged container makes PyAV raise
