@@ -7,7 +7,7 @@
 
 After `text` stand the arguments of tools/preprocess_data.py, after `multimodal` those of preprocess_multimodal.py.
 Samples are spread evenly over .jsonl files; compressed files, tables and tars are read from their beginning, which the
-report says. They are built on the output's disk and removed. Exit status 1 if that disk has too little room.
+report says. Lines that --drop would leave out count. Samples are built on the output's disk and removed. Exit status 1 if that disk has too little room.
 """
 
 from __future__ import annotations
@@ -76,10 +76,14 @@ def main() -> int:
     args = tyro.cli(Text | Multimodal, description=__doc__)
     if isinstance(args, Text):
         build = text_build(
-            args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod, args.workers
-        )
+            args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod, args.workers,
+            on_error=args.on_error, sentences=args.sentences(),
+        )  # fmt: skip
     else:
-        build = multimodal_build(args.output, args.tokenizer_model, args.media_root, args.workers, args.check)
+        build = multimodal_build(
+            args.output, args.tokenizer_model, args.media_root, args.workers, args.check,
+            on_error=args.on_error, encoding=args.encoding,
+        )  # fmt: skip
     result = estimate(expand_inputs(args.input), build, args.seconds, args.megabytes)
     show(result)
     if args.json:

@@ -15,8 +15,9 @@ from typing import Literal
 
 import tyro
 
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build_text import Sentences, build_text
 from megatron_mm.data.errors import run_tool
+from megatron_mm.data.skipped import OnError
 from megatron_mm.data.text_input import expand_inputs
 
 
@@ -40,10 +41,24 @@ class Args:
     """Worker processes; 0 works in this one. The result does not depend on it."""
     log_interval: int = 1000
     """Documents between refreshes of the rate."""
+    split_sentences: bool = False
+    """Split documents into sentences with nltk; shards are then named PREFIX_KEY_sentence."""
+    lang: str = "english"
+    """Language of nltk's sentence model."""
+    keep_newlines: bool = False
+    """Sentences keep the spaces and line ends that follow them."""
+    nltk_data: str | None = None
+    """Folder with nltk's tokenizers/punkt_tab, unless it is in one of nltk's own places."""
     drop: str | None = None
     """Folder of tools/clean_corpus.py: leave out the lines that it names."""
     overwrite: bool = False
     """Replace existing shards."""
+    on_error: OnError = "stop"
+    """skip: leave out lines that cannot be used, and list them in PREFIX_skipped.jsonl; stop: end with the first."""
+
+    def sentences(self) -> Sentences | None:
+        """How documents are split, if they are."""
+        return Sentences(self.lang, self.keep_newlines, self.nltk_data) if self.split_sentences else None
 
 
 def main() -> None:
@@ -51,11 +66,14 @@ def main() -> None:
     report = build_text(
         expand_inputs(args.input), args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod,
         args.workers, args.overwrite, args.log_interval, drop=args.drop,
+        on_error=args.on_error, sentences=args.sentences(),
     )  # fmt: skip
     for prefix, figures in report.items():
         rate = figures["tokens"] / figures["seconds"] / 1e6
         counts = f"{figures['documents']} documents, {figures['tokens']} tokens"
         print(f"wrote {prefix}.bin, .idx: {counts}, {rate:.2f} Mtok/s")
+    if skipped := next(iter(report.values())).get("skipped"):
+        print(f"left out {skipped} lines; {args.output_prefix}_skipped.jsonl lists them with their causes")
 
 
 if __name__ == "__main__":

@@ -11,16 +11,24 @@ folders of Hugging Face's save_to_disk, whose image or audio columns are read to
 sample have its name: .txt or .caption is "text", .json further fields, images, sounds and videos its media. Tables and
 tars may leave the placeholders out: they are put before the prompt then. All but Parquet and save_to_disk may be .gz or
 .zst. A line is at most 256 MiB, so media inside the input are at most 192 MiB a sample; longer ones need paths.
+
+Media are stored as they are, or smaller and quicker to read (megatron_mm/data/encoding.py):
+
+    python tools/preprocess_multimodal.py --input samples.jsonl --tokenizer-model tokenizer.model --output data/small \\
+        --image-encoding webp --image-size 448 --audio-encoding flac --video-encoding frames --video-frames 8
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
 from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.encoding import KEEP, Encoding
 from megatron_mm.data.errors import run_tool
+from megatron_mm.data.skipped import OnError
 from megatron_mm.data.text_input import expand_inputs
 
 
@@ -44,15 +52,20 @@ class Args:
     """Folder of tools/clean_corpus.py: leave out the lines that it names."""
     overwrite: bool = False
     """Replace an existing output."""
+    on_error: OnError = "stop"
+    """skip: leave out samples that cannot be used, and list them in OUTPUT/skipped.jsonl; stop: end with the first."""
+    encoding: Annotated[Encoding, tyro.conf.OmitArgPrefixes] = KEEP
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     manifest = build_multimodal(
         expand_inputs(args.input), args.output, args.tokenizer_model, args.media_root, args.workers, args.check,
-        args.overwrite, drop=args.drop,
+        args.overwrite, encoding=args.encoding, on_error=args.on_error, drop=args.drop,
     )  # fmt: skip
     print(f"wrote {args.output}: " + ", ".join(f"{value} {name}" for name, value in manifest["counts"].items()))
+    if skipped := manifest["counts"].get("skipped"):
+        print(f"left out {skipped} samples; {args.output}/skipped.jsonl lists them with their causes")
 
 
 if __name__ == "__main__":

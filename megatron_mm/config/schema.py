@@ -95,6 +95,9 @@ class DataConfig:
     """Folder in which the packing plans of large datasets are kept; null: PATH.plans beside each."""
     log_sample_ids: bool = False
     """Write the document ids of every step to metrics.jsonl."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """What an image, sound or video does that does not decode while training: end the run with its name, or be read as
+    grey or as silence, counted and named once (data/reading.py)."""
     builder: str | None = None
     """`module:function` or `file.py:function` of a user's own that makes the datasets (contract: data/dataset.py);
     null: shards."""

@@ -143,8 +143,8 @@ class BlendedDataset:
 
         Raises:
             ValueError: a field that this system's samples do not have.
-            DataError: a medium does not decode, or a token is outside the vocabulary; dataset, record and cause are
-                named.
+            DataError: a medium does not decode and may not be stood in for, or a token is outside the vocabulary;
+                dataset, record and cause are named.
         """
         unknown = set(fields) - self.inputs.fields - ALWAYS_READ
         if unknown:
@@ -162,6 +162,7 @@ class BlendedDataset:
         for name in self.inputs.fields - set(fields):
             setattr(collated.microbatch, name, None)
         self._read(collated, self.inputs.fields & set(fields))
+        collated.microbatch.corrupt_media = self.media.take_corrupt()
         return collated.microbatch
 
     def _read(self, collated: Collated, fields: Collection[str]) -> None:

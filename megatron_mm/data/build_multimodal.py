@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.cleaning.drop_list import DropList, drop_options
+from megatron_mm.data.encoding import KEEP, Encoding
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, open_at
 from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE, read_sample, table_row
+from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
 
@@ -44,6 +46,7 @@ class Block:
     table: np.ndarray
     ids: list[str]
     media: dict[str, list[bytes]] = field(default_factory=dict)
+    skipped: list[SkippedLine] = field(default_factory=list)
 
 
 class _Worker:
@@ -53,13 +56,23 @@ class _Worker:
     unlearned: np.ndarray
     media_root: str | None
     check: bool
+    encoding: Encoding
+    on_error: OnError
     drops: DropList | None
 
     @classmethod
-    def start(cls, tokenizer: str, media_root: str | None, check: bool, drop: str | None) -> None:
+    def start(
+        cls,
+        tokenizer: str,
+        media_root: str | None,
+        check: bool,
+        encoding: Encoding,
+        on_error: OnError,
+        drop: str | None,
+    ) -> None:
         cls.tokenizer = Tokenizer(tokenizer)
         cls.unlearned = np.array(cls.tokenizer.unlearned_ids)
-        cls.media_root, cls.check = media_root, check
+        cls.media_root, cls.check, cls.encoding, cls.on_error = media_root, check, encoding, on_error
         cls.drops = DropList(drop) if drop is not None else None
 
 
@@ -68,18 +81,25 @@ def _build_block(block: LineBlock) -> Block:
     root = _Worker.media_root if _Worker.media_root is not None else os.path.dirname(os.path.abspath(block.path))
     media: dict[str, list[bytes]] = {kind: [] for kind in KINDS}
     tokens: list[int] = []
-    rows, ids = [], []
+    rows, ids, skipped = [], [], []
     dropped = _Worker.drops.within(block) if _Worker.drops is not None else ()
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
         if not line.strip() or number in dropped:
             continue
-        sample = read_sample(line, f"{block.path}, line {number}", _Worker.tokenizer, root, _Worker.check)
+        where = f"{block.path}, line {number}"
+        try:
+            sample = read_sample(line, where, _Worker.tokenizer, root, _Worker.check, _Worker.encoding)
+        except DataError as error:
+            if _Worker.on_error == "stop":
+                raise
+            skipped.append(SkippedLine.of(block.path, number, error))
+            continue
         tokens += sample.tokens
         rows.append(table_row(sample, _Worker.unlearned))
         ids.append(sample.id)
         for kind in KINDS:
             media[kind] += sample.media[kind]
-    return Block(np.array(tokens, dtype=np.int32), np.array(rows, dtype=TABLE_DTYPE), ids, media)
+    return Block(np.array(tokens, dtype=np.int32), np.array(rows, dtype=TABLE_DTYPE), ids, media, skipped)
 
 
 class FolderWriter:
@@ -94,12 +114,14 @@ class FolderWriter:
         self._writers: dict[str, IndexedWriter] = {}
         self._rows = 0
         self._table: BinaryIO | None = None
+        self.skipped = SkippedLines(folder)
 
     def begin(self, state: dict | None) -> None:
         """Opens the files: new, or as they were at `state`."""
-        state = state or {"rows": 0, "shards": {}}
+        state = state or {"rows": 0, "shards": {}, "skipped": None}
         self._rows, self._writers = state["rows"], {}
         self._table = open_at(os.path.join(self.folder, _ROWS), self._rows * TABLE_DTYPE.itemsize)
+        self.skipped.begin(state["skipped"])
         for name, value in state["shards"].items():
             self._writers[name] = IndexedWriter(os.path.join(self.folder, name), _dtype(name), value)
 
@@ -107,7 +129,8 @@ class FolderWriter:
         """How far the files are; all of it is on the disk."""
         self._table.flush()
         os.fsync(self._table.fileno())
-        return {"rows": self._rows, "shards": {name: writer.state() for name, writer in self._writers.items()}}
+        shards = {name: writer.state() for name, writer in self._writers.items()}
+        return {"rows": self._rows, "shards": shards, "skipped": self.skipped.state()}
 
     def _writer(self, name: str) -> IndexedWriter:
         if name not in self._writers:
@@ -135,6 +158,7 @@ class FolderWriter:
         for name in block.ids:
             self._writer("ids").add(name.encode())
         self._table.write(table.tobytes())
+        self.skipped.add(block.skipped)
         self._rows += table.size
 
     def finish(self, manifest: dict) -> dict:
@@ -147,6 +171,7 @@ class FolderWriter:
             DataError: there are no samples.
         """
         self._table.close()
+        skipped = self.skipped.finish(self._rows)
         if not self._rows:
             raise DataError("the input holds no samples")
         unnamed = None if self._writers["ids"].num_items else self._writers.pop("ids")
@@ -155,10 +180,11 @@ class FolderWriter:
         rows = os.path.join(self.folder, _ROWS)
         table = np.memmap(rows, dtype=TABLE_DTYPE, mode="r")
         np.save(os.path.join(self.folder, TABLE), table)
-        manifest = {"format": FORMAT, "version": VERSION, "counts": table_counts(table), **manifest}
+        manifest = {"format": FORMAT, "version": VERSION, "counts": {**table_counts(table), **skipped}, **manifest}
         del table
         shards = [name + suffix for name in self._writers for suffix in (".bin", ".idx", CHECKSUMS)]
-        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, [TABLE, *shards])
+        names = [TABLE, *shards, *([LIST] if skipped else [])]
+        write_manifest(os.path.join(self.folder, MANIFEST), manifest, self.folder + os.sep, names)
         os.remove(rows)  # last: until here a killed build continues
         for writer in self._writers.values():
             writer.tidy()
@@ -170,6 +196,7 @@ class FolderWriter:
         """Closes the files, whatever they hold."""
         for writer in self._writers.values():
             writer.close()
+        self.skipped.close()
         if self._table is not None:
             with contextlib.suppress(OSError):
                 self._table.close()
@@ -199,6 +226,8 @@ def build_multimodal(
     overwrite: bool = False,
     progress: bool = True,
     drop: str | None = None,
+    encoding: Encoding = KEEP,
+    on_error: OnError = "stop",
 ) -> dict:
     """Builds a dataset folder from JSONL files, or others with the same fields.
 
@@ -212,6 +241,8 @@ def build_multimodal(
         overwrite: replace an existing output.
         progress: show a bar.
         drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
+        encoding: how media are stored.
+        on_error: "skip" leaves out lines that cannot be used, and lists them in the folder (`skipped.py`).
 
     Returns:
         The manifest.
@@ -225,10 +256,11 @@ def build_multimodal(
     refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
     root = os.path.abspath(media_root) if media_root is not None else None
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
-    how = {"check": check, **drop_options(drop, inputs)}
+    how = {"check": check, "on_error": on_error, "encoding": asdict(encoding), **drop_options(drop, inputs)}
     build = UnfinishedBuild(output, {"format": FORMAT, "tokenizer": made_by, "media_root": root, **how})
     writer = FolderWriter(build.data)
-    lines = Lines(_build_block, _Worker.start, (tokenizer, media_root, check, drop), workers, 1 << 18, 32)
+    initargs = (tokenizer, media_root, check, encoding, on_error, drop)
+    lines = Lines(_build_block, _Worker.start, initargs, workers, 1 << 18, 32)
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:

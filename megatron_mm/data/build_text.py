@@ -21,14 +21,25 @@ from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.samples import parse_line, text_field
+from megatron_mm.data.sentences import SentenceSplitter
+from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
-from megatron_mm.data.word_cache import block_encoder
+from megatron_mm.data.word_cache import BlockEncoder, block_encoder
 
 FORMAT = "megatron text shard"
 #: Files of a text shard, in the order in which they get their names: a shard without its index does not open.
 SUFFIXES = (".bin", CHECKSUMS, ".json", ".idx")
 _BLOCK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """How documents are split into sentences (`SentenceSplitter`)."""
+
+    language: str = "english"
+    keep_space: bool = False
+    nltk_data: str | None = None
 
 
 @dataclass
@@ -37,36 +48,81 @@ class TextBlock:
 
     ids: np.ndarray
     lengths: np.ndarray
+    """Of documents, or of their sentences."""
+    sentences: np.ndarray | None = None
+    """Sentences of each document."""
 
 
 class _Worker:
     """State of one worker process."""
 
     @classmethod
-    def start(cls, tokenizer: str, keys: tuple[str, ...], append_eod: bool, drop: str | None) -> None:
+    def start(
+        cls,
+        tokenizer: str,
+        keys: tuple[str, ...],
+        append_eod: bool,
+        sentences: Sentences | None,
+        on_error: OnError,
+        drop: str | None,
+    ) -> None:
         model = Tokenizer(tokenizer, require_media=False)
-        cls.encode = block_encoder(model, model.eos_id if append_eod else None)
-        cls.keys = keys
+        eod = model.eos_id if append_eod else None
+        if sentences is None:
+            encode = block_encoder(model, eod)
+            cls.encode = lambda texts: TextBlock(*encode(texts))
+        else:
+            split = SentenceSplitter(sentences.language, sentences.nltk_data, sentences.keep_space)
+            encode = block_encoder(model, None)
+            cls.encode = lambda texts: _encode_sentences(texts, split, encode, eod)
+        cls.keys, cls.on_error = keys, on_error
         cls.drops = DropList(drop) if drop is not None else None
         cls.dtype = token_dtype(model.vocab_size)
 
 
-def _encode_block(block: LineBlock) -> list[TextBlock]:
+def _encode_sentences(
+    texts: Sequence[str], split: SentenceSplitter, encode: BlockEncoder, eod: int | None
+) -> TextBlock:
+    """Documents as sentences; `eod` ends the last sentence that has tokens."""
+    found = [split(text) for text in texts]
+    counts = np.fromiter(map(len, found), np.int64, len(found))
+    ids, lengths = encode([sentence for sentences in found for sentence in sentences])
+    if eod is not None:
+        ends = np.cumsum(lengths, dtype=np.int64)
+        present = np.flatnonzero(lengths)
+        # The last sentence with tokens of each document that has one.
+        document = np.repeat(np.arange(counts.size), counts)[present]
+        last = present[np.append(document[1:] != document[:-1], True)] if present.size else present
+        ids, lengths = np.insert(ids, ends[last], eod), lengths.copy()
+        lengths[last] += 1
+    return TextBlock(ids, lengths, counts)
+
+
+def _encode_block(block: LineBlock) -> tuple[list[TextBlock], list[SkippedLine]]:
     """Tokenises the lines of a block; runs in a worker."""
     texts: list[list[str]] = [[] for _ in _Worker.keys]
+    skipped = []
     dropped = _Worker.drops.within(block) if _Worker.drops is not None else ()
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
         if not line or line.isspace() or number in dropped:
             continue
         where = f"{block.path}, line {number}"
-        record = parse_line(line, where)
-        for key, values in zip(_Worker.keys, texts):
-            values.append(text_field(record, key, where))
+        try:
+            record = parse_line(line, where)
+            fields = [text_field(record, key, where) for key in _Worker.keys]
+        except DataError as error:
+            if _Worker.on_error == "stop":
+                raise
+            skipped.append(SkippedLine.of(block.path, number, error))
+            continue
+        for field, values in zip(fields, texts):
+            values.append(field)
     out = []
     for values in texts:
-        ids, lengths = _Worker.encode(values)
-        out.append(TextBlock(ids.astype(_Worker.dtype, copy=False), lengths))
-    return out
+        encoded = _Worker.encode(values)
+        encoded.ids = encoded.ids.astype(_Worker.dtype, copy=False)
+        out.append(encoded)
+    return out, skipped
 
 
 def build_text(
@@ -80,6 +136,8 @@ def build_text(
     log_interval: int = 1000,
     progress: bool = True,
     drop: str | None = None,
+    on_error: OnError = "stop",
+    sentences: Sentences | None = None,
 ) -> dict[str, dict[str, float]]:
     """Tokenises JSONL files, or others with the same fields, into one shard a key.
 
@@ -94,9 +152,11 @@ def build_text(
         log_interval: documents between refreshes of the progress bar.
         progress: show a bar.
         drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
+        on_error: "skip" leaves out lines that cannot be used, and lists them in PREFIX_skipped.jsonl (`skipped.py`).
+        sentences: split documents into sentences, each a sequence of its document; None: documents are whole.
 
     Returns:
-        Documents, tokens, bytes and seconds, by shard prefix.
+        Documents, tokens, lines skipped if any, bytes and seconds, by shard prefix.
 
     Raises:
         DataError: a line cannot be used (file, line and cause are named; what was built before it is kept where the
@@ -104,17 +164,22 @@ def build_text(
             the one that was cleaned.
     """
     model = Tokenizer(tokenizer, require_media=False)
-    prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
-    finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES]
+    level = "document" if sentences is None else "sentence"
+    prefixes = [f"{output_prefix}_{key}_{level}" for key in json_keys]
+    listed = f"{output_prefix}_{LIST}"
+    finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES] + [listed]
     refuse_existing(finals, overwrite, "choose another --output-prefix or pass --overwrite")
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
-    how = {"append_eod": append_eod, **drop_options(drop, inputs)}
+    how = {"append_eod": append_eod, "on_error": on_error, **drop_options(drop, inputs)}
+    if sentences is not None:
+        SentenceSplitter(sentences.language, sentences.nltk_data)  # says at once what is missing
+        how["sentences"] = {"language": sentences.language, "keep_space": sentences.keep_space}
     options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), **how}
     build = UnfinishedBuild(output_prefix, options)
     writer = TextWriter(build.data, json_keys, token_dtype(model.vocab_size))
-    initargs = (tokenizer, tuple(json_keys), append_eod, drop)
+    initargs = (tokenizer, tuple(json_keys), append_eod, sentences, on_error, drop)
     lines = Lines(_encode_block, _Worker.start, initargs, workers, _BLOCK_BYTES, max_line=MAX_LINE_BYTES)
     read_bytes = shown = 0
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
@@ -128,12 +193,16 @@ def build_text(
                     shown = len(writer)
                     rate = writer.added / max(1e-9, time.perf_counter() - begin)
                     bar.set_postfix_str(f"{shown} documents, {rate / 1e6:.2f} Mtok/s", refresh=False)
-        if not len(writer):
+        if not len(writer) and not writer.skipped.count:
             raise DataError(f"{', '.join(inputs)}: no documents")
         manifest = {"tokenizer": made_by, "options": how, "sources": describe_sources(inputs)}
         counts = writer.finish(manifest)
         # The index last: a shard without it does not open.
         names = [(key + suffix, prefix + suffix) for suffix in SUFFIXES for key, prefix in zip(json_keys, prefixes)]
+        if writer.skipped.count:
+            names.insert(0, (LIST, listed))
+        elif os.path.exists(listed):  # of the build that this one replaces
+            os.remove(listed)
         build.place(names)
     except BaseException as error:
         writer.close()
@@ -157,6 +226,7 @@ class TextWriter:
         self.added = 0
         """Tokens since this process began."""
         self._writers: list[IndexedWriter] = []
+        self.skipped = SkippedLines(folder)
 
     def __len__(self) -> int:
         """Documents written so far."""
@@ -168,23 +238,26 @@ class TextWriter:
         states = state["shards"] if state else [None] * len(self.prefixes)
         for prefix, value in zip(self.prefixes, states):
             self._writers.append(IndexedWriter(prefix, self.dtype, value))
+        self.skipped.begin(state["skipped"] if state else None)
 
-    def add(self, blocks: list[TextBlock]) -> None:
-        """Appends a block of each key."""
+    def add(self, result: tuple[list[TextBlock], list[SkippedLine]]) -> None:
+        """Appends a block of each key, and lists the lines left out."""
+        blocks, skipped = result
+        self.skipped.add(skipped)
         for writer, block in zip(self._writers, blocks):
-            writer.add_documents(block.ids, block.lengths)
+            writer.add_documents(block.ids, block.lengths, block.sentences)
             self.added += block.ids.size
 
     def state(self) -> dict:
         """How far the files are; all of it is on the disk."""
-        return {"shards": [writer.state() for writer in self._writers]}
+        return {"shards": [writer.state() for writer in self._writers], "skipped": self.skipped.state()}
 
     def finish(self, manifest: dict) -> list[dict[str, int]]:
         """Writes indexes and manifests; counts of each shard."""
-        counts = []
+        counts, skipped = [], self.skipped.finish(len(self))
         for prefix, writer in zip(self.prefixes, self._writers):
             writer.finalize()
-            counts.append({"documents": len(writer), "tokens": writer.num_items})
+            counts.append({"documents": len(writer), "tokens": writer.num_items, **skipped})
             write_text_manifest(prefix, {"counts": counts[-1], **manifest})
         return counts
 
@@ -192,6 +265,7 @@ class TextWriter:
         """Closes the files, whatever they hold."""
         for writer in self._writers:
             writer.close()
+        self.skipped.close()
 
 
 def write_text_manifest(prefix: str, manifest: dict) -> None:

@@ -3,6 +3,9 @@
 Rows are read a few megabytes at a time. Hugging Face keeps an image or a sound as a struct of `bytes` and `path`; the
 bytes become an inline medium, or the path stands where there are none, and such a column named `image`, `audio` or
 `video` counts as the list with one element that samples have. Binary cells become inline media too.
+
+Both formats store equal values once, as a dictionary: a file of two kilobytes can hold a million cells of a megabyte.
+So rows are counted in bytes, as they will be in memory, before they are made, and no row is longer than a line may be.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ from collections.abc import Callable, Generator, Iterator
 from typing import BinaryIO
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.record_lines import inline_medium, record_line, with_placeholders
+from megatron_mm.data.record_lines import MAX_LINE_BYTES, inline_medium, record_line, with_placeholders
 
 _CHUNK_BYTES = 4 << 20
+#: Bytes of a Parquet dictionary that writers keep to by default, with some room.
+_USUAL_DICTIONARY = 2 << 20
+#: A column of text or media that shrank more than this is no data.
+_MOST_COMPRESSION = 1000
 _SINGULAR = {"image": "images", "audio": "audios", "video": "videos"}
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -40,17 +47,71 @@ def parquet_lines(path: str, raw: BinaryIO) -> Lines:
     def batches() -> Iterator[tuple]:
         parquet = _pyarrow(path, "pyarrow.parquet")
         # Without threads, because worker processes are forked later; buffered, or whole columns are read at once.
-        with parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False) as file:
+        options = {"buffer_size": 1 << 20, "pre_buffer": False}
+        with parquet.ParquetFile(raw, **options) as file:
+            unexpanded, dictionary_bytes = _dictionaries(path, raw, file.metadata)
+        with parquet.ParquetFile(raw, read_dictionary=unexpanded, **options) as file:
             rows = max(1, file.metadata.num_rows)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             row_bytes = max([group.total_byte_size / max(1, group.num_rows) for group in groups], default=1)
-            step = int(min(4096, max(1, _CHUNK_BYTES / max(1, row_bytes))))
+            step = int(min(4096, max(1, min(_CHUNK_BYTES / max(1, row_bytes), MAX_LINE_BYTES / dictionary_bytes))))
             done = 0
             for batch in file.iter_batches(step, use_threads=False):
                 done += batch.num_rows
                 yield batch, size * done // rows
 
     return _lines(path, batches)
+
+
+def _dictionaries(path: str, raw: BinaryIO, metadata) -> tuple[list[str], int]:
+    """How large the values of a Parquet file can become.
+
+    Returns:
+        Columns that must not be expanded into plain values before they are measured; the most bytes of a row in the
+        others that have dictionaries.
+
+    Raises:
+        DataError: a column claims to have shrunk as no data does.
+    """
+    unexpanded: set[str] = set()
+    most = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        row = 1
+        for number in range(group.num_columns):
+            column = group.column(number)
+            if column.physical_type != "BYTE_ARRAY":
+                continue
+            packed, whole = column.total_compressed_size, column.total_uncompressed_size
+            if whole > max(MAX_LINE_BYTES, _MOST_COMPRESSION * packed):
+                raise DataError(f"{path}: column {column.path_in_schema} has {whole} bytes packed into {packed}")
+            if not column.has_dictionary_page:
+                continue
+            size = _page_bytes(raw, column.dictionary_page_offset)
+            repeats = metadata.schema.column(number).max_repetition_level > 0
+            if size * column.num_values > MAX_LINE_BYTES and (repeats or size > _USUAL_DICTIONARY):
+                unexpanded.add(column.path_in_schema)
+            else:
+                row += size
+        most = max(most, row)
+    return sorted(unexpanded), most
+
+
+def _page_bytes(raw: BinaryIO, offset: int) -> int:
+    """Uncompressed size of a page, the second number of its header (Thrift's compact protocol: a byte that names the
+    field, then the number in groups of 7 bits, the sign last). Raises EOFError if there is no such header."""
+    header, at, numbers = os.pread(raw.fileno(), 32, offset), 0, []
+    while len(numbers) < 2:
+        value, shift = 0, 0
+        if header[at : at + 1] != b"\x15":
+            raise EOFError("a page without a header")
+        at += 1
+        while at < len(header):
+            value |= (header[at] & 127) << shift
+            shift, at = shift + 7, at + 1
+            if header[at - 1] < 128:
+                break
+        numbers.append(value >> 1)
+    return numbers[1]
 
 
 def arrow_lines(path: str, raw: BinaryIO) -> Lines:
@@ -84,10 +145,9 @@ def _lines(path: str, batches: Callable[[], Iterator[tuple]]) -> Lines:
         first = 1
         with contextlib.closing(_named(path, batches())) as checked:
             for batch, position in checked:
-                step = int(max(1, _CHUNK_BYTES * batch.num_rows // max(1, batch.nbytes)))
-                for start in range(0, batch.num_rows, step):
+                for start, part in _parts(path, batch, first, 0):
                     try:
-                        rows = batch.slice(start, step).to_pylist()
+                        rows = part.to_pylist()
                     except (ValueError, OverflowError) as error:  # a date that Python cannot hold, two equal names
                         raise DataError(f"{path}, from line {first + start} on: {error}") from error
                     for row in rows:
@@ -96,6 +156,40 @@ def _lines(path: str, batches: Callable[[], Iterator[tuple]]) -> Lines:
                 first += batch.num_rows
 
     return lines(), progress
+
+
+def _parts(path: str, batch, first: int, start: int) -> Iterator[tuple]:
+    """Rows in parts of a few megabytes, and the number of the first row of each.
+
+    Raises:
+        DataError: a row is longer than a line may be.
+    """
+    size = sum(map(_held_bytes, batch.columns))
+    if size <= _CHUNK_BYTES or batch.num_rows <= 1:
+        if size > MAX_LINE_BYTES:
+            raise DataError(f"{path}, line {first + start}: {size} bytes; a row has at most {MAX_LINE_BYTES}")
+        yield start, batch
+        return
+    half = batch.num_rows // 2
+    yield from _parts(path, batch.slice(0, half), first, start)
+    yield from _parts(path, batch.slice(half), first, start + half)
+
+
+def _held_bytes(array) -> int:
+    """Bytes of the values of an array, those of a dictionary as often as they are used."""
+    arrow = _pyarrow("", "pyarrow")
+    compute, types = _pyarrow("", "pyarrow.compute"), arrow.types
+    if types.is_dictionary(array.type):
+        values = array.dictionary
+        if not (types.is_binary(values.type) or types.is_string(values.type) or types.is_large_string(values.type)):
+            return len(array) * _held_bytes(values)
+        return int(compute.sum(compute.binary_length(values).take(array.indices)).as_py() or 0)
+    if types.is_run_end_encoded(array.type):
+        return len(array) * _held_bytes(array.values)
+    if types.is_struct(array.type) or types.is_list(array.type) or types.is_large_list(array.type):
+        inner = array.flatten()
+        return sum(map(_held_bytes, inner)) if types.is_struct(array.type) else _held_bytes(inner)
+    return array.nbytes
 
 
 def _named(path: str, batches: Iterator[tuple]) -> Generator[tuple, None, None]:

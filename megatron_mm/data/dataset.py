@@ -86,11 +86,13 @@ def _own(config: Config) -> Datasets:
 def whole_dataset(config: Config) -> BlendedDataset:
     """Every document of the recipe's shards once, in order, read as validation reads them: to score a model on.
 
+    A corrupt medium always ends a scoring: grey in its place would be scored as if it were the picture.
+
     Raises:
         ValueError: as `build_datasets`.
     """
     _check_fields(config)
-    whole = _shards(replace(config, data=replace(config.data, split="0,1,0")), trains=False).valid
+    whole = _shards(replace(config, data=replace(config.data, split="0,1,0", on_corrupt="stop")), trains=False).valid
     if whole is None:
         raise ValueError("data.datasets: no document has the two tokens of a row")
     return whole
@@ -138,6 +140,7 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
             seed,
             fixed=not train,
             tokenizer=tokenizer,
+            skip_corrupt=data.on_corrupt == "skip",
         )
         if sources:
             args = (split, sources, tokenizer, inputs, limits, media, masking, seed)

@@ -134,12 +134,12 @@ def _with_origins(message: str, lines: str, origins: Sequence[tuple[str, int]]) 
 
 
 def text_build(
-    output_prefix: str, tokenizer: str, json_keys: Sequence[str], append_eod: bool, workers: int
+    output_prefix: str, tokenizer: str, json_keys: Sequence[str], append_eod: bool, workers: int, **options
 ) -> Build:
     """What tools/preprocess_data.py would do (the arguments of `build_text`)."""
 
     def run(lines: str, output: str) -> dict[str, int]:
-        report = build_text([lines], output, tokenizer, json_keys, append_eod, workers, progress=False)
+        report = build_text([lines], output, tokenizer, json_keys, append_eod, workers, progress=False, **options)
         counts = {"documents": int(next(iter(report.values()))["documents"])}
         for key, figures in zip(json_keys, report.values()):
             counts["tokens" if len(json_keys) == 1 else f'tokens of "{key}"'] = int(figures["tokens"])
@@ -148,7 +148,9 @@ def text_build(
     return Build(output_prefix, workers, lambda line, path, at: line, run)
 
 
-def multimodal_build(output: str, tokenizer: str, media_root: str | None, workers: int, check: bool) -> Build:
+def multimodal_build(
+    output: str, tokenizer: str, media_root: str | None, workers: int, check: bool, **options
+) -> Build:
     """What tools/preprocess_multimodal.py would do (the arguments of `build_multimodal`)."""
 
     def line(line: bytes, path: str, at: int) -> bytes:
@@ -163,7 +165,8 @@ def multimodal_build(output: str, tokenizer: str, media_root: str | None, worker
         return json.dumps(record).encode() + b"\n"
 
     def run(lines: str, made: str) -> dict[str, int]:
-        return build_multimodal([lines], made, tokenizer, None, workers, check, progress=False)["counts"]
+        manifest = build_multimodal([lines], made, tokenizer, None, workers, check, progress=False, **options)
+        return manifest["counts"]
 
     return Build(output, workers, line, run)
 

@@ -1,7 +1,8 @@
 """Encoded bytes → pixels and samples: images (Pillow, simplejpeg), sounds (soundfile, PyAV), videos (PyAV, Pillow).
 
 Builders use it to check that a file decodes, datasets to read it. It imports no torch, so tools start fast. Every
-failure is a `DataError` that says what the bytes are not; callers add file or shard and record.
+failure is a `DataError` that says what the bytes are not; callers add file or shard and record. What a header claims is
+compared with limits before it is decoded: a file of a few kilobytes can claim, and hold, gigabytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from megatron_mm.data.errors import DataError
 
 #: Pixels above which an image is refused before it is decoded.
-MAX_IMAGE_PIXELS = 1 << 28
+MAX_IMAGE_PIXELS = 1 << 27
+#: Pixels above which a video's frame is refused (8K has 33 million); a decoder holds up to 16 of them at once.
+MAX_FRAME_PIXELS = 1 << 25
+#: Pixels of all frames together that are taken from a video.
+MAX_VIDEO_PIXELS = 1 << 28
+#: Samples above which a sound is refused: 2 h 19 min at 16 kHz.
+MAX_SOUND_SAMPLES = 1 << 27
+_SOUND_BLOCK = 1 << 20
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -32,7 +40,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _open_image(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:  # Pillow's own limit is higher
+            raise DataError(f"an image of more pixels than the limit of {MAX_IMAGE_PIXELS} ({error})") from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise DataError(f"an image of {image.width} × {image.height} pixels; the limit is {MAX_IMAGE_PIXELS} pixels")
     return image
@@ -52,7 +63,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise DataError("not an image that Pillow can read") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
+    except Exception as error:  # a damaged header ends in whatever Pillow's parsers raise
         raise DataError(f"corrupt image ({error})") from error
 
 
@@ -84,8 +95,7 @@ def decode_sound(data: bytes) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-        mono = samples.mean(axis=1)
+        mono, rate = _decode_sound_file(data)
     except (soundfile.LibsndfileError, RuntimeError):
         mono, rate = _decode_sound_av(data)
     if mono.size == 0:
@@ -95,24 +105,64 @@ def decode_sound(data: bytes) -> tuple[np.ndarray, int]:
     return mono, int(rate)
 
 
+def _decode_sound_file(data: bytes) -> tuple[np.ndarray, int]:
+    """By libsndfile, a block at a time: the length in a header may be a lie, or missing (then it is 2^63 - 1)."""
+    import soundfile
+
+    parts, count = [], 0
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        if sound.frames < np.iinfo(np.int64).max:
+            _limit_samples(sound.frames)
+        step = max(1, _SOUND_BLOCK // sound.channels)
+        while (block := sound.read(step, dtype="float32", always_2d=True)).size:
+            count += len(block)
+            _limit_samples(count)
+            parts.append(block.mean(axis=1))
+    return np.concatenate([np.empty(0, np.float32), *parts]), sound.samplerate
+
+
+def _limit_samples(count: int) -> None:
+    if count > MAX_SOUND_SAMPLES:
+        raise DataError(f"a sound of {count} samples or more; the limit is {MAX_SOUND_SAMPLES} samples")
+
+
 def _decode_sound_av(data: bytes) -> tuple[np.ndarray, int]:
     import av
 
-    parts, rate = [], 0
+    parts, rate, count = [], 0, 0
     try:
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.audio:
                 raise DataError("no sound track")
             rate = container.streams.audio[0].codec_context.sample_rate
-            resampler = av.AudioResampler(format="fltp", layout=None, rate=None)
+            # Packed: PyAV reads beyond the planes of a planar frame of more than 16 channels.
+            resampler = av.AudioResampler(format="flt", layout=None, rate=None)
             for frame in container.decode(audio=0):
                 for out in resampler.resample(frame):
-                    parts.append(out.to_ndarray().mean(axis=0))
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+                    count += out.samples
+                    _limit_samples(count)
+                    parts.append(out.to_ndarray().reshape(out.samples, -1).mean(axis=1))
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged container makes PyAV raise
         raise DataError(f"not a sound that libsndfile or FFmpeg can read ({error})") from error
     return np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32), rate
+
+
+def resample(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    """Mono samples at another rate, float32.
+
+    Raises:
+        DataError: so short a sound that none are left.
+    """
+    if rate == sample_rate:
+        return samples
+    import soxr
+
+    resampled = soxr.resample(samples, rate, sample_rate).astype(np.float32)
+    if resampled.size == 0:
+        raise DataError(f"a sound too short to hear: {samples.size} samples at {rate} Hz are none at {sample_rate} Hz")
+    return resampled
 
 
 def evenly_spaced(total: int, wanted: int) -> np.ndarray:
@@ -125,10 +175,21 @@ def decode_video(data: bytes, num_frames: int) -> list[Image.Image]:
     PNG count as videos.
 
     Raises:
-        DataError: not a video, corrupt, or without frames.
+        DataError: not a video, corrupt, without frames, or with frames that are larger than `MAX_FRAME_PIXELS`, or
+            together than `MAX_VIDEO_PIXELS`.
     """
     animated = data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
     return _animation_frames(data, num_frames) if animated else _video_frames(data, num_frames)
+
+
+def _limit_frames(width: int, height: int, count: int) -> None:
+    """Refuses frames that would fill the memory; `count` is how many are kept."""
+    if width * height > MAX_FRAME_PIXELS:
+        raise DataError(f"a video of {width} × {height} pixels; the limit is {MAX_FRAME_PIXELS} pixels a frame")
+    if width * height * count > MAX_VIDEO_PIXELS:
+        raise DataError(
+            f"{count} frames of {width} × {height} pixels; the limit is {MAX_VIDEO_PIXELS} pixels of all frames"
+        )
 
 
 def _animation_frames(data: bytes, num_frames: int) -> list[Image.Image]:
@@ -136,11 +197,12 @@ def _animation_frames(data: bytes, num_frames: int) -> list[Image.Image]:
         image = _open_image(data)
         wanted = evenly_spaced(getattr(image, "n_frames", 1), num_frames)
         needed = set(wanted.tolist())
+        _limit_frames(*image.size, len(needed))
         frames = {i: to_rgb(frame.copy()) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in needed}
         return [frames[i] for i in wanted.tolist()]
     except DataError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged header ends in whatever Pillow's parsers raise
         raise DataError(f"corrupt animation ({error})") from error
 
 
@@ -151,6 +213,8 @@ def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.video:
                 raise DataError("no video track")
+            context = container.streams.video[0].codec_context
+            _limit_frames(context.width, context.height, 1)
             total = sum(1 for packet in container.demux(video=0) if packet.size)
         # Packets are counted without decoding; where some hold no frame, the frames really there are counted instead.
         for _ in range(2):
@@ -159,8 +223,11 @@ def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
             wanted = evenly_spaced(total, num_frames).tolist()
             needed, frames, count = set(wanted), {}, 0
             with av.open(io.BytesIO(data)) as container:
+                # Frames may be larger than the header says: FFmpeg compares each with this.
+                container.streams.video[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
                 for frame in container.decode(video=0):
                     if count in needed:
+                        _limit_frames(frame.width, frame.height, len(needed))
                         frames[count] = frame.to_image()
                     count += 1
                     if count > wanted[-1]:
@@ -168,9 +235,9 @@ def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
             if len(frames) == len(needed):
                 return [frames[i] for i in wanted]
             total = count
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged container makes PyAV raise
         raise DataError(f"not a video that FFmpeg can read ({error})") from error
     raise DataError("a video without frames")
 

@@ -96,6 +96,8 @@ class Microbatch:
     """Uniform noise of each patch; a random mask hides those with the largest. float32."""
     sample_ids: list[str] = field(default_factory=list)
     """Ids of the documents, for reports. Never read by a forward pass."""
+    corrupt_media: list[str] = field(default_factory=list)
+    """What this process read and could not decode, by shard and record, with the cause (`data.on_corrupt: skip`)."""
 
     def to(self, device: torch.device | str) -> Microbatch:
         """The same microbatch with its tensors on `device`."""

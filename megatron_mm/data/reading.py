@@ -1,4 +1,10 @@
-"""Records of shards → pixels, samples and noise of one microbatch, each medium seen as its key says."""
+"""Records of shards → pixels, samples and noise of one microbatch, each medium seen as its key says.
+
+A medium that does not decode ends the run, or under `data.on_corrupt: skip` it is read as an image of the mean colour
+(zeros, once normalised) or as silence. Its row keeps its place, tokens and loss: only the processes that decode know
+that it is corrupt, those of other pipeline stages have read tables and tokens alone, and all of them, in every layout,
+must see the same row. So the text beside a corrupt image is learned as if it had been written of a grey one.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +19,11 @@ from megatron_mm.data.augmentation import Augmentation, View
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.formats import InputFormat, Limits
 from megatron_mm.data.masking import patch_noise
-from megatron_mm.data.media import decode_sound, decode_video, read_image
+from megatron_mm.data.media import decode_sound, decode_video, read_image, resample
 from megatron_mm.data.order import Purpose
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.transforms import log_mel_spectrogram, pixel_tensor, resample, waveform
+from megatron_mm.data.transforms import log_mel_spectrogram, pixel_tensor, waveform
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,10 @@ def media_of(
     return images[: limits.max_images], clips, sounds
 
 
+#: Samples in place of a sound that does not decode.
+_SILENCE = np.zeros(1, np.float32)
+
+
 class MediaReader:
     """Reads media in the form that a system asks for.
 
@@ -96,6 +106,7 @@ class MediaReader:
         seed: of augmentation and noise.
         fixed: the same noise at every reading, whatever the seed (validation).
         tokenizer: of the texts that forbid a flip.
+        skip_corrupt: read media that do not decode as grey or silence, rather than raise.
     """
 
     def __init__(
@@ -108,13 +119,31 @@ class MediaReader:
         seed: int,
         fixed: bool,
         tokenizer: Tokenizer | None,
+        skip_corrupt: bool = False,
     ) -> None:
         self.inputs, self.frames_per_video, self.mean, self.std = inputs, frames_per_video, mean, std
         self.augmentation, self.seed, self.fixed, self.tokenizer = augmentation, seed, fixed, tokenizer
+        self.skip_corrupt = skip_corrupt
+        self._corrupt: list[str] = []
 
     def key(self, purpose: Purpose, name: Sequence[int]) -> list[int]:
         """The key of what is drawn for a name, which begins with the epoch."""
         return [0, purpose, 0, *name[1:]] if self.fixed else [self.seed, purpose, *name]
+
+    def take_corrupt(self) -> list[str]:
+        """What did not decode since the last call: shard, record and cause of each."""
+        taken, self._corrupt = self._corrupt, []
+        return taken
+
+    def _decode(self, medium: Medium, decoder: Callable, *args):
+        """What `Medium.decode` gives, or None for a corrupt medium that is to be stood in for."""
+        try:
+            return medium.decode(decoder, *args)
+        except DataError as error:
+            if not self.skip_corrupt:
+                raise
+            self._corrupt.append(str(error))
+            return None
 
     def _view(self, medium: Medium, image: Image.Image | np.ndarray) -> View:
         def text() -> str:
@@ -128,19 +157,22 @@ class MediaReader:
         return pixel_tensor(view.apply(image, self.inputs.image_size), self.mean, self.std)
 
     def images(self, media: list[Medium]) -> torch.Tensor:
-        """Stills and frames of videos, float32 [max(1, n), 3, size, size]; zeros stand in where there are none."""
+        """Stills and frames of videos, float32 [max(1, n), 3, size, size]; zeros stand in where there are none
+        and for those that are corrupt."""
         size = self.inputs.image_size
         out = torch.zeros(max(1, len(media)), 3, size, size)
-        videos: dict[tuple[Piece, int], list[Image.Image]] = {}  # decoded once for all its frames
+        videos: dict[tuple[Piece, int], list[Image.Image] | None] = {}  # decoded once for all its frames
         for i, medium in enumerate(media):
             if medium.kind == "images":
-                image = medium.decode(read_image)
+                image = self._decode(medium, read_image)
             else:
                 video = (medium.piece, medium.number)
                 if video not in videos:
-                    videos[video] = medium.decode(decode_video, self.frames_per_video)
-                image = videos[video][medium.frame]
-            out[i] = self._pixels(image, self._view(medium, image))
+                    videos[video] = self._decode(medium, decode_video, self.frames_per_video)
+                frames = videos[video]
+                image = frames[medium.frame] if frames is not None else None
+            if image is not None:
+                out[i] = self._pixels(image, self._view(medium, image))
         return out
 
     def clips(self, media: list[Medium]) -> torch.Tensor:
@@ -148,14 +180,17 @@ class MediaReader:
         size = self.inputs.image_size
         out = torch.zeros(len(media), self.frames_per_video, 3, size, size)
         for clip, medium in zip(out, media):
-            frames = medium.decode(decode_video, self.frames_per_video)
+            frames = self._decode(medium, decode_video, self.frames_per_video)
+            if frames is None:
+                continue
             view = self._view(medium, frames[0])
             for f, frame in enumerate(frames):
                 clip[f] = self._pixels(frame, view)
         return out
 
     def _samples(self, medium: Medium) -> np.ndarray:
-        return medium.decode(lambda data: resample(*decode_sound(data), self.inputs.sample_rate))
+        samples = self._decode(medium, lambda data: resample(*decode_sound(data), self.inputs.sample_rate))
+        return _SILENCE if samples is None else samples
 
     def spectrograms(self, media: list[Medium]) -> torch.Tensor:
         """Log-mel spectrograms, float32 [max(1, n), num_mel_bins, num_frames]."""

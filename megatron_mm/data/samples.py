@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.data.encoding import KEEP, Encoding, encode_medium
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.media import check_medium
 from megatron_mm.data.record_lines import inline_bytes, is_inline
@@ -80,7 +81,14 @@ def text_field(record: dict, key: str, where: str) -> str:
     return value
 
 
-def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, check: bool) -> Sample:
+def read_sample(
+    line: bytes,
+    where: str,
+    tokenizer: Tokenizer,
+    media_root: str,
+    check: bool,
+    encoding: Encoding,
+) -> Sample:
     """Tokenises one line and reads its media: files, or inline as {"base64": "..."}.
 
     Args:
@@ -89,6 +97,7 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
         tokenizer: with media placeholders.
         media_root: folder to which paths are relative.
         check: decode every medium.
+        encoding: how media are stored; what is encoded anew is decoded in any case.
 
     Raises:
         DataError: anything wrong with the line or a file it names.
@@ -101,7 +110,10 @@ def read_sample(line: bytes, where: str, tokenizer: Tokenizer, media_root: str, 
         raise DataError(f'{where}: field "id" must be a string, not {type(name).__name__}')
     name = text_field(record, "id", where) if isinstance(name, str) else name
     media = {
-        kind: [read_entry(kind, entry, number, media_root, where, check) for number, entry in enumerate(entries, 1)]
+        kind: [
+            read_entry(kind, entry, number, media_root, where, check, encoding)
+            for number, entry in enumerate(entries, 1)
+        ]
         for kind, entries in media_entries(record, (prompt, text), where).items()
     }
     prompt_ids = tokenizer.encode(prompt) if prompt else []
@@ -127,15 +139,23 @@ def media_entries(record: dict, texts: Sequence[str], where: str) -> dict[str, l
     return entries
 
 
-def read_entry(kind: str, entry: str | dict[str, str], number: int, media_root: str, where: str, check: bool) -> bytes:
+def read_entry(
+    kind: str,
+    entry: str | dict[str, str],
+    number: int,
+    media_root: str,
+    where: str,
+    check: bool,
+    encoding: Encoding = KEEP,
+) -> bytes:
     """Bytes of the `number`th medium of a line (from 1), a path or inline; decoded once if `check`."""
     if isinstance(entry, str):
-        return read_medium(kind, entry, media_root, where, check)
-    return _inline_medium(kind, entry, f'{where}: field "{kind}", number {number}', check)
+        return read_medium(kind, entry, media_root, where, check, encoding)
+    return _inline_medium(kind, entry, f'{where}: field "{kind}", number {number}', check, encoding)
 
 
-def read_medium(kind: str, path: str, media_root: str, where: str, check: bool) -> bytes:
-    """Bytes of a media file, decoded once if `check`. Raises DataError naming `where` and the path."""
+def read_medium(kind: str, path: str, media_root: str, where: str, check: bool, encoding: Encoding) -> bytes:
+    """Bytes to store of a media file, decoded once if `check`. Raises DataError naming `where` and the path."""
     full = os.path.join(media_root, path)
     try:
         with open(full, "rb") as stream:
@@ -144,27 +164,29 @@ def read_medium(kind: str, path: str, media_root: str, where: str, check: bool) 
         raise DataError(f"{where}: no such file: {full}") from error
     except OSError as error:
         raise DataError(f"{where}: {full}: {error.strerror}") from error
-    return _checked(kind, data, f"{where}: {full}", check)
+    return _checked(kind, data, f"{where}: {full}", check, encoding)
 
 
-def _inline_medium(kind: str, medium: dict[str, str], where: str, check: bool) -> bytes:
+def _inline_medium(kind: str, medium: dict[str, str], where: str, check: bool, encoding: Encoding) -> bytes:
     try:
         data = inline_bytes(medium)
     except ValueError as error:
         raise DataError(f"{where}: not base64 ({error})") from error
-    return _checked(kind, data, where, check)
+    return _checked(kind, data, where, check, encoding)
 
 
-def _checked(kind: str, data: bytes, where: str, check: bool) -> bytes:
+def _checked(kind: str, data: bytes, where: str, check: bool, encoding: Encoding) -> bytes:
     if not data:
         raise DataError(f"{where}: an empty file")
     if len(data) > np.iinfo(np.int32).max:
         raise DataError(f"{where}: {len(data)} bytes; a record holds at most 2 GiB")
-    if check:
-        try:
+    try:
+        if encoding.changes(kind):
+            return encode_medium(kind, data, encoding)
+        if check:
             check_medium(kind, data)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     return data
 
 

@@ -11,8 +11,6 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from megatron_mm.data.errors import DataError
-
 Box = tuple[float, float, float, float]
 
 
@@ -81,22 +79,6 @@ def mel_filters(sample_rate: int, n_fft: int, num_mel_bins: int) -> torch.Tensor
     rising, falling = -slopes[:-2] / widths[:-1, None], slopes[2:] / widths[1:, None]
     filters = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
     return torch.from_numpy(filters.astype(np.float32))
-
-
-def resample(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    """Mono samples at another rate, float32.
-
-    Raises:
-        DataError: so short a sound that none are left.
-    """
-    if rate == sample_rate:
-        return samples
-    import soxr
-
-    resampled = soxr.resample(samples, rate, sample_rate).astype(np.float32)
-    if resampled.size == 0:
-        raise DataError(f"a sound too short to hear: {samples.size} samples at {rate} Hz are none at {sample_rate} Hz")
-    return resampled
 
 
 def log_mel_spectrogram(samples: np.ndarray, sample_rate: int, seconds: float, num_mel_bins: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint, checkpoint_folder, warm_start
 from megatron_mm.training.assembly import build_model, model_graph
 from megatron_mm.training.checkpoint import Position
+from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.node_groups import phase_ends
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import NotFiniteError, StopSignal, Watchdog, explain_gradient, explain_loss
@@ -59,6 +60,7 @@ class Trainer:
             dump_config(config, self.output / "config.yaml")
         self.watchdog = Watchdog(self.output, minutes)
         self.datasets = build_datasets(config)
+        self.corrupt = CorruptMedia(config)
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
         load = Path(config.checkpoint.load) if config.checkpoint.load else self.root
@@ -168,6 +170,7 @@ class Trainer:
             loader.close()
             tracker.close()
             self.watchdog.stop()
+        self._say(*self.corrupt.report_lines())
         verb = "stopped by a signal" if stopped else "finished"
         self._say(f"{verb} at iteration {position.iteration}; metrics in {self.output}, checkpoints in {self.root}")
         return position
@@ -192,6 +195,7 @@ class Trainer:
         training, position = self.config.training, self.position
         microbatches = [next(loader) for _ in range(loader.num_microbatches)]
         waited = time.perf_counter() - began
+        corrupt = self.corrupt.count(microbatches)
         iteration = position.iteration + 1
         if self.config.model.hidden_dropout or self.config.model.attention_dropout:
             setup.seed_dropout(training.seed, iteration)
@@ -205,7 +209,7 @@ class Trainer:
         self.optimizer.step(norm, training.global_batch_size)
         position.iteration = iteration
         position.consumed_samples += training.global_batch_size
-        return self._figures(result, norm, microbatches, time.perf_counter() - began, waited)
+        return {**self._figures(result, norm, microbatches, time.perf_counter() - began, waited), **corrupt}
 
     def _figures(
         self, result: BatchResult, norm: float, microbatches: list[Microbatch], seconds: float, waited: float
@@ -252,6 +256,7 @@ class Trainer:
         for number in range(self.config.training.eval_iters):
             self.watchdog.beat(f"validation batch {number + 1} after iteration {self.position.iteration}")
             microbatches = [next(loader) for _ in range(loader.num_microbatches)]
+            self.corrupt.count(microbatches)
             result = run_batch(self.pipeline, microbatches, forward_only=True)
             for name, mean in result.losses.items():
                 sums[name] = sums.get(name, 0.0) + mean * result.counts[name]

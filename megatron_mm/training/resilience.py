@@ -39,12 +39,13 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Whether any process was told to stop; every process calls this at the same point."""
-        flag = torch.tensor([float(self.received is not None)], device=_communication_device())
+        flag = torch.tensor([float(self.received is not None)], device=communication_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
 
-def _communication_device() -> torch.device:
+def communication_device() -> torch.device:
+    """Where the tensors of a collective over all processes lie."""
     return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

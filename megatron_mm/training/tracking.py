@@ -99,6 +99,8 @@ class Tracker:
         parts += [f"{figures['tokens_per_second']:,.0f} tokens/s", f"{figures['iteration_time']:.3f} s/iteration"]
         if "mfu" in figures:
             parts.append(f"MFU {figures['mfu']:.1%}")
+        if figures.get("corrupt_media"):
+            parts.append(f"{figures['corrupt_media']} corrupt media")
         if "validation_loss" in figures:
             parts.append(f"validation {figures['validation_loss']:.4f}")
         return "  ".join([*parts, f"{_duration(left)} left"])

@@ -152,8 +152,8 @@ def test_collation_against_a_slow_reference(config, folder, text_prefix):
 
 def test_pixels_and_sounds_are_the_records(config, folder):
     """Validation: the centre crop of the stored bytes, and the spectrogram of the stored sound."""
-    from megatron_mm.data.media import decode_image, decode_sound
-    from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resample
+    from megatron_mm.data.media import decode_image, decode_sound, resample
+    from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram
 
     valid = build_datasets(config).valid
     m = valid.microbatch([0, 1], OPTIONAL_FIELDS)

@@ -15,12 +15,11 @@ from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from megatron_mm.data import media
 from megatron_mm.data.augmentation import random_crop_box
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.media import decode_image, decode_sound, decode_video, evenly_spaced, read_image
+from megatron_mm.data.media import decode_image, decode_sound, decode_video, evenly_spaced, read_image, resample
 from megatron_mm.data.transforms import (
     center_crop_box,
     image_tensor,
     log_mel_spectrogram,
-    resample,
     resize,
     waveform,
 )

@@ -22,12 +22,12 @@ from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import IndexedWriter
 from megatron_mm.data.loader import MicrobatchLoader
-from megatron_mm.data.media import decode_image, decode_sound, decode_video
+from megatron_mm.data.media import decode_image, decode_sound, decode_video, resample
 from megatron_mm.data.microbatch import field_shapes
 from megatron_mm.data.order import TaskSchedule
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.train_tokenizer import train_tokenizer
-from megatron_mm.data.transforms import center_crop_box, image_tensor, resample, waveform
+from megatron_mm.data.transforms import center_crop_box, image_tensor, waveform
 
 LENGTH, FRAMES, SECONDS = 40, 4, 0.25
 

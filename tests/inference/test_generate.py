@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from megatron_mm.data.media import decode_image, decode_sound, decode_video
-from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resample
+from megatron_mm.data.media import decode_image, decode_sound, decode_video, resample
+from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram
 from megatron_mm.inference.convert import export
 from megatron_mm.inference.generation import Decoding, Generator
 from megatron_mm.inference.hf.processing_mm import MultimodalProcessor, log_mel

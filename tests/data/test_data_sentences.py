@@ -1,0 +1,99 @@
+"""Shards of sentences against nltk, SentencePiece and megatron-core's own builder, one document at a time."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from examples.data.packages import Package, fetch
+from megatron_mm.data.build_text import Sentences, build_text
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.indexed import IndexedReader
+from megatron_mm.data.sentences import SentenceSplitter
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = [
+    "Dr. Smith went to Washington. He arrived at 3.14 p.m. on Jan. 5th!  Was it late? (It was.) Yes.",
+    "",
+    "One line\nand another. A third\n\none; no full stop",
+    "   \n ",
+    "Ends with space. \n",
+    "«Ça va?» dit-elle. Œuvre n° 5. 終わり。次の文。",
+    "A. " * 40 + "B.",
+]
+
+
+@pytest.fixture(scope="session")
+def nltk_data(tmp_path_factory) -> str:
+    """nltk's tables, which llama-index-core carries (the Punkt models of nltk, Apache-2.0)."""
+    wanted = r"llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/(english|french)/.*"
+    package = Package("pip", "llama-index-core", "0.14.25", wanted, "MIT")
+    folder = fetch(package, tmp_path_factory.mktemp("nltk") / "tables")
+    return str(folder / "llama_index/core/_static/nltk_cache")
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 30))
+    return path
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bytes_are_those_of_megatrons_builder(corpus, tokenizer_path, nltk_data, tmp_path, append_eod, workers):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    build_text([str(corpus)], str(tmp_path / "ours"), tokenizer_path, append_eod=append_eod, workers=workers,
+               progress=False, sentences=Sentences(nltk_data=nltk_data))  # fmt: skip
+    model, punkt = sentencepiece.SentencePieceProcessor(model_file=tokenizer_path), PunktTokenizer("english")
+    builder = IndexedDatasetBuilder(str(tmp_path / "peer.bin"), dtype=DType.optimal_dtype(model.get_piece_size()))
+    for text in TEXTS * 30:
+        sentences = [ids for sentence in punkt.tokenize(text) if (ids := model.encode(sentence))]
+        if sentences and append_eod:
+            sentences[-1].append(model.eos_id())
+        builder.add_document([i for ids in sentences for i in ids], [len(ids) for ids in sentences])
+    builder.finalize(str(tmp_path / "peer.idx"))
+    for suffix in (".bin", ".idx"):
+        assert filecmp.cmp(tmp_path / f"ours_text_sentence{suffix}", tmp_path / f"peer{suffix}", shallow=False)
+    reader = IndexedReader(tmp_path / "ours_text_sentence")
+    assert reader.sequence_lengths.size > len(reader) == 30 * len(TEXTS) and not reader.damaged()
+    assert np.array_equal(reader.document_lengths(), [reader.document(d).size for d in range(len(reader))])
+
+
+def test_sentences(nltk_data):
+    split = SentenceSplitter(folder=nltk_data)
+    assert split(TEXTS[0])[:2] == ["Dr. Smith went to Washington.", "He arrived at 3.14 p.m. on Jan. 5th!"]
+    keeping = SentenceSplitter(folder=nltk_data, keep_space=True)
+    for text in TEXTS:
+        assert "".join(keeping(text)) == text.rstrip() and [s.strip() for s in keeping(text)] == [
+            s.strip() for s in split(text)
+        ]
+    assert SentenceSplitter("french", nltk_data)("Mme. Curie vient. Elle part.")[-1] == "Elle part."
+    long = "One sentence here. " * 120_000  # more than a window
+    assert len(split(long)) in (120_000, 120_002) and "".join(keeping(long)).count("One") == 120_000
+
+
+def test_missing_tables_and_languages_are_named(nltk_data, tmp_path):
+    with pytest.raises(DataError, match=r"punkt_tab/klingon is not in .*pass --nltk-data"):
+        SentenceSplitter("klingon", nltk_data)
+    with pytest.raises(DataError, match=r"--nltk-data .*nowhere: no such folder"):
+        SentenceSplitter("english", str(tmp_path / "nowhere"))
+
+
+def test_the_tool(corpus, tokenizer_path, nltk_data, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus), "--split-sentences"]
+    command += ["--output-prefix", str(tmp_path / "t"), "--tokenizer-model", tokenizer_path, "--workers", "1"]
+    failed = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)})
+    assert failed.returncode == 1 and "nltk's table" in failed.stderr and "Traceback" not in failed.stderr
+    done = subprocess.run([*command, "--nltk-data", nltk_data], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "t_text_sentence.idx").exists()
