@@ -56,9 +56,10 @@ def parquet_lines(path: str, raw: BinaryIO) -> Lines:
             row_bytes = max([group.total_byte_size / max(1, group.num_rows) for group in groups], default=1)
             step = int(min(4096, max(1, min(_CHUNK_BYTES / max(1, row_bytes), MAX_LINE_BYTES / dictionary_bytes))))
             done = 0
-            for batch in file.iter_batches(step, use_threads=False):
-                done += batch.num_rows
-                yield batch, size * done // rows
+            for group in range(file.num_row_groups):  # each has dictionaries of its own, which a batch cannot join
+                for batch in file.iter_batches(step, row_groups=[group], use_threads=False):
+                    done += batch.num_rows
+                    yield batch, size * done // rows
 
     return _lines(path, batches)
 
