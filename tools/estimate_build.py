@@ -7,7 +7,8 @@
 
 After `text` stand the arguments of tools/preprocess_data.py, after `multimodal` those of preprocess_multimodal.py.
 Samples are spread evenly over .jsonl files; compressed files, tables and tars are read from their beginning, which the
-report says. Lines that --drop would leave out count. Samples are built on the output's disk and removed. Exit status 1 if that disk has too little room.
+report says. Lines that --drop would leave out count. Samples are built on the output's disk and removed. Exit status 1
+if that disk has too little room.
 """
 
 from __future__ import annotations
