@@ -23,7 +23,7 @@ TEXTS = (
 PHOTOS = Package(
     "apt", "mate-backgrounds", "", r"usr/share/backgrounds/mate/nature/.*\.jpg|.*/copyright", "CC-BY-SA-4.0"
 )
-_PARAGRAPHS = 25
+_LINES = 100
 _TARS = 4
 
 
@@ -32,9 +32,9 @@ def documents(folder: Path) -> Iterator[str]:
     for package in TEXTS:
         for path in sorted(fetch(package, folder / "packages" / package.name).rglob("*")):
             if path.name.endswith(".dict.dz"):
-                paragraphs = gzip.decompress(path.read_bytes()).decode(errors="replace").split("\n\n")
-                for start in range(0, len(paragraphs), _PARAGRAPHS):
-                    yield "\n".join(paragraphs[start : start + _PARAGRAPHS])
+                lines = gzip.decompress(path.read_bytes()).decode(errors="replace").split("\n")
+                for start in range(0, len(lines), _LINES):
+                    yield "\n".join(lines[start : start + _LINES])
             elif path.name.endswith(".rst.txt"):
                 yield path.read_text(encoding="utf-8")
 
