@@ -98,8 +98,8 @@ def peers_site(arguments: Arguments) -> str:
     """Folder of packages that Megatron-LM's script imports beside megatron-core's."""
     site = arguments.folder / "megatron-lm-needs"
     if not site.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), "six", "triton"]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+        subprocess.run([*command, "six", "triton"], check=True)
     return str(site)
 
 

@@ -19,7 +19,7 @@ import sentencepiece
 from megatron_mm.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
-_MAX_WORDS = 1 << 19
+_MAX_WORDS = 1 << 18
 _WORDS_A_CALL = 64
 
 

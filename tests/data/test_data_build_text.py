@@ -185,7 +185,7 @@ def test_long_line_damaged_gzip_and_existing_output(tmp_path, model, monkeypatch
 
 
 @pytest.mark.slow
-def test_tool_and_benchmark(tmp_path, corpus, model):
+def test_the_tool(tmp_path, corpus, model):
     def run(*command):
         return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
 
@@ -194,8 +194,3 @@ def test_tool_and_benchmark(tmp_path, corpus, model):
     assert done.returncode == 0 and "p_text_document.bin" in done.stdout, done.stderr
     missing = run(*tool, "--input", "nothing.jsonl")
     assert missing.returncode == 1 and missing.stderr.strip() == "error: nothing.jsonl: no such file"
-    bench = run(str(ROOT / "benchmarks/preprocess_data.py"), "--input", str(corpus), "--tokenizer-model", model,
-                "--repeats", "1", "--json", "r.json")  # fmt: skip
-    assert bench.returncode == 0, bench.stderr
-    (result,) = json.loads((tmp_path / "r.json").read_text())["preprocess_data"]
-    assert result["identical"] and result["ratio"] > 0

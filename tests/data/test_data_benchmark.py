@@ -1,0 +1,38 @@
+"""benchmarks/data.py runs every case, and the check of killed builds its small form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def test_every_case_runs(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--repeats", "1"]
+    command += ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {figure["case"] for figure in figures} == {"text", "memory", "order", "images", "loader"}
+    # Of so little text nothing remains when start-up is taken off.
+    assert all(figure["value"] > 0 for figure in figures if figure["case"] != "text")
+    assert sum(bool(figure["wanted"]) for figure in figures) >= 8
+
+
+def test_a_case_that_is_none(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--folder", str(tmp_path), "--cases", "texts"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no case texts; there are text, memory" in done.stderr
+
+
+def test_killed_builds_end_with_the_same_bytes(tmp_path):
+    command = [sys.executable, "-m", "tests.data.killed_builds", "--smoke", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("the same bytes") == 2 and done.stdout.count("killed 10 times") == 2
