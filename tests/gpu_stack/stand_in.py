@@ -1,0 +1,74 @@
+"""Transformer Engine's Python layers without its CUDA library: they construct, and nothing of them runs.
+
+Transformer Engine's wheel on PyPI has all its Python code; the compiled module `transformer_engine_torch` gives it
+enumerations at import and kernels at run time. `install()` puts a module in its place whose enumerations have any
+member, and which has no kernel: what would call one fails by name. For the pinned version alone (run.sh), in an
+environment of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import types
+from collections.abc import Iterator
+
+
+class _Members(type):
+    """Gives a class any member, each a number of its own."""
+
+    def __getattr__(cls, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(cls, name, len(cls.__members__))
+        return getattr(cls, name)
+
+    @property
+    def __members__(cls) -> dict[str, int]:
+        return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+class _Library(types.ModuleType):
+    """The compiled module: capitalised names are enumerations or classes, all others kernels."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[0].isupper():
+            value: object = _Members(name, (), {})
+        else:
+
+            def value(*_: object, **__: object) -> None:
+                raise NotImplementedError(f"transformer_engine_torch.{name} needs CUDA")
+
+        setattr(self, name, value)
+        return value
+
+
+def install() -> None:
+    """To be called before anything imports Transformer Engine."""
+    import torch
+
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the core library is not loaded either
+    sys.modules["transformer_engine_torch"] = _Library("transformer_engine_torch")
+    import transformer_engine.common as common
+
+    common.load_framework_extension = lambda framework: None
+    # Its modules ask for the device and its capability while they are defined.
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)  # A100
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        major=8, minor=0, multi_processor_count=108, total_memory=80 << 30, name="A100"
+    )
+
+
+@contextlib.contextmanager
+def cuda_available() -> Iterator[None]:
+    """Transformer Engine's layers refuse to be made where torch finds no CUDA."""
+    import torch
+
+    before, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = before
