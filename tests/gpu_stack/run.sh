@@ -17,4 +17,8 @@ if [ "$(cat "$MEGATRON_MM_VENV/gpu-stack" 2>/dev/null)" != "$wanted" ]; then
     python -m pip install --quiet --no-deps "$wanted"
     echo "$wanted" >"$MEGATRON_MM_VENV/gpu-stack"
 fi
-PYTHONWARNINGS=ignore exec python -m tests.gpu_stack.check "$@"
+export PYTHONWARNINGS=ignore
+echo "full recipes: first, middle and last ranks, on the meta device"
+python -m tests.gpu_stack.check
+echo "tiny recipes: checkpoints of one backend loaded by the other"
+python -m tests.gpu_stack.checkpoints
