@@ -1,9 +1,14 @@
-"""Text preprocessing: tokens a second of whole commands, and of the encoder alone."""
+"""Text preprocessing: tokens a second of whole commands, of the builder, and of the encoder alone.
+
+The builder's peer is the obvious loop: one line a task over `multiprocessing.Pool.imap`, each document added to
+megatron-core's `IndexedDatasetBuilder`. It is what Megatron-LM's script does, without its imports and options.
+"""
 
 from __future__ import annotations
 
 import filecmp
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,6 +16,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import sentencepiece
 
 from benchmarks.data import ROOT, Arguments, Figure
 from benchmarks.data_cases import corpora
@@ -91,6 +98,7 @@ def run(arguments: Arguments) -> Iterator[Figure]:
             yield Figure("text", f"{kind}: ours / Megatron-LM's, whole commands", whole, "x", ">= 3")
         else:
             print(f"{kind}: Megatron-LM's script is not here (--megatron-lm): its ratio is not measured")
+        yield from _builders(kind, model, path, work, arguments)
         yield from _encoders(kind, model, path, arguments)
 
 
@@ -101,6 +109,53 @@ def peers_site(arguments: Arguments) -> str:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
         subprocess.run([*command, "six", "triton"], check=True)
     return str(site)
+
+
+_loop: dict = {}
+
+
+def _start_loop(model: str) -> None:
+    _loop["model"] = sentencepiece.SentencePieceProcessor(model_file=model)
+
+
+def _encode_line(line: str) -> list[int]:
+    ids = _loop["model"].encode(json.loads(line)["text"])
+    if ids:
+        ids.append(_loop["model"].eos_id())
+    return ids
+
+
+def _run_loop(path: Path, prefix: str, model: str, workers: int) -> float:
+    """Seconds of the loop; start-up of its pool included, megatron-core's import not."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    vocab_size = sentencepiece.SentencePieceProcessor(model_file=model).get_piece_size()
+    began = time.perf_counter()
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(vocab_size))
+    with path.open(encoding="utf-8") as stream, multiprocessing.Pool(workers, _start_loop, (model,)) as pool:
+        for ids in pool.imap(_encode_line, stream, 32):
+            builder.add_document(ids, [len(ids)] if ids else [])
+    builder.finalize(prefix + ".idx")
+    return time.perf_counter() - began
+
+
+def _builders(kind: str, model: str, path: Path, work: Path, arguments: Arguments) -> Iterator[Figure]:
+    """The builder against the loop over a pool, alternately in this process."""
+    from megatron_mm.data.build_text import build_text
+
+    ours, loop, took = str(work / "build"), str(work / "loop"), {"ours": [], "loop": []}
+    for _ in range(1 if arguments.smoke else arguments.repeats):
+        took["loop"].append(_run_loop(path, loop, model, arguments.workers))
+        report = build_text([str(path)], ours, model, append_eod=True, workers=arguments.workers, overwrite=True,
+                            progress=False)  # fmt: skip
+        took["ours"].append(report[f"{ours}_text_document"]["seconds"])
+    for suffix in (".bin", ".idx"):
+        if not filecmp.cmp(f"{ours}_text_document{suffix}", loop + suffix, shallow=False):
+            raise SystemExit(f"error: {ours}_text_document{suffix} and {loop}{suffix} differ")
+    ratio = min(took["loop"]) / min(took["ours"])
+    yield Figure(
+        "text", f"{kind}: our builder / a loop over a pool, one document a task; same bytes", ratio, "x", ">= 1.5"
+    )
 
 
 def _encoders(kind: str, model: str, path: Path, arguments: Arguments) -> Iterator[Figure]:
