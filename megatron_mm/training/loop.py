@@ -34,6 +34,7 @@ from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.node_groups import phase_ends
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import NotFiniteError, StopSignal, Watchdog, explain_gradient, explain_loss
+from megatron_mm.training.shared_reading import SharedLoader
 from megatron_mm.training.tracking import Tracker, peak_tflops
 
 
@@ -121,19 +122,25 @@ class Trainer:
             self._say(f"weights of {' and '.join(map(str, sources))} are the start:", warm_start.table(rows))
         return Position()
 
-    def _loader(self, dataset, consumed: int, workers: int) -> MicrobatchLoader:
+    def _loader(self, dataset, consumed: int, workers: int) -> MicrobatchLoader | SharedLoader:
         training = self.config.training
-        return MicrobatchLoader(
-            dataset,
-            consumed_samples=consumed,
-            micro_batch_size=training.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=self.sizes.dp,
-            global_batch_size=training.global_batch_size,
-            fields=self.pipeline.fields(),
-            num_workers=workers,
-            tasks=TaskSchedule(self.config.model.inputs.tasks, training.seed),
-        )
+
+        def make() -> MicrobatchLoader:
+            return MicrobatchLoader(
+                dataset,
+                consumed_samples=consumed,
+                micro_batch_size=training.micro_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=self.sizes.dp,
+                global_batch_size=training.global_batch_size,
+                fields=self.pipeline.fields(),
+                num_workers=workers,
+                tasks=TaskSchedule(self.config.model.inputs.tasks, training.seed),
+            )
+
+        if self.sizes.tp == 1:
+            return make()
+        return SharedLoader(make, training.global_batch_size // (training.micro_batch_size * self.sizes.dp))
 
     def run(self) -> Position:
         """Trains to the last iteration, or until a stop signal; the last state is saved either way.
@@ -175,7 +182,7 @@ class Trainer:
         self._say(f"{verb} at iteration {position.iteration}; metrics in {self.output}, checkpoints in {self.root}")
         return position
 
-    def _train_loader(self) -> MicrobatchLoader:
+    def _train_loader(self) -> MicrobatchLoader | SharedLoader:
         return self._loader(self.datasets.train, self.position.consumed_samples, self.config.data.num_workers)
 
     def _next_phase(self) -> None:
@@ -189,7 +196,7 @@ class Trainer:
         checkpoint.load(checkpoint_folder.folder_of(self.root, iteration), self.pipeline, self.optimizer)
         self._say(f"iteration {iteration}: nodes that were frozen learn from here on; {self._describe()}")
 
-    def _step(self, loader: MicrobatchLoader) -> dict:
+    def _step(self, loader: MicrobatchLoader | SharedLoader) -> dict:
         """One optimizer step; its figures."""
         began = time.perf_counter()
         training, position = self.config.training, self.position
