@@ -9,6 +9,7 @@ encodes those texts itself, and fast.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Protocol
@@ -20,7 +21,9 @@ from megatron_mm.data.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
 _MAX_WORDS = 1 << 18
-_WORDS_A_CALL = 64
+_WORDS_A_CALL = 8
+#: Text that `str.split` divides as the usual normalisation rules do (`_splits_plainly`).
+_NOT_PLAIN = re.compile(r"[^\t\n\r -~]")
 
 
 class BlockEncoder(Protocol):
@@ -54,6 +57,7 @@ class WordEncoder:
 
     def __init__(self, tokenizer: Tokenizer, word_model: bytes, eod: int | None) -> None:
         self._normalize = tokenizer.processor.normalize
+        self._plain = _splits_plainly(tokenizer)
         self._encode = sentencepiece.SentencePieceProcessor(model_proto=word_model).encode
         pieces = map(tokenizer.processor.id_to_piece, range(tokenizer.vocab_size))
         self._begins_word = np.array([piece.startswith(_SPACE) for piece in pieces])
@@ -84,19 +88,25 @@ class WordEncoder:
         self._used += total
         self._index.update(zip(keys, range(first, first + len(keys))))
 
+    def _words(self, text: str) -> list[str]:
+        """Keys of a text's words."""
+        if self._plain and _NOT_PLAIN.search(text) is None:
+            return text.split()
+        words = self._normalize(text).split(_SPACE)
+        if words[0]:
+            words[0] = _SPACE + words[0]
+        else:
+            del words[0]
+        return words
+
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if len(self._index) > _MAX_WORDS:
             self._reset()
-        documents = []
-        for text in self._normalize(list(texts)):
-            words = text.split(_SPACE)
-            if words[0]:
-                words[0] = _SPACE + words[0]
-            else:
-                del words[0]
-            if words and self._eod is not None:
-                words.append(_SPACE)
-            documents.append(words)
+        documents = [self._words(text) for text in texts]
+        if self._eod is not None:
+            for words in documents:
+                if words:
+                    words.append(_SPACE)
         counts = np.fromiter(map(len, documents), np.int64, len(documents))
         words = list(chain.from_iterable(documents))
         found = np.fromiter(map(self._index.get, words, repeat(-1)), np.int64, len(words))
@@ -121,6 +131,28 @@ class WordEncoder:
         ids = self._ids[np.repeat(self._starts[found] - ends[:-1], sizes) + np.arange(ends[-1])]
         bounds = ends[np.concatenate([[0], np.cumsum(counts)])]
         return ids, np.diff(bounds).astype(np.int32)
+
+
+def _splits_plainly(tokenizer: Tokenizer) -> bool:
+    """Whether normalising text of printable ASCII, tabs and line ends does nothing but turn runs of white space into
+    one escaped space before each word: tried on every pair of such characters.
+
+    No rule of SentencePiece's own (all but "user_defined") looks at more than one ASCII character.
+    """
+    normalize = tokenizer.processor.normalize
+    characters = [chr(code) for code in (9, 10, 13, *range(32, 127))]
+    pairs = [a + b for a in characters for b in characters]
+    return _rule(tokenizer) in ("nmt_nfkc", "nfkc", "identity") and all(
+        normalize(text) == "".join(_SPACE + word for word in text.split()) for text in (*pairs, " a \t\n b\r\n", "  ")
+    )
+
+
+def _rule(tokenizer: Tokenizer) -> str:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer.processor.serialized_model_proto())
+    return proto.normalizer_spec.name
 
 
 def word_encoder(tokenizer: Tokenizer, eod: int | None) -> WordEncoder | None:
