@@ -22,8 +22,8 @@ import tyro
 
 from megatron_mm.data.errors import run_tool
 from megatron_mm.data.estimate import Estimate, Figure, estimate, multimodal_build, text_build
+from megatron_mm.data.readable import readable_size, readable_time
 from megatron_mm.data.text_input import expand_inputs
-from megatron_mm.data.words import size_words, time_words
 
 
 @dataclass
@@ -58,7 +58,7 @@ def margin(figure: Figure) -> str:
 def show(result: Estimate) -> None:
     """Prints an estimate."""
     files = "1 file" if result.files == 1 else f"{result.files} files"
-    print(f"input        {size_words(result.input_bytes)} in {files}")
+    print(f"input        {readable_size(result.input_bytes)} in {files}")
     built = f"built        {result.share:.2%} of it in {result.spent_seconds:.1f} s"
     print(built + (f", as {result.samples} samples" if result.samples > 1 else ""))
     for note in result.notes:
@@ -66,11 +66,12 @@ def show(result: Estimate) -> None:
     for name, figure in result.counts.items():
         print(f"{name:12} {figure.value:,.0f}{margin(figure)}")
     for path, figure in result.outputs.items():
-        print(f"file         {path}: {size_words(figure.value)}{margin(figure)}")
-    print(f"time         {time_words(result.seconds.value)}{margin(result.seconds)} with {result.workers} workers")
+        print(f"file         {path}: {readable_size(figure.value)}{margin(figure)}")
+    print(f"time         {readable_time(result.seconds.value)}{margin(result.seconds)} with {result.workers} workers")
     verdict = "enough" if result.fits else "TOO LITTLE"
-    needed = f"{size_words(result.disk_bytes.value)}{margin(result.disk_bytes)}"
-    print(f"disk         {needed} while it is built; {result.disk} has {size_words(result.free_bytes)} free: {verdict}")
+    needed = f"{readable_size(result.disk_bytes.value)}{margin(result.disk_bytes)}"
+    free = readable_size(result.free_bytes)
+    print(f"disk         {needed} while it is built; {result.disk} has {free} free: {verdict}")
 
 
 def main() -> int:

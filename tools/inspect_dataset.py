@@ -19,10 +19,10 @@ import tyro
 from megatron_mm.data.errors import run_tool
 from megatron_mm.data.html_page import Entry, write_page
 from megatron_mm.data.inspection import describe_sample, summary, verify
+from megatron_mm.data.readable import readable_size
 from megatron_mm.data.remote import localize
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.words import size_words
 
 
 @dataclass
@@ -80,7 +80,7 @@ def main() -> int:
             json.dump({"datasets": results}, stream, indent=2, ensure_ascii=False)
     if args.html:
         size = write_page(args.html, entries, tokenizer)
-        print(f"wrote {args.html}: {sum(len(entry.documents) for entry in entries)} samples, {size_words(size)}")
+        print(f"wrote {args.html}: {sum(len(entry.documents) for entry in entries)} samples, {readable_size(size)}")
     return int(any(entry.problems for entry in entries))
 
 

@@ -125,14 +125,18 @@ def _picture(image: Image.Image, form: str, quality: int) -> bytes:
 
 def _sound(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:
     """The sound as FLAC, and whether its rate was right."""
-    import soundfile
-
     samples, rate = decode_sound(data)
     wanted = min(rate, encoding.audio_rate or 16000)
+    return flac(resample(samples, rate, wanted), wanted), rate == wanted
+
+
+def flac(samples: np.ndarray, rate: int) -> bytes:
+    """Mono FLAC of 16 bits, of samples [n] in [-1, 1] (others are clipped) at a rate in Hz."""
+    import soundfile
+
     out = io.BytesIO()
-    resampled = np.clip(resample(samples, rate, wanted), -1.0, 1.0)
-    soundfile.write(out, resampled, wanted, format="FLAC", subtype="PCM_16")
-    return out.getvalue(), rate == wanted
+    soundfile.write(out, np.clip(samples, -1.0, 1.0), rate, format="FLAC", subtype="PCM_16")
+    return out.getvalue()
 
 
 def _video(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:

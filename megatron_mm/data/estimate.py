@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.build_multimodal import TABLE, build_multimodal
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.line_samples import LineSamples, Sample
@@ -29,7 +29,7 @@ _T95 = 2.78
 _FIRST_BYTES, _GROWTH = 1 << 12, 4
 #: A build's own files, as a share of its indexes, and what doubles while it is finished (`indexed.py`,
 #: `build_multimodal.py`): 12 bytes of 20 for each document, and the table.
-_WORKING_SHARE, _TABLE = 0.6, "samples.npy"
+_WORKING_SHARE = 0.6
 
 
 @dataclass
@@ -280,7 +280,7 @@ def _disk_bytes(path: str, size: int) -> float:
     """Bytes that a file takes while it is built."""
     if path.endswith(".idx"):
         return size * (1 + _WORKING_SHARE)
-    return 2 * size if os.path.basename(path) == _TABLE else size
+    return 2 * size if os.path.basename(path) == TABLE else size
 
 
 def _existing_folder(path: str) -> str:

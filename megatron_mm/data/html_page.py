@@ -18,10 +18,10 @@ import numpy as np
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.inspection import summary
 from megatron_mm.data.preview import Preview, preview
+from megatron_mm.data.readable import readable_size
 from megatron_mm.data.samples import KINDS
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.words import size_words
 
 #: Most tokens of a sample that are shown, as text and as chips.
 MAX_TOKENS = 400
@@ -80,7 +80,7 @@ def write_page(path: str, entries: Sequence[Entry], tokenizer: Tokenizer | None)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["bytes"] = size_words
+    environment.filters["bytes"] = readable_size
     form = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     datasets = (_dataset(entry, tokenizer) for entry in entries)
     names = ", ".join(entry.shard.name for entry in entries)

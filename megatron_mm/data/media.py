@@ -37,7 +37,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -56,7 +56,7 @@ def decode_image(data: bytes) -> Image.Image:
         DataError: not an image, truncated, corrupt or larger than `MAX_IMAGE_PIXELS`.
     """
     try:
-        image = _open_image(data)
+        image = open_image(data)
         image.load()
         return to_rgb(image)
     except DataError:
@@ -178,11 +178,15 @@ def decode_video(data: bytes, num_frames: int) -> list[Image.Image]:
         DataError: not a video, corrupt, without frames, or with frames that are larger than `MAX_FRAME_PIXELS`, or
             together than `MAX_VIDEO_PIXELS`.
     """
-    animated = data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-    return _animation_frames(data, num_frames) if animated else _video_frames(data, num_frames)
+    return _animation_frames(data, num_frames) if is_animation(data) else _video_frames(data, num_frames)
 
 
-def _limit_frames(width: int, height: int, count: int) -> None:
+def is_animation(data: bytes) -> bool:
+    """Whether a video is an image format's (GIF, PNG, WebP), read by Pillow; any other is FFmpeg's."""
+    return data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def limit_frames(width: int, height: int, count: int) -> None:
     """Refuses frames that would fill the memory; `count` is how many are kept."""
     if width * height > MAX_FRAME_PIXELS:
         raise DataError(f"a video of {width} × {height} pixels; the limit is {MAX_FRAME_PIXELS} pixels a frame")
@@ -194,10 +198,10 @@ def _limit_frames(width: int, height: int, count: int) -> None:
 
 def _animation_frames(data: bytes, num_frames: int) -> list[Image.Image]:
     try:
-        image = _open_image(data)
+        image = open_image(data)
         wanted = evenly_spaced(getattr(image, "n_frames", 1), num_frames)
         needed = set(wanted.tolist())
-        _limit_frames(*image.size, len(needed))
+        limit_frames(*image.size, len(needed))
         frames = {i: to_rgb(frame.copy()) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in needed}
         return [frames[i] for i in wanted.tolist()]
     except DataError:
@@ -214,7 +218,7 @@ def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
             if not container.streams.video:
                 raise DataError("no video track")
             context = container.streams.video[0].codec_context
-            _limit_frames(context.width, context.height, 1)
+            limit_frames(context.width, context.height, 1)
             total = sum(1 for packet in container.demux(video=0) if packet.size)
         # Packets are counted without decoding; where some hold no frame, the frames really there are counted instead.
         for _ in range(2):
@@ -227,7 +231,7 @@ def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
                 container.streams.video[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
                 for frame in container.decode(video=0):
                     if count in needed:
-                        _limit_frames(frame.width, frame.height, len(needed))
+                        limit_frames(frame.width, frame.height, len(needed))
                         frames[count] = frame.to_image()
                     count += 1
                     if count > wanted[-1]:

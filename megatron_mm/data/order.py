@@ -39,8 +39,8 @@ def keyed_generator(key: Sequence[int]) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, on uint64 with wraparound."""
+def mixed(x: np.ndarray) -> np.ndarray:
+    """Every output bit from every input bit: SplitMix64's finaliser (Steele et al. 2014), uint64 with wraparound."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -68,9 +68,9 @@ class Permutation:
         high, low = x >> self._low, x & self._low_mask
         for i, key in enumerate(self._keys):
             if i % 2 == 0:
-                high = high ^ (_mix(low + key) & self._high_mask)
+                high = high ^ (mixed(low + key) & self._high_mask)
             else:
-                low = low ^ (_mix(high + key) & self._low_mask)
+                low = low ^ (mixed(high + key) & self._low_mask)
         return (high << self._low) | low
 
     def __call__(self, index: np.ndarray | int) -> np.ndarray:

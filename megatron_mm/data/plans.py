@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,7 +29,6 @@ from megatron_mm.data.shards import Shard
 #: Documents from which on a plan is kept; fewer are packed at every start (0.1 s).
 KEPT_FROM = 1 << 16
 _VERSION = 1
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,14 @@ def plan(
     digest = hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=12).hexdigest()
     plans = folder or f"{shard.path}.plans"
     path = os.path.join(plans, digest)
+    if os.path.isdir(path):  # also where nothing may be written any more
+        return open_plan(path)
     try:
         os.makedirs(plans, exist_ok=True)
         with open(f"{path}.lock", "a", encoding="utf-8") as lock:
-            while not os.path.isdir(path):
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:  # another process makes it; if that one ends early, this one takes over
-                    time.sleep(_POLL_SECONDS)
-                    continue
-                if not os.path.isdir(path):
-                    _make(path, made_of, shard, documents, limits, key, packed)
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # another process may make it; if that one ends early, this one does
+            if not os.path.isdir(path):
+                _make(path, made_of, shard, documents, limits, key, packed)
     except OSError as error:
         raise DataError(
             f"{plans}: the packing plan of {shard.path} cannot be kept there ({error.strerror or error}); set "

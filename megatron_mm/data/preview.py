@@ -6,9 +6,9 @@ import base64
 import io
 from dataclasses import dataclass, field
 
-import numpy as np
 from PIL import Image
 
+from megatron_mm.data.encoding import flac
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.media import decode_image, decode_sound, decode_video
 
@@ -91,7 +91,7 @@ def _sound(data: bytes, size: str) -> Preview:
         return Preview("audios", caption, [_uri(mime, data)])
     seconds = samples.size / rate
     caption += f"; here its first {SOUND_SECONDS} s as FLAC" if seconds > SOUND_SECONDS else "; here as FLAC"
-    return Preview("audios", caption, [_uri("audio/flac", _flac(samples[: SOUND_SECONDS * rate], rate))])
+    return Preview("audios", caption, [_uri("audio/flac", flac(samples[: SOUND_SECONDS * rate], rate))])
 
 
 def _playable_type(data: bytes) -> str | None:
@@ -104,10 +104,3 @@ def _playable_type(data: bytes) -> str | None:
         return None
     return _PLAYABLE.get((info.format, info.subtype))
 
-
-def _flac(samples: np.ndarray, rate: int) -> bytes:
-    import soundfile
-
-    out = io.BytesIO()
-    soundfile.write(out, samples, rate, format="FLAC", subtype="PCM_16")
-    return out.getvalue()

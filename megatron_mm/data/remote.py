@@ -1,15 +1,15 @@
 """Datasets in object stores: s3://, gs://, hf:// and whatever else fsspec knows, copied once into a local folder.
 
 A shard is memory-mapped, so it has to be a local file; nothing but the first start of a machine waits for the copy.
-A copy is used again while the store says that the file is what it was (`AbstractFileSystem.ukey`). The processes of a
-machine share one copy: the first makes it, the others wait.
+fsspec's own cache of whole files keeps the copies and asks the store whether a file is still what it was. The processes
+of a machine share them: the first copies, the others wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 
@@ -20,7 +20,6 @@ from megatron_mm.data.errors import DataError
 
 #: Folder of the copies, unless `data.cache_folder` names another.
 DEFAULT_CACHE = os.path.join("~", ".cache", "megatron_mm", "datasets")
-_CHUNK = 1 << 22
 
 
 def localize(path: str, cache: str | None = None) -> str:
@@ -46,10 +45,9 @@ def localize(path: str, cache: str | None = None) -> str:
         folder = os.path.join(root, f"{name}-{hashlib.blake2b(url.encode(), digest_size=6).hexdigest()}")
         is_folder = store.isdir(there)
         if is_folder:
-            files = {os.path.basename(file): file for file in store.ls(there, detail=False) if store.isfile(file)}
+            files = [file for file in store.ls(there, detail=False) if store.isfile(file)]
         else:
-            found = (there + suffix for suffix in SUFFIXES)
-            files = {os.path.basename(file): file for file in found if store.exists(file)}
+            files = [there + suffix for suffix in SUFFIXES if store.exists(there + suffix)]
         if not files:
             raise DataError(f"{url}: neither a dataset folder nor the prefix of a text shard")
         os.makedirs(folder, exist_ok=True)
@@ -63,36 +61,24 @@ def localize(path: str, cache: str | None = None) -> str:
     return folder if is_folder else os.path.join(folder, name)
 
 
-def _copy(store, files: dict[str, str], folder: str, url: str) -> None:
-    """Copies what is missing or was changed; a file gets its name when it is whole."""
-    record = os.path.join(folder, "copied.json")
-    try:
-        with open(record, encoding="utf-8") as stream:
-            copied = json.load(stream)
-    except (OSError, ValueError):
-        copied = {}
-    keys = {name: [store.ukey(file), store.size(file)] for name, file in files.items()}
-    wanted = [
-        name for name, key in keys.items() if copied.get(name) != key or _size(os.path.join(folder, name)) != key[1]
-    ]
-    room, needed = shutil.disk_usage(folder).free, sum(keys[name][1] for name in wanted)
-    if needed > room:
-        raise DataError(f"{url}: {needed:,} bytes, but {folder} has room for {room:,}; set data.cache_folder")
-    with tqdm(total=needed, unit="B", unit_scale=True, desc=f"copying {url}", disable=not wanted) as bar:
-        for name in wanted:
-            part = os.path.join(folder, f"{name}.part")
-            with store.open(files[name], "rb") as source, open(part, "wb") as target:
-                while data := source.read(_CHUNK):
-                    target.write(data)
-                    bar.update(len(data))
-            if _size(part) != keys[name][1]:
-                raise DataError(f"{url}: {name} came with {_size(part)} bytes of {keys[name][1]}")
-            os.replace(part, os.path.join(folder, name))
-            copied[name] = keys[name]
-            with open(f"{record}.new", "w", encoding="utf-8") as stream:
-                json.dump(copied, stream)
-            os.replace(f"{record}.new", record)
+def _copy(store, files: list[str], folder: str, url: str) -> None:
+    """Copies what is missing or was changed."""
+    from fsspec.implementations.cached import WholeFileCacheFileSystem
 
-
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else -1
+    cache = WholeFileCacheFileSystem(
+        fs=store, cache_storage=folder, check_files=True, same_names=True, expiry_time=0, skip_instance_cache=True
+    )
+    sizes = {file: store.size(file) for file in files}
+    wanted = 0
+    for file, size in sizes.items():
+        copy = os.path.join(folder, os.path.basename(file))
+        if not os.path.exists(copy) or os.path.getsize(copy) != size:  # never made, cut off, or changed in the store
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(copy)
+            wanted += size
+    if wanted > (room := shutil.disk_usage(folder).free):
+        raise DataError(f"{url}: {wanted:,} bytes, but {folder} has room for {room:,}; set data.cache_folder")
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"copying {url}", disable=not wanted) as bar:
+        for file, size in sizes.items():
+            cache.open(file).close()  # copies it, unless it is here and the same
+            bar.update(size)

@@ -10,10 +10,8 @@ import gzip
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from megatron_mm.data.cleaning.text_rules import TextRules
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.shards import Shard
+from tests.data.killing import kill_and_continue
 
 TOOLS = Path(__file__).parents[2] / "tools"
 #: Cleans with a journal after every block: python -c DRIVER output workers inputs.
@@ -77,20 +76,8 @@ def test_killed_again_and_again(tmp_path):
 
     undisturbed = start(whole, 0)
     assert undisturbed.wait(timeout=120) == 0, undisturbed.stderr.read()
-    dice, said, journal = random.Random(0), [], tmp_path / "out.building" / "journal.json"
-    for attempt in range(20):
-        before = journal.read_bytes() if journal.exists() else b""
-        run = start(out, (2, 0, 1)[attempt % 3])
-        while run.poll() is None and (journal.read_bytes() if journal.exists() else before) == before:
-            time.sleep(0.002)
-        time.sleep(dice.random() * 0.1)
-        if attempt < 4:
-            run.send_signal(signal.SIGKILL)
-        _, stderr = run.communicate(timeout=120)
-        said.append(stderr)
-        if run.returncode == 0 or out.exists():
-            break
-        assert run.returncode == -signal.SIGKILL, stderr
+    journal = tmp_path / "out.building" / "journal.json"
+    said = kill_and_continue(lambda attempt: start(out, (2, 0, 1)[attempt % 3]), journal, out.exists, 4, 0.1)
     assert sum("continues an unfinished build" in text for text in said) >= 2
     assert contents(out) == contents(whole)
     assert json.loads((out / "report.json").read_text())["reasons"].keys() == {

@@ -22,9 +22,9 @@ from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.html_page import MAX_TOKENS, Entry, histogram, write_page
 from megatron_mm.data.indexed import IndexedWriter
 from megatron_mm.data.preview import IMAGE_SIDE, SOUND_BYTES, preview
+from megatron_mm.data.readable import readable_size
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.words import size_words
 from tests import browser
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def page(tmp_path_factory, shown, tokenizer_path) -> Path:
     arguments = [tokenizer_path, "--samples", "6", "--verify", "--html", str(path)]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == 1, "the damaged media are found"
-    assert run.stdout.splitlines()[-1] == f"wrote {path}: 6 samples, {size_words(path.stat().st_size)}", run.stderr
+    assert run.stdout.splitlines()[-1] == f"wrote {path}: 6 samples, {readable_size(path.stat().st_size)}", run.stderr
     return path
 
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from megatron_mm.data import unfinished
 from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.errors import DataError
+from tests.data.killing import kill_and_continue
 
 #: Builds with a journal after every block: python -c DRIVER kind input output tokenizer workers.
 DRIVER = """
@@ -73,20 +71,8 @@ def test_killed_again_and_again(kind, many, tmp_path, tokenizer_path):
     assert undisturbed.wait(timeout=120) == 0, undisturbed.stderr.read()
     name = "x" if kind == "multimodal" else "x_text_document"
     finished = "x" if kind == "multimodal" else f"{name}.idx"
-    dice, said, journal = random.Random(0), [], out / "x.building" / "journal.json"
-    for attempt in range(40):
-        before = journal.read_bytes() if journal.exists() else b""
-        build = start(out, attempt % 3)
-        while build.poll() is None and (journal.read_bytes() if journal.exists() else before) == before:
-            time.sleep(0.002)
-        time.sleep(dice.random() * 0.2)
-        if attempt < 6:
-            build.send_signal(signal.SIGKILL)
-        _, stderr = build.communicate(timeout=120)
-        said.append(stderr)
-        if build.returncode == 0 or (out / finished).exists():  # the kill may come after all is done
-            break
-        assert build.returncode == -signal.SIGKILL, stderr
+    journal = out / "x.building" / "journal.json"
+    said = kill_and_continue(lambda attempt: start(out, attempt % 3), journal, (out / finished).exists, 6, 0.2)
     assert sum("continues an unfinished build" in text for text in said) >= 2
     assert contents(out / name) == contents(whole / name)
 

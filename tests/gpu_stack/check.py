@@ -21,7 +21,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import tyro  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from megatron_mm.config.schema import Config  # noqa: E402
@@ -82,9 +83,9 @@ def entries(config: Config, sizes: ParallelSizes, rank: int, backend: str) -> di
         for name, entry in chunk.sharded_state_dict().items():
             if name.endswith("_extra_state"):
                 continue
-            if not isinstance(entry, ShardedTensor):
-                entry = entry.build() if hasattr(entry, "build") else entry
-            for number, part in enumerate(_tensors(entry)):
+            pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # SwiGLU's two halves
+            parts = [part for part in nested_values(pieces) if isinstance(part, ShardedTensor)]
+            for number, part in enumerate(parts):
                 parameter = parameters.get(name)
                 flags = {flag: getattr(parameter, flag, usual) for flag, usual in _FLAGS.items()}
                 flags |= {
@@ -95,13 +96,6 @@ def entries(config: Config, sizes: ParallelSizes, rank: int, backend: str) -> di
                 found[key] = {**{field: getattr(part, field) for field in _ENTRY}, **flags}
     setup.shutdown()
     return found
-
-
-def _tensors(entry) -> list[ShardedTensor]:
-    if isinstance(entry, ShardedTensor):
-        return [entry]
-    values = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, (list, tuple)) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def compare(name: str, config: Config, sizes: ParallelSizes, rank: int) -> tuple[int, list[str]]:

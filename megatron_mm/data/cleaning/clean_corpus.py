@@ -44,9 +44,10 @@ from megatron_mm.data.cleaning.scan import (
     scan_block,
 )
 from megatron_mm.data.cleaning.text_rules import Blocklist
-from megatron_mm.data.cleaning.text_signatures import PERMUTATIONS, mixed
+from megatron_mm.data.cleaning.text_signatures import PERMUTATIONS
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.manifest import sha256, write_manifest
+from megatron_mm.data.order import mixed
 from megatron_mm.data.unfinished import Lines, Source, UnfinishedBuild, refuse_existing
 
 DROPPED, REPORT, TABLE = "dropped.jsonl", "report.json", "report.md"

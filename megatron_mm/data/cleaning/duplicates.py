@@ -36,8 +36,9 @@ from megatron_mm.data.cleaning.scan import (
     band_file,
     read_rows,
 )
-from megatron_mm.data.cleaning.text_signatures import choose_bands, jaccard, mixed
+from megatron_mm.data.cleaning.text_signatures import choose_bands, jaccard
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.order import mixed
 from megatron_mm.data.parallel import ordered_map
 
 #: Reasons, in the order in which they are looked for; 0 is a record that is kept.

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mm.data.order import mixed
+
 #: Values of a signature; 4 bytes each.
 PERMUTATIONS = 128
 _SEED = 2718281828
@@ -73,13 +75,6 @@ def _powers(base: int, count: int) -> np.ndarray:
     powers = np.full(count, base % 2**64, dtype=np.uint64)
     powers[0] = 1
     return np.cumprod(powers, dtype=np.uint64)
-
-
-def mixed(values: np.ndarray) -> np.ndarray:
-    """Every output bit from every input bit, [n] u64 (the finaliser of SplitMix64, Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class _Powers:

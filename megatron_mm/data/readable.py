@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def size_words(size: float) -> str:
+def readable_size(size: float) -> str:
     """Bytes: '37.5 MB'."""
     if size < 1000:
         return f"{size:.0f} bytes"
@@ -14,7 +14,7 @@ def size_words(size: float) -> str:
     return f"{size / 1000:,.1f} TB"
 
 
-def time_words(seconds: float) -> str:
+def readable_time(seconds: float) -> str:
     """Seconds: '12.5 s', '37.0 min', '5.2 h'."""
     if seconds < 120:
         return f"{seconds:.1f} s"
