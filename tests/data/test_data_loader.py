@@ -1,0 +1,65 @@
+"""Reading ahead: microbatches wait unpacked, errors of workers surface, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.loader import MicrobatchLoader
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "microbatches"]
+
+
+def running() -> set[int]:
+    """Child processes of this one that have not ended."""
+    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.fixture
+def others() -> set[int]:
+    """Processes that have nothing to do with the loader."""
+    return running()
+
+
+@pytest.fixture
+def loader(config, others):
+    loader = MicrobatchLoader(build_datasets(config).train, 0, 2, 0, 1, 4, {"tokens_RT"}, num_workers=2)
+    yield loader
+    loader.close()
+
+
+def test_microbatches_are_unpacked_before_they_are_asked_for(loader):
+    """What `next` would otherwise wait for: the thread has taken two more from the workers."""
+    next(loader)
+    (thread,) = reading_threads()
+    deadline = time.monotonic() + 30
+    while loader._ahead._taken.qsize() < 2:
+        assert time.monotonic() < deadline and thread.is_alive()
+        time.sleep(0.01)
+
+
+def test_a_worker_that_is_killed_ends_the_reading(loader, others):
+    next(loader)
+    for worker in running() - others:
+        os.kill(worker, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="worker"):
+        for _ in range(50):
+            next(loader)
+    with pytest.raises(RuntimeError, match="worker"):
+        next(loader)  # and says so again
+
+
+def test_close_ends_thread_and_workers(loader, others):
+    next(loader)
+    assert reading_threads() and len(running() - others) == 2
+    loader.close()
+    assert not reading_threads() and not running() - others
+    loader.close()
