@@ -192,7 +192,10 @@ class MicrobatchLoader:
             self._iterator = iter(self._loader)
             if self._has_workers:
                 self._ahead = _Ahead(self._iterator)
-        microbatch = next(self._ahead or self._iterator)
+        try:
+            microbatch = next(self._ahead or self._iterator)
+        except (EOFError, ConnectionError) as error:  # torch notices most such ends itself, but not all in time
+            raise RuntimeError("a reader worker died while it sent a microbatch (out of memory, or killed)") from error
         if isinstance(microbatch, _Failure):
             raise DataError(microbatch.message)
         return microbatch

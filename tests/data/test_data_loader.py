@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -48,9 +49,10 @@ def test_microbatches_are_unpacked_before_they_are_asked_for(loader):
 
 def test_a_worker_that_is_killed_ends_the_reading(loader, others):
     next(loader)
-    for worker in running() - others:
-        os.kill(worker, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="worker"):
+    with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD may raise it, wherever the main thread is
+        os.kill(min(running() - others), signal.SIGKILL)
+        time.sleep(1)
+    with pytest.raises(RuntimeError, match="worker"):  # what the thread was waiting for
         for _ in range(50):
             next(loader)
     with pytest.raises(RuntimeError, match="worker"):

@@ -54,6 +54,7 @@ def test_blocks_and_files_do_not_change_the_rows(text, folder, monkeypatch, pack
             assert np.array_equal(found.pieces, wanted.pieces) and found.report == wanted.report
             assert np.array_equal(found.row_starts, wanted.row_starts)
             assert isinstance(found.pieces, np.memmap)
+        assert len(pickle.dumps(stored)) < 1000, "workers that are spawned open the files, they are not sent them"
 
 
 def test_every_piece_is_in_one_row_and_fits(text):
@@ -123,6 +124,10 @@ def test_damaged_plans_and_folders_without_room_are_named(text, everything_large
     for data in (b"", whole[:50], whole[:-16], b"\0" * len(whole)):
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"damaged packing plan.*remove the folder"):
+            plan(Shard(text), range(500), LIMITS, [1], True)
+    for wrong in (np.zeros(3, packing.PIECE_DTYPE), np.frombuffer(whole[128:], np.uint8)):  # whole, of another plan
+        np.save(path, wrong)
+        with pytest.raises(DataError, match="its arrays are not of its report"):
             plan(Shard(text), range(500), LIMITS, [1], True)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file: the packing plan .* set data\.plan_folder"):
