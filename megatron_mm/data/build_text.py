@@ -25,7 +25,7 @@ from megatron_mm.data.sentences import SentenceSplitter
 from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
-from megatron_mm.data.word_cache import BlockEncoder, block_encoder
+from megatron_mm.data.word_cache import BlockEncoder, block_encoder, prepare
 
 FORMAT = "megatron text shard"
 #: Files of a text shard, in the order in which they get their names: a shard without its index does not open.
@@ -177,6 +177,7 @@ def build_text(
         SentenceSplitter(sentences.language, sentences.nltk_data)  # says at once what is missing
         how["sentences"] = {"language": sentences.language, "keep_space": sentences.keep_space}
     options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), **how}
+    prepare(model)
     build = UnfinishedBuild(output_prefix, options)
     writer = TextWriter(build.data, json_keys, token_dtype(model.vocab_size))
     initargs = (tokenizer, tuple(json_keys), append_eod, sentences, on_error, drop)

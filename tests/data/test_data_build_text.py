@@ -7,7 +7,6 @@ import gzip
 import json
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +19,9 @@ from megatron_mm.data.indexed import IndexedReader
 from megatron_mm.data.merge import merge_datasets
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.train_tokenizer import train_tokenizer
-from megatron_mm.data.word_cache import DirectEncoder, block_encoder, word_encoder
+from tests.data.real_texts import real_texts
 
 ROOT = Path(__file__).parents[2]
-ODD = [
-    "", " ", "\n", "  two  spaces ", "tab\tand\r\nline", "日本語 の 文", "▁ literal", "a▁b", "<image>x <image> y<mask>",
-    "-" * 100, "aaaa" * 50, "☃\u00a0é e\u0301 ﬁ", "\x00 nul", "</s> <unk> <pad>", "٣ 𝕏 👩‍👩‍👧",
-]  # fmt: skip
-
-
-def real_texts() -> list[str]:
-    """Sources of the standard library in pieces of 30 lines, and inputs chosen to be awkward."""
-    import argparse
-    import asyncio.events
-    import pydoc_data.topics as topics
-
-    texts = list(ODD)
-    for module in (argparse, asyncio.events, topics):
-        lines = Path(module.__file__).read_text(encoding="utf-8").split("\n")
-        texts += ["\n".join(lines[i : i + 30]) for i in range(0, min(len(lines), 3000), 30)]
-    return texts
 
 
 @pytest.fixture(scope="module")
@@ -54,60 +36,6 @@ def model(request, tmp_path_factory, corpus) -> str:
     path = str(tmp_path_factory.mktemp("model") / "t.model")
     train_tokenizer([str(corpus)], path, 1500, request.param, num_threads=2)
     return path
-
-
-@pytest.mark.parametrize("eod", [None, 3])
-def test_block_encoder_gives_sentencepiece_ids(model, eod):
-    tokenizer = Tokenizer(model)
-    encoder = block_encoder(tokenizer, eod)
-    texts = real_texts()
-    expected = [tokenizer.processor.encode(text) for text in texts]
-    for chunk in (texts, texts[::-1], texts):  # cold, warm, another order
-        ids, lengths = encoder(chunk)
-        want = expected if chunk is texts else expected[::-1]
-        want = [[*e, eod] if e and eod is not None else e for e in want]
-        assert lengths.tolist() == [len(e) for e in want]
-        assert ids.tolist() == list(chain.from_iterable(want))
-
-
-def test_word_encoder_only_where_words_are_independent(tmp_path, corpus):
-    """Unigram, pieces across spaces, and spaces as suffixes are left to SentencePiece; no dummy prefix is fine."""
-
-    def train(name: str, **options) -> Tokenizer:
-        lines = [text for text in real_texts() if text.strip()][:60]
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for text in lines for line in text.split("\n")), vocab_size=600,
-            model_prefix=str(tmp_path / name), minloglevel=2, hard_vocab_limit=False, **options,
-        )  # fmt: skip
-        return Tokenizer(tmp_path / f"{name}.model", require_media=False)
-
-    assert word_encoder(train("unigram", model_type="unigram"), None) is None
-    assert word_encoder(train("across", model_type="bpe", split_by_whitespace=False), None) is None
-    assert word_encoder(train("suffix", model_type="bpe", treat_whitespace_as_suffix=True), None) is None
-    for name, options in {
-        "noprefix": {"add_dummy_prefix": False},
-        "spaces": {"remove_extra_whitespaces": False},
-        "identity": {"normalization_rule_name": "identity", "byte_fallback": True},
-    }.items():
-        tokenizer = train(name, model_type="bpe", **options)
-        encoder = word_encoder(tokenizer, None)
-        assert encoder is not None
-        ids, _ = encoder(real_texts())
-        expected = chain.from_iterable(map(tokenizer.processor.encode, real_texts()))
-        assert ids.tolist() == list(expected), name
-
-
-def test_word_cache_is_bounded(model, monkeypatch):
-    monkeypatch.setattr("megatron_mm.data.word_cache._MAX_WORDS", 50)
-    tokenizer = Tokenizer(model)
-    encoder = word_encoder(tokenizer, 3)
-    if encoder is None:
-        assert isinstance(block_encoder(tokenizer, 3), DirectEncoder)
-        return
-    for text in real_texts():
-        ids, _ = encoder([text])
-        assert ids.tolist() == [*tokenizer.encode(text), 3][: len(ids)]
-        assert len(encoder._index) < 50 + 2000
 
 
 def test_same_bytes_as_the_per_document_loop(tmp_path, corpus, model):
