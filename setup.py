@@ -22,7 +22,7 @@ setup(
         "safetensors",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
         "transformers>=5.0,<6",  # configuration, tokenizer and generation of exported models
         "pillow",  # image decoding
-        "simplejpeg",  # JPEG to pixels in half of Pillow's time, the same pixels
+        "simplejpeg",  # JPEG to pixels in two thirds of Pillow's time, the same pixels
         "av",  # video decoding
         "soundfile",  # sound decoding (wav, flac, ogg, mp3)
         "soxr",  # resampling

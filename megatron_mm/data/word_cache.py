@@ -286,8 +286,9 @@ def _rules_divide(charsmap: bytes) -> bool:
 
 
 def _space_divides(tokenizer: Tokenizer) -> bool:
-    """Whether a text may be divided at tabs, line ends and spaces and each word normalised by itself, one of plain ASCII
-    by an escaped space before it."""
+    """Whether a text may be divided at tabs, line ends and spaces, and each word normalised by itself: one of plain
+    ASCII by an escaped space before it.
+    """
     model = _parsed(tokenizer.processor.serialized_model_proto())
     spec, normalize = model.normalizer_spec, tokenizer.processor.normalize
     user = (piece.piece for piece in model.pieces if piece.type == model.SentencePiece.USER_DEFINED)
