@@ -70,7 +70,7 @@ def decode_image(data: bytes) -> Image.Image:
 def read_image(data: bytes) -> Image.Image | np.ndarray:
     """A still image for training: a JPEG as uint8 [height, width, 3], anything else as `decode_image` gives it.
 
-    Both hold the same pixels: Pillow and simplejpeg decode with libjpeg-turbo, but simplejpeg in two thirds of the time.
+    Both hold the same pixels: both decode with libjpeg-turbo, but simplejpeg in two thirds of Pillow's time.
 
     Raises:
         DataError: as `decode_image`.
