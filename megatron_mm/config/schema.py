@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.section import megatron, section
 from megatron_mm.config.systems import SynapseConfig, SystemConfig
 
@@ -38,6 +39,14 @@ class ParallelConfig:
         Literal["none", "selective", "full"], megatron("recompute-granularity")
     ] = "none"
     """Activations to recompute in the backward pass: none, core attention, or whole layers."""
+    recompute_method: Annotated[Literal["uniform", "block"] | None, megatron("recompute-method")] = None
+    """Of full recomputation: uniform, as every layer is recomputed by itself; null says the same."""
+    recompute_num_layers: Annotated[int | None, megatron("recompute-num-layers")] = None
+    """Of full recomputation: layers that are recomputed together, 1; null says the same."""
+    recompute_modules: Annotated[list[str], megatron("recompute-modules")] = Field(
+        default_factory=lambda: ["core_attn"]
+    )
+    """Of selective recomputation: what is recomputed, core_attn."""
     pipeline_cuts: list[str] | None = None
     """Names of the nodes that begin chunks 2, 3, …; null lets the partitioner choose."""
     memory_limit_gb: float | None = None
@@ -208,6 +217,7 @@ class Config:
     """Python files or modules imported first, which register systems of a user's own (models/systems/__init__.py)."""
     model: SystemConfig = Field(default_factory=SynapseConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

@@ -5,6 +5,7 @@ Each check names the fields, their values and what would be right. All problems 
 
 from __future__ import annotations
 
+from megatron_mm.config import performance
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import divides
 from megatron_mm.models.graph import ParallelSizes
@@ -35,8 +36,16 @@ def parallel_sizes(config: Config, world_size: int) -> ParallelSizes:
 def check(config: Config, sizes: ParallelSizes) -> None:
     """Raises ValueError with every contradiction found."""
     problems = [*_batch(config, sizes), *config.model.problems(config, sizes), *_values(config)]
+    problems += performance.problems(config, sizes)
     if problems:
         raise ValueError("\n  ".join(["the configuration contradicts itself:", *problems]))
+
+
+def check_device(config: Config, device: performance.Device) -> None:
+    """Raises ValueError with every switch that the device of this run cannot serve."""
+    problems = list(performance.device_problems(config, device))
+    if problems:
+        raise ValueError("\n  ".join(["the configuration does not fit this device:", *problems]))
 
 
 def _batch(config: Config, sizes: ParallelSizes):

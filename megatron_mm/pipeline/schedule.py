@@ -18,8 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import _fork_rng
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.pipeline.overlap import GradientReduction, WeightGathering
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
 from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
 from megatron_mm.pipeline.ties import Ties
@@ -39,6 +41,8 @@ class Pipeline:
     ties: Ties
     dropout: bool
     """Whether forward passes draw random numbers."""
+    gathering: WeightGathering | None
+    """Brings updated weights to where the next forward pass needs them; None: the optimizer's step has."""
 
     @property
     def bare_chunks(self) -> list[PipelineChunk]:
@@ -49,20 +53,37 @@ class Pipeline:
         """Microbatch fields that this process reads."""
         return frozenset().union(*(self.graph.fields(chunk.start, chunk.stop) for chunk in self.bare_chunks))
 
+    def weights_updated(self) -> None:
+        """To be called after the optimizer's step: what follows from it for the weights of all processes."""
+        if self.gathering is not None:
+            self.gathering.begin()
+            self.gathering.finish(self.ties.parameters())
+        self.ties.copy_weights()
+
+    def wait_for_weights(self) -> None:
+        """To be called before anything but a forward pass reads weights. Collective over data parallelism."""
+        if self.gathering is not None:
+            self.gathering.finish()
+
     def sharded_state_dict(self) -> dict:
         """Checkpoint entries of this process's weights."""
+        self.wait_for_weights()
         entries: dict = {}
         for chunk in self.bare_chunks:
             entries.update(chunk.sharded_state_dict())
         return entries
 
 
-def pipeline_config(sizes: ParallelSizes, dtype: torch.dtype, batched_p2p: bool) -> TransformerConfig:
+def pipeline_config(
+    sizes: ParallelSizes, dtype: torch.dtype, batched_p2p: bool, overlap_p2p: bool = True
+) -> TransformerConfig:
     """What megatron-core's schedules, DDP and optimizer ask of a model's configuration.
 
     Args:
         batched_p2p: send and receive in one NCCL batch; gloo takes messages one by one.
+        overlap_p2p: in the interleaved schedule, where it takes the place of batches.
     """
+    overlap_p2p = overlap_p2p and sizes.vpp > 1
     return TransformerConfig(
         num_layers=sizes.chunks,
         hidden_size=PAYLOAD_WIDTH,
@@ -75,7 +96,8 @@ def pipeline_config(sizes: ParallelSizes, dtype: torch.dtype, batched_p2p: bool)
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        batch_p2p_comm=batched_p2p,
+        batch_p2p_comm=batched_p2p and not overlap_p2p,
+        overlap_p2p_comm=overlap_p2p,
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
@@ -94,6 +116,7 @@ def build_pipeline(
     recompute_layers: bool = False,
     distributed_optimizer: bool = False,
     dropout: bool = False,
+    performance: PerformanceConfig | None = None,
 ) -> Pipeline:
     """Builds this process's chunks, with initial weights, inside DDP.
 
@@ -102,13 +125,15 @@ def build_pipeline(
         seed: initial weights; None leaves them unset.
         dropout: some layer has it.
     """
-    config = pipeline_config(sizes, dtype, batched_p2p=device.type == "cuda")
+    performance = performance or PerformanceConfig()
+    config = pipeline_config(sizes, dtype, device.type == "cuda", performance.overlap_p2p_comm)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=performance.overlap_grad_reduce,
+        overlap_param_gather=performance.overlap_param_gather,
+        bucket_size=performance.ddp_bucket_size,
         average_in_collective=False,
     )
     numbers = [virtual * sizes.pp + stage for virtual in range(sizes.vpp)]
@@ -116,15 +141,20 @@ def build_pipeline(
     for number in numbers:
         chunk = PipelineChunk(config, graph, cuts, number, sizes, seed, recompute_layers)
         chunk = chunk.to(device) if device.type == "cuda" else chunk
-        chunks.append(DistributedDataParallel(config, ddp, chunk))
+        # Later chunks of the interleaved schedule are reduced beside the backward pass of earlier ones: one bucket each.
+        chunks.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=number >= sizes.pp))
     ties = Ties(graph, cuts, [(n, chunk.module.node_modules) for n, chunk in zip(numbers, chunks)], sizes.pp)
+    reduction = GradientReduction(chunks, ties.parameters()) if performance.overlap_grad_reduce else None
+    gathering = WeightGathering(chunks) if performance.overlap_param_gather else None
 
     def finalize(*arguments, **options) -> None:
-        ties.sum_gradients()  # whole gradients exist only now, so DDP must not overlap their reduction
+        ties.sum_gradients()  # whole gradients exist only now, so their reduction is not overlapped
+        if reduction is not None:
+            reduction.finish()
         finalize_model_grads(*arguments, **options)
 
     config.finalize_model_grads_func = finalize
-    return Pipeline(graph, cuts, sizes, config, chunks, device, ties, dropout)
+    return Pipeline(graph, cuts, sizes, config, chunks, device, ties, dropout, gathering)
 
 
 @dataclass(frozen=True)

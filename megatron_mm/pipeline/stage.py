@@ -8,7 +8,9 @@ and the counts that normalise the losses, the schedule driver hands over before 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -22,6 +24,7 @@ from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.pipeline import ties
+from megatron_mm.pipeline.overlap import mark
 from megatron_mm.pipeline.payload import PayloadLayout, new_anchor, pack, payload_layout, unpack
 from megatron_mm.pipeline.whole_batch import StreamCache
 
@@ -83,6 +86,10 @@ class PipelineChunk(MegatronModule):
         self.step: Step | None = None
         self.finite: list[torch.Tensor] = []
         """For each microbatch of the step so far: are this chunk's results finite?"""
+        self.done_from: Callable[[int], None] | None = None
+        """Called in the last microbatch's backward pass when it has done the nodes from a number on."""
+        self.before_node: Callable[[nn.Module], None] | None = None
+        """Called with a node's module before it runs."""
         self._received: torch.Tensor | None = None
         self.node_modules = nn.ModuleList()
         for node in self.nodes:
@@ -127,7 +134,10 @@ class PipelineChunk(MegatronModule):
             anchor, streams = new_anchor(batch.document_ids_RT.device), {}
         else:
             anchor, streams = unpack(self._received, self.layout(self.start, batch))
-        for node, module in zip(graph.nodes[self.start : self.stop], self.node_modules):
+        last = len(self.finite) == self.step.num_microbatches - 1 and torch.is_grad_enabled()
+        for number, (node, module) in enumerate(zip(graph.nodes[self.start : self.stop], self.node_modules)):
+            if last and self.done_from is not None:
+                anchor = mark(anchor, partial(self.done_from, number))
             if node.writes:
                 written = self._run(node, module, [streams[name] for name in node.reads], context)
                 written = (written,) if isinstance(written, torch.Tensor) else written
@@ -145,6 +155,8 @@ class PipelineChunk(MegatronModule):
         self.finite.append(torch.stack(flags).all() if flags else torch.tensor(True))
 
     def _run(self, node, module, inputs, context):
+        if self.before_node is not None:
+            self.before_node(module)
         learns = any(tensor.requires_grad for tensor in inputs)
         with contextlib.nullcontext() if node.trainable or learns else torch.no_grad():
             if self.recompute_layers and node.recomputable and learns and torch.is_grad_enabled():

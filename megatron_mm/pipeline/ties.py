@@ -135,6 +135,10 @@ class Ties:
                 )
         self.copy_weights()
 
+    def parameters(self) -> list[nn.Parameter]:
+        """This process's copies of all weights that several chunks hold."""
+        return [copy for tie in self._ties for copy in tie.copies]
+
     @torch.no_grad()
     def copy_weights(self) -> None:
         """Gives every copy the owner's values."""

@@ -117,4 +117,5 @@ def build_model(
         recompute_layers=config.parallel.recompute_granularity == "full",
         distributed_optimizer=config.parallel.use_distributed_optimizer,
         dropout=bool(config.model.hidden_dropout or config.model.attention_dropout),
+        performance=config.performance,
     )

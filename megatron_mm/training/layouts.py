@@ -5,7 +5,8 @@ and the gradient of every parameter at every step are compared with one process.
 gathered whole, by its checkpoint key, so that every layout's can be compared.
 
 A layout is written as in `TP2·CP2·PP2+SP`: sizes joined by `x` or `·` (VPP as `PP4xVPP2`), then flags: SP, distopt
-(distributed optimizer), full or selective (recomputation).
+(distributed optimizer), full or selective (recomputation), reduce (overlapped gradient reduction), gather (overlapped
+gather of weights, after distopt and reduce), no-p2p (interleaved stages that do not send while they compute).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,6 +42,15 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE, GRADIENT_FLOOR = 1e-5, 1e-4, 1e-6
 
 _SIZES = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size", "CP": "context_parallel_size"}
 _SIZES["VPP"] = "virtual_pipeline_model_parallel_size"
+_FLAGS = {
+    "SP": ("parallel", "sequence_parallel", True),
+    "distopt": ("parallel", "use_distributed_optimizer", True),
+    "full": ("parallel", "recompute_granularity", "full"),
+    "selective": ("parallel", "recompute_granularity", "selective"),
+    "reduce": ("performance", "overlap_grad_reduce", True),
+    "gather": ("performance", "overlap_param_gather", True),
+    "no-p2p": ("performance", "overlap_p2p_comm", False),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class Layout:
     name: str
     parallel: dict
     data_parallel: int
+    performance: dict = field(default_factory=dict)
+    """Fields of `performance`."""
 
     @property
     def world_size(self) -> int:
@@ -76,18 +88,13 @@ def parse_layout(name: str) -> Layout:
             data_parallel = size
         else:
             parallel[_SIZES[kind]] = size
+    performance: dict = {}
     for flag in flags:
-        known = {
-            "SP": ("sequence_parallel", True),
-            "distopt": ("use_distributed_optimizer", True),
-            "full": ("recompute_granularity", "full"),
-            "selective": ("recompute_granularity", "selective"),
-        }
-        if flag not in known:
-            raise ValueError(f"layout {name!r}: {flag!r} is not SP, distopt, full or selective")
-        key, value = known[flag]
-        parallel[key] = value
-    return Layout(name, parallel, data_parallel)
+        if flag not in _FLAGS:
+            raise ValueError(f"layout {name!r}: {flag!r} is not one of {', '.join(_FLAGS)}")
+        section, key, value = _FLAGS[flag]
+        {"parallel": parallel, "performance": performance}[section][key] = value
+    return Layout(name, parallel, data_parallel, performance)
 
 
 def for_layout(config: Config, layout: Layout, iterations: int, pool: int, global_batch: int) -> Config:
@@ -104,6 +111,8 @@ def for_layout(config: Config, layout: Layout, iterations: int, pool: int, globa
     config = copy.deepcopy(config)
     for key, value in layout.parallel.items():
         setattr(config.parallel, key, value)
+    for key, value in layout.performance.items():
+        setattr(config.performance, key, value)
     if pool % layout.data_parallel:
         raise ValueError(f"layout {layout.name}: a pool of {pool} samples does not divide by DP{layout.data_parallel}")
     config.training.precision = "fp32"

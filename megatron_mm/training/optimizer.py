@@ -52,6 +52,7 @@ class Optimizer:
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.performance.overlap_param_gather,
         )
         overrides = {**get_standard_config_overrides(megatron), **_group_overrides(config, pipeline)}
         self.inner: ChainedOptimizer = get_megatron_optimizer(megatron, pipeline.chunks, overrides)
@@ -103,7 +104,7 @@ class Optimizer:
                 if not optimizer.is_stub_optimizer:
                     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.clip_grad, gradient_norm)
         self.inner.step_with_ready_grads()
-        self.pipeline.ties.copy_weights()
+        self.pipeline.weights_updated()
         self.steps += 1
 
     @property

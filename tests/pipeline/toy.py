@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, ParallelSizes, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
@@ -154,6 +155,8 @@ class Case:
     """Layer whose gradient is NaN; the run then ends with an explanation."""
     save: str = ""
     load: str = ""
+    bucket_size: int = 300
+    """Parameters of a bucket where gradient reduction is overlapped: about one layer."""
 
 
 def graph_of(case: Case) -> Graph:
@@ -256,6 +259,9 @@ def build(case: Case):
     """(pipeline, optimizer, configuration) of a case, whose groups exist."""
     sizes, distopt = sizes_of(case.layout), "distopt" in case.layout
     graph = graph_of(case)
+    performance = PerformanceConfig(**parse_layout(case.layout).performance)
+    if performance.overlap_grad_reduce:
+        performance.ddp_bucket_size = case.bucket_size
     pipeline = build_pipeline(
         graph,
         balance([1.0] * len(graph.nodes), sizes.chunks),
@@ -266,8 +272,10 @@ def build(case: Case):
         recompute_layers="full" in case.layout,
         distributed_optimizer=distopt,
         dropout=case.dropout > 0,
+        performance=performance,
     )
     config = small_config()
+    config.performance = performance
     config.training.train_iters, config.training.global_batch_size = 100, case.global_batch
     config.optimizer.lr, config.optimizer.lr_warmup_iters = 1e-2, 0
     config.parallel.use_distributed_optimizer = distopt
@@ -276,6 +284,7 @@ def build(case: Case):
 
 def copies_agree(pipeline) -> bool:
     """Whether all copies of the tied weight in the world are the same bits."""
+    pipeline.wait_for_weights()
     own = [
         parameter.detach().clone()
         for chunk in pipeline.bare_chunks
