@@ -32,7 +32,7 @@ REDIRECTIONS: dict[str, str] = {
     "torch.Tensor.type": "the optimizer and clipping compare it with 'torch.cuda.FloatTensor'",
     "megatron.core.tensor_parallel.random._get/_set_cuda_rng_state": "recomputation restores the CPU generator",
     "torch.compiler.set_stance": "compiling megatron-core's small fused functions costs minutes and gains nothing here",
-    "megatron.core.pipeline_parallel.p2p_communication": "gloo matches messages by order: tags tell directions apart",
+    "megatron.core.pipeline_parallel.p2p_communication": "gloo matches by order and reads what is sent late",
 }
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange")
@@ -160,13 +160,15 @@ def _tagged_p2p_ops(
     """Point-to-point of the schedules with one tag for activations and one for gradients.
 
     With two stages and an interleaved schedule, the previous and the next stage are the same process, and gloo would
-    match an activation with a gradient.
+    match an activation with a gradient. The schedule that overlaps communication takes an output's memory away before it
+    was sent, which NCCL's allocator survives and gloo does not: what is sent here is an alias that keeps the memory.
     """
     activations, gradients = 1, 2
+    sent_next, sent_prev = (None if t is None else t.detach() for t in (tensor_send_next, tensor_send_prev))
     wanted = {
-        "send_next": (torch.distributed.isend, tensor_send_next, next_pipeline_rank, activations),
+        "send_next": (torch.distributed.isend, sent_next, next_pipeline_rank, activations),
         "recv_prev": (torch.distributed.irecv, tensor_recv_prev, prev_pipeline_rank, activations),
-        "send_prev": (torch.distributed.isend, tensor_send_prev, prev_pipeline_rank, gradients),
+        "send_prev": (torch.distributed.isend, sent_prev, prev_pipeline_rank, gradients),
         "recv_next": (torch.distributed.irecv, tensor_recv_next, next_pipeline_rank, gradients),
     }
     return {
