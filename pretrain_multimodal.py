@@ -11,7 +11,7 @@ Every field of the recipe can be overridden (--help lists them), by its path or 
 from __future__ import annotations
 
 from megatron_mm.config.load import fail, parse_command_line
-from megatron_mm.config.validate import check, parallel_sizes
+from megatron_mm.config.validate import check, check_device, parallel_sizes
 from megatron_mm.platform import setup
 
 
@@ -21,6 +21,8 @@ def main() -> None:
     try:
         sizes = parallel_sizes(config, (config.dry_run and config.parallel.world_size) or setup.world_size())
         check(config, sizes)
+        if not config.dry_run:  # which plans for other machines
+            check_device(config, setup.computing_device())
     except ValueError as error:
         fail(str(error), status=2)
     with setup.reporting_errors():

@@ -7,6 +7,7 @@ device of a real run lacks. A dry run plans for GPUs, so it asks the first alone
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -31,7 +32,7 @@ class PerformanceConfig:
     cross_entropy_loss_fusion: Annotated[bool, megatron("cross-entropy-loss-fusion")] = False
     """Token losses in few kernels and one reduction over the vocabulary's shards instead of two."""
     cross_entropy_fusion_impl: Annotated[Literal["native", "te"], megatron("cross-entropy-fusion-impl")] = "native"
-    """Whose: megatron-core's compiled functions, or Transformer Engine's kernel, which keeps no second copy of logits."""
+    """Whose: megatron-core's compiled functions, or Transformer Engine's kernel, which keeps no fp32 logits."""
     gradient_accumulation_fusion: Annotated[bool, megatron("gradient-accumulation-fusion")] = False
     """Matrix products add weight gradients to the fp32 gradient themselves (Transformer Engine's linear layers)."""
     fp8_format: Annotated[Literal["none", "e4m3", "hybrid"], megatron("fp8-format")] = "none"
@@ -80,6 +81,11 @@ def device_problems(config, device: Device) -> Iterator[str]:
         for name, value in kernels.items():
             yield f"performance.{name} is {value}, which needs a GPU; this run is on {device.name}: {_off(name)}"
         return
+    if performance.tp_comm_overlap and device.capability < (9, 0) and os.environ.get("UB_SKIPMC") != "1":
+        yield (
+            f"performance.tp_comm_overlap: {device.name} has no CUDA multicast; set UB_SKIPMC=1 in the environment, by "
+            "which Transformer Engine's buffers do without it"
+        )
     if performance.fp8_format != "none" and performance.fp8_recipe in FP8_CAPABILITY:
         needed = FP8_CAPABILITY[performance.fp8_recipe]
         if device.capability < needed:
@@ -108,7 +114,7 @@ def _off(name: str) -> str:
     """How to turn a switch off on the command line."""
     option = name.replace("_", "-")
     values = {"cross_entropy_fusion_impl": "native", "fp8_format": "none"}
-    return f"add --{option} {values[name]}" if name in values else f"add --performance.no-{option}"
+    return f"add --{option} {values[name]}" if name in values else f"add --no-{option}"
 
 
 def _overlap(config, sizes) -> Iterator[str]:
@@ -135,6 +141,8 @@ def _overlap(config, sizes) -> Iterator[str]:
                 "performance.tp_comm_overlap hides the gathers of sequence parallelism: it needs "
                 f"parallel.sequence_parallel and tensor_model_parallel_size above 1 (it is {sizes.tp})"
             )
+        if config.training.precision != "bf16":
+            yield f"performance.tp_comm_overlap has bf16 buffers, and training.precision is {config.training.precision}"
         if not hasattr(config.model, "decoder"):
             yield (
                 f"performance.tp_comm_overlap acts in a decoder's layers, and {config.model.system} has none: towers "
@@ -153,7 +161,7 @@ def _fused(config) -> Iterator[str]:
     if performance.cross_entropy == "native" and config.training.precision != "bf16":
         yield (
             "performance.cross_entropy_loss_fusion: megatron-core's fused cross-entropy rounds its gradient to bf16, "
-            f"and training.precision is {config.training.precision}; add --performance.no-cross-entropy-loss-fusion"
+            f"and training.precision is {config.training.precision}; add --no-cross-entropy-loss-fusion"
         )
     if performance.cross_entropy_fusion_impl != "native" and not performance.cross_entropy_loss_fusion:
         yield (

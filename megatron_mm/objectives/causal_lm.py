@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.layers.sharding import local_text
+from megatron_mm.objectives.cross_entropy import CrossEntropy, token_cross_entropy
 
 
 def token_loss(
@@ -22,11 +22,11 @@ def token_loss(
     sharded: bool,
     fields: frozenset[str],
     tasks: frozenset[str] | None,
+    kind: CrossEntropy,
 ) -> Loss:
     """Cross-entropy of labels [R, T], summed where the mask [R, T] is 1; averaged over those of the global batch.
 
-    megatron-core's cross-entropy works in place: fp32 logits hold probabilities afterwards, so nothing may read the
-    stream after this loss.
+    Cross-entropy works in place: logits hold other values afterwards, so nothing may read the stream after this loss.
 
     Args:
         logits: stream [positions, 1, V], one position a token in order of rows.
@@ -37,7 +37,7 @@ def token_loss(
         labels_RT, mask_RT = labels(context.batch), mask(context.batch)
         if sharded:
             labels_RT, mask_RT = local_text(labels_RT), local_text(mask_RT)
-        losses = vocab_parallel_cross_entropy(logits_SBV.float(), labels_RT.reshape(-1, 1))
+        losses = token_cross_entropy(logits_SBV, labels_RT.reshape(-1, 1), kind)
         return torch.dot(losses.flatten(), mask_RT.flatten())
 
     def count(batch: Microbatch) -> torch.Tensor:
@@ -53,6 +53,7 @@ def causal_lm_loss(
     *,
     sharded: bool = True,
     tasks: frozenset[str] | None = None,
+    kind: CrossEntropy = "plain",
 ) -> Loss:
     """Cross-entropy of the next token of the same document; reads `labels_RT` and `loss_mask_RT`."""
     return token_loss(
@@ -64,4 +65,5 @@ def causal_lm_loss(
         sharded=sharded,
         fields=frozenset({"labels_RT"}),
         tasks=tasks,
+        kind=kind,
     )

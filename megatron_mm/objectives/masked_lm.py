@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_mm.models.graph import Loss
 from megatron_mm.objectives.causal_lm import token_loss
+from megatron_mm.objectives.cross_entropy import CrossEntropy
 
 
 def masked_lm_loss(
@@ -17,6 +18,7 @@ def masked_lm_loss(
     *,
     sharded: bool = True,
     tasks: frozenset[str] | None = None,
+    kind: CrossEntropy = "plain",
 ) -> Loss:
     """Cross-entropy of the hidden tokens; reads `masked_labels_RT` and `masked_loss_mask_RT`."""
     return token_loss(
@@ -28,4 +30,5 @@ def masked_lm_loss(
         sharded=sharded,
         fields=frozenset({"masked_labels_RT"}),
         tasks=tasks,
+        kind=kind,
     )

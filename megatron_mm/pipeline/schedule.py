@@ -139,9 +139,11 @@ def build_pipeline(
     numbers = [virtual * sizes.pp + stage for virtual in range(sizes.vpp)]
     chunks = []
     for number in numbers:
-        chunk = PipelineChunk(config, graph, cuts, number, sizes, seed, recompute_layers)
+        chunk = PipelineChunk(
+            config, graph, cuts, number, sizes, seed, recompute_layers, performance.cpu_offloading_num_layers
+        )
         chunk = chunk.to(device) if device.type == "cuda" else chunk
-        # Later chunks of the interleaved schedule are reduced beside the backward pass of earlier ones: one bucket each.
+        # Later chunks of the interleaved schedule end their backward pass before others do: one bucket each will do.
         chunks.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=number >= sizes.pp))
     ties = Ties(graph, cuts, [(n, chunk.module.node_modules) for n, chunk in zip(numbers, chunks)], sizes.pp)
     reduction = GradientReduction(chunks, ties.parameters()) if performance.overlap_grad_reduce else None

@@ -24,6 +24,7 @@ from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.pipeline import ties
+from megatron_mm.pipeline.offload import Offload
 from megatron_mm.pipeline.overlap import mark
 from megatron_mm.pipeline.payload import PayloadLayout, new_anchor, pack, payload_layout, unpack
 from megatron_mm.pipeline.whole_batch import StreamCache
@@ -61,6 +62,7 @@ class PipelineChunk(MegatronModule):
         chunk: number of the chunk in pipeline order, 0 … sizes.chunks-1.
         seed: initial weights; None leaves them uninitialised (meta device, or a checkpoint follows).
         recompute_layers: run recomputable nodes again in the backward pass instead of keeping activations.
+        offload_layers: recomputable nodes, the first of the chunk, whose activations wait on the host.
     """
 
     def __init__(
@@ -72,12 +74,16 @@ class PipelineChunk(MegatronModule):
         sizes: ParallelSizes,
         seed: int | None,
         recompute_layers: bool,
+        offload_layers: int = 0,
     ) -> None:
         super().__init__(config=config)
         self.graph, self.sizes = graph, sizes
         self.start, self.stop = cuts[chunk], cuts[chunk + 1]
         self.nodes = graph.nodes[self.start : self.stop]
         self.recompute_layers = recompute_layers
+        self.offloaded = set([node.name for node in self.nodes if node.recomputable][:offload_layers])
+        self.bytes_on_host = 0
+        """Of the last microbatch."""
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = chunk // sizes.pp if sizes.vpp > 1 else None
         self.pre_process = chunk == 0
@@ -134,6 +140,7 @@ class PipelineChunk(MegatronModule):
             anchor, streams = new_anchor(batch.document_ids_RT.device), {}
         else:
             anchor, streams = unpack(self._received, self.layout(self.start, batch))
+        self.bytes_on_host = 0
         last = len(self.finite) == self.step.num_microbatches - 1 and torch.is_grad_enabled()
         for number, (node, module) in enumerate(zip(graph.nodes[self.start : self.stop], self.node_modules)):
             if last and self.done_from is not None:
@@ -159,9 +166,17 @@ class PipelineChunk(MegatronModule):
             self.before_node(module)
         learns = any(tensor.requires_grad for tensor in inputs)
         with contextlib.nullcontext() if node.trainable or learns else torch.no_grad():
-            if self.recompute_layers and node.recomputable and learns and torch.is_grad_enabled():
-                return tensor_parallel.checkpoint(lambda *tensors: module(*tensors, context), False, *inputs)
-            return module(*inputs, context)
+            if node.name not in self.offloaded or not torch.is_grad_enabled():
+                return self._apply(node, module, inputs, context, learns)
+            with Offload(module) as offload:
+                written = self._apply(node, module, inputs, context, learns)
+            self.bytes_on_host += offload.moved
+            return written
+
+    def _apply(self, node, module, inputs, context, learns):
+        if self.recompute_layers and node.recomputable and learns and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(lambda *tensors: module(*tensors, context), False, *inputs)
+        return module(*inputs, context)
 
     def _terms(self, streams, context, anchor) -> Terms:
         """Loss of this microbatch, scaled so that megatron-core's averaging yields the mean over global counts.

@@ -46,6 +46,8 @@ class StageReport:
     optimizer_bytes: int
     activation_bytes: int
     """Kept for the backward pass, over the microbatches in flight under 1F1B, with received payloads."""
+    host_bytes: int
+    """Activations that wait in host memory instead (performance.cpu_offloading_num_layers)."""
     flops: float
     """One microbatch, forward and backward, with recomputation."""
     communicated: dict[str, int]
@@ -152,12 +154,19 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
     rows = payload_rows(layouts) if layouts else 0
     batch = meta_microbatch(config, plan)
     parameters: dict[int, torch.nn.Parameter] = {}
-    kept, executed = 0, _Executed()
+    kept, on_host, executed = 0, 0, _Executed()
     in_flight = microbatches_in_flight(config, sizes, stage)
     for virtual in range(sizes.vpp):
         with torch.device("meta"):
             chunk = PipelineChunk(
-                pipeline, graph, cuts, virtual * sizes.pp + stage, sizes, seed=None, recompute_layers=recompute
+                pipeline,
+                graph,
+                cuts,
+                virtual * sizes.pp + stage,
+                sizes,
+                seed=None,
+                recompute_layers=recompute,
+                offload_layers=config.performance.cpu_offloading_num_layers,
             )
         parameters.update({id(parameter): parameter for parameter in chunk.parameters()})
         chunk.begin_step(Step(graph, rows, 1, torch.ones(len(graph.losses), device="meta")))
@@ -175,6 +184,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
                 else:
                     output.backward(torch.empty_like(output))
         kept += waiting * (in_flight - 1) + saved.peak
+        on_host += chunk.bytes_on_host * in_flight
     payload = rows * PAYLOAD_WIDTH * dtype.itemsize
     if sizes.pp > 1:
         executed.communicated["send/receive (pipeline)"] += payload * 2 * sizes.vpp
@@ -193,6 +203,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
         gradient_bytes=trainable * 4,
         optimizer_bytes=trainable * optimizer_bytes(dtype) // shards,
         activation_bytes=kept,
+        host_bytes=on_host,
         flops=executed.flops,
         communicated=dict(executed.communicated),
         seconds=time.perf_counter() - began,
@@ -275,6 +286,8 @@ def table(result: DryRun) -> str:
         )
         sent = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in s.communicated.items())
         lines.append(f"      communicated a microbatch: {sent or 'nothing'}")
+        if s.host_bytes:
+            lines.append(f"      activations in host memory: {s.host_bytes / gib:,.2f} GiB")
     lines.append(f"{result.total_parameters / 1e9:.1f}B parameters in all ({result.total_parameters:,})")
     lines.append(f"slowest stage over the mean: {result.slowest_over_mean:.3f}; {result.bottleneck}")
     return "\n".join(lines)

@@ -60,6 +60,7 @@ class ChunkMemory:
             again.append(activations if redone else 0.0)
             streams.update({stream.name: stream for stream in node.writes})  # a rewritten stream may change its shape
         self._held, self._kept, self._again = [0.0, *accumulate(held)], [0.0, *accumulate(kept)], again
+        self._layers = [position for position, node in enumerate(graph.nodes) if node.recomputable]
 
     def _bytes(self, stream: Stream) -> int:
         return prod(stream.local_shape(self.plan, self.sizes)) * (stream.dtype or self.dtype).itemsize
@@ -69,6 +70,9 @@ class ChunkMemory:
         flight = microbatches_in_flight(self.config, self.sizes, chunk % self.sizes.pp)
         received = sum(self._bytes(stream) for stream in self.graph.live(start)) if start else 0
         kept = self._kept[stop] - self._kept[start] + received
+        own = [at for at in self._layers if start <= at < stop]
+        for at in own[: self.config.performance.cpu_offloading_num_layers]:  # they wait on the host
+            kept -= self._kept[at + 1] - self._kept[at]
         return self._held[stop] - self._held[start] + flight * kept + max(self._again[start:stop])
 
 

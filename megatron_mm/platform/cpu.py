@@ -160,8 +160,8 @@ def _tagged_p2p_ops(
     """Point-to-point of the schedules with one tag for activations and one for gradients.
 
     With two stages and an interleaved schedule, the previous and the next stage are the same process, and gloo would
-    match an activation with a gradient. The schedule that overlaps communication takes an output's memory away before it
-    was sent, which NCCL's allocator survives and gloo does not: what is sent here is an alias that keeps the memory.
+    match an activation with a gradient. The schedule that overlaps communication takes an output's memory away before
+    it was sent, which NCCL's allocator survives and gloo does not: what is sent here is an alias that keeps the memory.
     """
     activations, gradients = 1, 2
     sent_next, sent_prev = (None if t is None else t.detach() for t in (tensor_send_next, tensor_send_prev))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.config.load import leave_first_to_rank_zero
+from megatron_mm.config.performance import Device
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import cpu
 
@@ -34,6 +35,14 @@ def apply_platform() -> torch.device:
         return torch.device("cuda", local_rank)
     cpu.apply()
     return cpu.device()
+
+
+def computing_device() -> Device:
+    """What a run on this machine computes on."""
+    if cpu.is_applied() or not torch.cuda.is_available():
+        return Device("a CPU", None)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    return Device(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 
 
 def world_size() -> int:

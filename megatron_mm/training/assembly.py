@@ -11,6 +11,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.data.formats import Limits
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.models.layers import user_buffers
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 from megatron_mm.pipeline.partition import NothingFits, balance, cuts_by_name
@@ -37,6 +38,7 @@ def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> La
         recompute=config.parallel.recompute_granularity,
         hidden_dropout=config.model.hidden_dropout,
         attention_dropout=config.model.attention_dropout,
+        performance=config.performance,
     )
 
 
@@ -107,6 +109,8 @@ def build_model(
         iteration: steps done, which decide what is frozen.
     """
     graph = model_graph(config, sizes, "cuda" if device.type == "cuda" else "cpu", iteration)
+    if config.performance.tp_comm_overlap and device.type == "cuda":
+        user_buffers.start(config, sizes)
     return build_pipeline(
         graph,
         choose_cuts(config, graph, sizes),

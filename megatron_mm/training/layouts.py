@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.schema import Config
 
 DEFAULT_LAYOUTS = (
@@ -111,8 +112,9 @@ def for_layout(config: Config, layout: Layout, iterations: int, pool: int, globa
     config = copy.deepcopy(config)
     for key, value in layout.parallel.items():
         setattr(config.parallel, key, value)
-    for key, value in layout.performance.items():
-        setattr(config.performance, key, value)
+    config.performance = PerformanceConfig(**layout.performance)
+    if config.performance.overlap_grad_reduce:
+        config.performance.ddp_bucket_size = 10_000  # several buckets in the smallest model
     if pool % layout.data_parallel:
         raise ValueError(f"layout {layout.name}: a pool of {pool} samples does not divide by DP{layout.data_parallel}")
     config.training.precision = "fp32"

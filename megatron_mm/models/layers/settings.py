@@ -16,6 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
+from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.models.graph import ParallelSizes
 
 
@@ -35,6 +36,7 @@ class LayerSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ class StackShape:
         return self.hidden_size // self.num_attention_heads
 
 
-def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> TransformerConfig:
+def layer_config(
+    settings: LayerSettings, shape: StackShape, *, text: bool, decoder: bool = False
+) -> TransformerConfig:
     """The megatron-core configuration of one stack.
 
     Args:
         text: the stack follows sequence and context parallelism; otherwise it is whole on every process but for TP.
+        decoder: a decoder's self-attention and MLP, whose tokens are as many in every microbatch and divide as FP8 and
+            Transformer Engine's communication buffers need.
 
     Weights are left uninitialised (`perform_initialization=False`) on the platform's current device, which is meta in a
     dry run, so no process ever holds a full matrix; `models/initialization.py` fills them.
@@ -83,6 +89,7 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
             raise ValueError(f"{heads} {kind} heads do not divide over tensor parallel size {sizes.tp}")
     fused = settings.backend == "transformer_engine"
     selective = settings.recompute == "selective"
+    performance = settings.performance
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -106,7 +113,10 @@ def layer_config(settings: LayerSettings, shape: StackShape, *, text: bool) -> T
         bf16=settings.dtype is torch.bfloat16,
         autocast_dtype=settings.dtype,
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused and performance.gradient_accumulation_fusion,
+        fp8=performance.fp8_format if fused and decoder and performance.fp8_format != "none" else None,
+        fp8_recipe=performance.fp8_recipe,
+        tp_comm_overlap=fused and decoder and performance.tp_comm_overlap,
         # megatron-core's fused GELU is the tanh approximation, and quick-GELU is ours: only SwiGLU is fused.
         bias_activation_fusion=fused and shape.gated,
         use_te_activation_func=shape.gated and not fused,  # an activation module of our own, see layers/local.py

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -52,7 +53,7 @@ class StackLayer(TransformerLayer):
 
     def _rewrite(self, hidden_states: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         plan = self._plan(hidden_states, context)
-        with dropout_region(self.config, self.training):
+        with dropout_region(self.config, self.training), get_fp8_context(self.config):
             output, _ = super().forward(hidden_states, attention_mask=None, packed_seq_params=plan)
         return output
 
@@ -74,7 +75,7 @@ def stack_layer(
 ) -> StackLayer:
     """Layer `layer_number` (from 1) of a stack, its weights not yet filled."""
     backend = backend_of(settings)
-    config = layer_config(settings, shape, text=text)
+    config = layer_config(settings, shape, text=text, decoder=text)
     layer = StackLayer(config, backend.layer_submodules(), layer_number, plan)
     gated = ("linear_fc1",) if shape.gated else ()
     return describe(

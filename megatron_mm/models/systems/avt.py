@@ -41,7 +41,7 @@ from megatron_mm.objectives.masked_lm import masked_lm_loss
 def build_graph(config: AVTConfig, settings: LayerSettings) -> Graph:
     """The graph; what an objective of weight zero alone would need is left out."""
     masked, generates = "masked_lm" in config.tasks, "generation" in config.tasks
-    losses = []
+    losses, kind = [], settings.performance.cross_entropy
     nodes = swin_nodes(config.vision, settings, config.init_std)
     nodes += conformer_nodes(config.audio, settings, config.init_std)
     if config.contrastive_weight > 0:
@@ -59,10 +59,11 @@ def build_graph(config: AVTConfig, settings: LayerSettings) -> Graph:
         nodes += _fusion_nodes(config, settings)
         nodes += _decoder_nodes(config, settings, masked)
     if masked:
-        losses.append(masked_lm_loss(weight=config.masked_lm_weight, tasks=frozenset({"masked_lm"})))
+        tasks = frozenset({"masked_lm"})
+        losses.append(masked_lm_loss(weight=config.masked_lm_weight, tasks=tasks, kind=kind))
     if generates:
         tasks = frozenset({"generation"})
-        losses.append(causal_lm_loss("generation", weight=config.generation_weight, tasks=tasks))
+        losses.append(causal_lm_loss("generation", weight=config.generation_weight, tasks=tasks, kind=kind))
     return Graph(nodes, losses)
 
 

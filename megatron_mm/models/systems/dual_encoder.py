@@ -57,7 +57,8 @@ def build_graph(config: DualEncoderConfig, settings: LayerSettings) -> Graph:
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
     if config.causal_lm_weight > 0:
         nodes += _fusion(config, settings, text)
-        losses.append(causal_lm_loss(weight=config.causal_lm_weight, sharded=False))
+        kind = settings.performance.cross_entropy
+        losses.append(causal_lm_loss(weight=config.causal_lm_weight, sharded=False, kind=kind))
     return Graph(nodes, losses)
 
 

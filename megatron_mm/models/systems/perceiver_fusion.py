@@ -73,7 +73,8 @@ def build_graph(config: PerceiverFusionConfig, settings: LayerSettings) -> Graph
     if predicts:
         nodes.append(query_node(config.perceiver, settings, std, num_queries=config.max_positions, rows=rows))
         nodes.append(_masked_head(config, settings))
-        losses.append(masked_lm_loss(weight=config.masked_lm_weight, sharded=False))
+        kind = settings.performance.cross_entropy
+        losses.append(masked_lm_loss(weight=config.masked_lm_weight, sharded=False, kind=kind))
     return Graph(nodes, losses)
 
 

@@ -63,4 +63,4 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
             nodes.append(cross_layer(index // cross.every))
         nodes.append(decoder.layer(index))
     nodes.append(decoder.output())
-    return Graph(nodes, [causal_lm_loss()])
+    return Graph(nodes, [causal_lm_loss(kind=settings.performance.cross_entropy)])

@@ -64,7 +64,7 @@ def build_graph(config: VLMConfig, settings: LayerSettings) -> Graph:
         nodes.append(scale_node(settings, config.contrastive))
     if speaks:
         nodes.append(decoder.output())
-        losses.append(causal_lm_loss(weight=config.causal_lm_weight))
+        losses.append(causal_lm_loss(weight=config.causal_lm_weight, kind=settings.performance.cross_entropy))
     return Graph(nodes, losses)
 
 

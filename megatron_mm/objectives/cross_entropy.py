@@ -1,0 +1,30 @@
+"""Cross-entropy of tokens over a vocabulary that is sharded over tensor parallelism: plain, or fused as a run asks.
+
+Plain: megatron-core's, in fp32. Native: its compiled functions, which take the layers' precision, reduce over the
+shards once instead of twice and round the gradient to bf16, so they are for bf16. TE: Transformer Engine's kernel, which
+keeps logits as they are instead of fp32 probabilities. The others spoil the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+CrossEntropy = Literal["plain", "native", "te"]
+
+
+def token_cross_entropy(logits_SBV: torch.Tensor, labels_SB: torch.Tensor, kind: CrossEntropy) -> torch.Tensor:
+    """Loss of each token, fp32 [S, B]; logits are this process's part of the vocabulary."""
+    if kind == "plain":
+        return vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB)
+    group = get_tensor_model_parallel_group()
+    if kind == "te" and logits_SBV.is_cuda:  # only a dry run comes here without CUDA, and plans for no less memory
+        from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+
+        return te_parallel_cross_entropy(logits_SBV, labels_SB, group)
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    return fused_vocab_parallel_cross_entropy(logits_SBV, labels_SB, group)
