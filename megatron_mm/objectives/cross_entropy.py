@@ -1,8 +1,8 @@
 """Cross-entropy of tokens over a vocabulary that is sharded over tensor parallelism: plain, or fused as a run asks.
 
 Plain: megatron-core's, in fp32. Native: its compiled functions, which take the layers' precision, reduce over the
-shards once instead of twice and round the gradient to bf16, so they are for bf16. TE: Transformer Engine's kernel, which
-keeps logits as they are instead of fp32 probabilities. The others spoil the logits.
+shards once instead of twice and round the gradient to bf16, so they are for bf16. TE: Transformer Engine's kernel,
+which keeps logits as they are instead of fp32 probabilities. The others spoil the logits.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ DEFAULT_LAYOUTS = (
     "DP2",
     "DP2+distopt",
     "TP2xCP2xPP2+SP",
-    "TP2xPP2xDP2+SP+distopt+full",
+    "TP2xPP2xDP2+SP+distopt+full+reduce+gather",
 )
 #: Bounds of DESIGN's promise in fp32: loss per step, gradient per parameter, and the floor of the latter.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, GRADIENT_FLOOR = 1e-5, 1e-4, 1e-6

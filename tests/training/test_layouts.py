@@ -35,7 +35,7 @@ def frozen(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("frozen"), frozen=True)
 
 
-@pytest.mark.parametrize("name", ["TP2xCP2xPP2+SP", "PP4xVPP2", "PP2xVPP2xDP2"])
+@pytest.mark.parametrize("name", ["TP2xCP2xPP2+SP", "PP4xVPP2+no-p2p", "PP2xVPP2xDP2+distopt+reduce+gather"])
 def test_layout_equals_one_process(trainable, name):
     config, reference = trainable
     layout = parse_layout(name)
@@ -46,7 +46,7 @@ def test_layout_equals_one_process(trainable, name):
 
 def test_layout_with_a_frozen_tower_and_recomputation_equals_one_process(frozen):
     config, reference = frozen
-    layout = parse_layout("TP2xPP2xDP2+SP+distopt+full")
+    layout = parse_layout("TP2xPP2xDP2+SP+distopt+full+reduce+gather")
     result = compare(layout, launch(for_layout(config, layout, **SIZES), layout), reference)
     assert result.passed, result
     assert not any("vision.layers" in key for key in reference["gradients"])

@@ -1,8 +1,8 @@
 """The layout never changes the result, for each of the four systems: small recipes against one process.
 
 Between them the layouts have tensor, sequence, pipeline, context and data parallelism, recomputation, the distributed
-optimizer, the phase of masked autoencoding, and negatives of the microbatch or of the whole batch, as the full recipe
-has them. Bounds are those of test_layouts.py.
+optimizer, overlapped reduction and gather, the phase of masked autoencoding, and negatives of the microbatch or of the
+whole batch, as the full recipe has them. Bounds are those of test_layouts.py.
 """
 
 import pytest
@@ -14,14 +14,14 @@ pytestmark = pytest.mark.slow
 SIZES = {"iterations": 2, "pool": 4, "global_batch": 16}
 BATCH = {"embedding_size": 16, "negatives": "batch"}
 CASES = {
-    "avt": (lambda: recipes.small_avt(contrastive=BATCH), ("PP2", "TP2+SP+full", "CP2xDP2+distopt")),
-    "vlm": (recipes.small_vlm, ("TP2xPP2+SP+full", "CP2", "DP2+distopt")),
-    "vlm_mae": (lambda: recipes.small_vlm(phase="mae"), ("PP2+full", "DP2+distopt")),
+    "avt": (lambda: recipes.small_avt(contrastive=BATCH), ("PP2", "TP2+SP+full", "CP2xDP2+distopt+reduce+gather")),
+    "vlm": (recipes.small_vlm, ("TP2xPP2+SP+full", "CP2", "DP2+distopt+reduce+gather")),
+    "vlm_mae": (lambda: recipes.small_vlm(phase="mae"), ("PP2+full", "DP2+distopt+reduce+gather")),
     "perceiver_fusion": (
         lambda: recipes.small_perceiver_fusion(contrastive=BATCH),
-        ("PP2+full", "TP2", "DP2+distopt"),
+        ("PP2+full", "TP2", "DP2+distopt+reduce+gather"),
     ),
-    "dual_encoder": (recipes.small_dual_encoder, ("PP2xDP2", "TP2+full", "CP2")),
+    "dual_encoder": (recipes.small_dual_encoder, ("PP2xDP2+reduce", "TP2+full", "CP2")),
 }
 
 

@@ -1,0 +1,72 @@
+"""The fused cross-entropy against the plain one in bf16: the same bits, alone and over a shared vocabulary."""
+
+import subprocess
+import sys
+
+import torch
+from torch.nn import functional
+
+from megatron_mm.config.performance import PerformanceConfig
+from megatron_mm.models.systems import build_graph
+from tests.objectives import fused_case
+from tests.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
+
+
+def assert_same(found: dict) -> None:
+    plain, fused = found["plain"], found["native"]
+    assert fused["losses"].dtype == torch.float32 and fused["gradient"].dtype == torch.bfloat16
+    torch.testing.assert_close(fused["losses"], plain["losses"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(fused["gradient"], plain["gradient"]) and plain["gradient"].abs().sum() > 1
+
+
+def test_one_process():
+    found = fused_case.figures()
+    assert_same(found)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(fused_case.TOKENS, 1, fused_case.VOCABULARY, generator=generator) * 4
+    labels = torch.randint(0, fused_case.VOCABULARY, (fused_case.TOKENS, 1), generator=generator)
+    truth = functional.cross_entropy(logits[:, 0].bfloat16().float(), labels[:, 0], reduction="none")
+    torch.testing.assert_close(found["native"]["losses"][:, 0], truth, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_share_the_vocabulary(tmp_path):
+    output = tmp_path / "found.pt"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*words, "-m", "tests.objectives.fused_case", str(output)], check=True, capture_output=True)
+    shared, alone = torch.load(output), fused_case.figures()
+    assert_same(shared)
+    torch.testing.assert_close(shared["native"]["losses"], alone["native"]["losses"], rtol=1e-6, atol=1e-6)
+    half = alone["native"]["gradient"][..., : fused_case.VOCABULARY // 2]
+    torch.testing.assert_close(shared["native"]["gradient"], half, rtol=1e-2, atol=1e-3)
+
+
+def test_every_token_loss_takes_the_kind_that_the_run_asks_for(monkeypatch):
+    """All systems' losses of tokens, found by what they call."""
+    from megatron_mm.models.layers.settings import LayerSettings
+    from megatron_mm.objectives import causal_lm
+
+    asked: list[str] = []
+
+    def remember(logits, labels, kind):
+        asked.append(kind)
+        return torch.zeros(labels.shape)
+
+    monkeypatch.setattr(causal_lm, "token_cross_entropy", remember)
+    performance = PerformanceConfig(cross_entropy_loss_fusion=True)
+    from megatron_mm.models.graph import ForwardContext
+    from megatron_mm.training.assembly import full_plan
+    from megatron_mm.platform import setup
+    from megatron_mm.models.graph import ParallelSizes
+
+    setup.initialize(ParallelSizes(), seed=1)
+    from megatron_mm.data.generated import GeneratedRows
+
+    expected = 0
+    for config in (small_config(), small_vlm(), small_avt(), small_dual_encoder(), small_perceiver_fusion()):
+        graph = build_graph(config.model, LayerSettings(performance=performance))
+        batch = GeneratedRows(config).microbatch([0, 1], task=(config.model.inputs.tasks or (("", 1.0),))[0][0])
+        for loss in graph.losses:
+            if loss.reads == ("logits",):
+                loss.compute(torch.zeros(1), ForwardContext(batch))
+                expected += 1
+    assert asked == ["native"] * expected and expected >= 6
