@@ -37,8 +37,11 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, module: nn.Module) -> None:
         self._stay = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
         self._seen: dict[tuple, tuple[torch.Tensor, _OnHost]] = {}
+        self._small: dict[int, torch.UntypedStorage] = {}
         self.moved = 0
         """Bytes on the host."""
+        self.stayed = 0
+        """Bytes of what is too small to move."""
         super().__init__(self._pack, self._unpack)
 
     def __enter__(self) -> Offload:
@@ -49,11 +52,17 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
     def __exit__(self, *error: object) -> None:
         """Lets go of what lies on the device: until here, it kept addresses from being used again."""
         self._seen.clear()
+        self._small.clear()
         super().__exit__(*error)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _OnHost:
         storage = tensor.untyped_storage()._cdata
-        if storage in self._stay or tensor.numel() * tensor.element_size() < MIN_BYTES:
+        if storage in self._stay:
+            return tensor
+        if tensor.numel() * tensor.element_size() < MIN_BYTES:
+            if storage not in self._small:
+                self._small[storage] = tensor.untyped_storage()
+                self.stayed += tensor.untyped_storage().nbytes()
             return tensor
         place = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         if place not in self._seen:  # several functions of a layer save the same tensor

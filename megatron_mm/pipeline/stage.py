@@ -82,8 +82,8 @@ class PipelineChunk(MegatronModule):
         self.nodes = graph.nodes[self.start : self.stop]
         self.recompute_layers = recompute_layers
         self.offloaded = set([node.name for node in self.nodes if node.recomputable][:offload_layers])
-        self.bytes_on_host = 0
-        """Of the last microbatch."""
+        self.bytes_on_host = self.bytes_too_small = 0
+        """Of the last microbatch's offloaded nodes: what went to the host, and what was too small to."""
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = chunk // sizes.pp if sizes.vpp > 1 else None
         self.pre_process = chunk == 0
@@ -140,7 +140,7 @@ class PipelineChunk(MegatronModule):
             anchor, streams = new_anchor(batch.document_ids_RT.device), {}
         else:
             anchor, streams = unpack(self._received, self.layout(self.start, batch))
-        self.bytes_on_host = 0
+        self.bytes_on_host = self.bytes_too_small = 0
         last = len(self.finite) == self.step.num_microbatches - 1 and torch.is_grad_enabled()
         for number, (node, module) in enumerate(zip(graph.nodes[self.start : self.stop], self.node_modules)):
             if last and self.done_from is not None:
@@ -171,6 +171,7 @@ class PipelineChunk(MegatronModule):
             with Offload(module) as offload:
                 written = self._apply(node, module, inputs, context, learns)
             self.bytes_on_host += offload.moved
+            self.bytes_too_small += offload.stayed
             return written
 
     def _apply(self, node, module, inputs, context, learns):

@@ -183,7 +183,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
                     output.total.backward()
                 else:
                     output.backward(torch.empty_like(output))
-        kept += waiting * (in_flight - 1) + saved.peak
+        kept += waiting * (in_flight - 1) + saved.peak + chunk.bytes_too_small * in_flight  # hooks hide these
         on_host += chunk.bytes_on_host * in_flight
     payload = rows * PAYLOAD_WIDTH * dtype.itemsize
     if sizes.pp > 1:

@@ -49,6 +49,20 @@ def test_small_model(tmp_path):
     assert full["stages"][0]["flops"] > 1.2 * one["stages"][0]["flops"]
 
 
+def test_activations_on_the_host_leave_the_device(tmp_path):
+    """No more leaves than arrives: what a later layer reads too stays as well."""
+    config = small_config()
+    config.training.micro_batch_size = 64  # tensors of more than a mebibyte
+    config.training.global_batch_size = 128
+    dump_config(config, tmp_path / "r.yaml")
+    none, some = (
+        run_dry(tmp_path / "r.yaml", 1, tmp_path / "r.json", "--cpu-offloading-num-layers", str(layers))["stages"][0]
+        for layers in (0, 6)
+    )
+    assert none["host_bytes"] == 0
+    assert 0.3 * some["host_bytes"] < none["activation_bytes"] - some["activation_bytes"] <= some["host_bytes"]
+
+
 def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_path):
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
     from megatron_mm.platform import setup

@@ -1,0 +1,67 @@
+"""Activations on the host: the same bits, fewer bytes on the device, and no weights moved."""
+
+import pytest
+import torch
+
+from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.pipeline import offload
+from megatron_mm.pipeline.schedule import run_batch
+from megatron_mm.platform import setup
+from megatron_mm.training.assembly import build_model
+from megatron_mm.training.optimizer import Optimizer
+from tests.recipes import small_config
+
+
+def step(layers: int, recompute: str) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Loss, gradients and bytes on the host of a step of two microbatches."""
+    config = small_config()
+    config.parallel.recompute_granularity = recompute
+    config.performance.cpu_offloading_num_layers = layers
+    device = setup.initialize(ParallelSizes(), seed=1)
+    pipeline = build_model(config, ParallelSizes(), device, seed=1)
+    Optimizer(config, pipeline).zero_grad()
+    rows = GeneratedRows(config)
+    result = run_batch(pipeline, [rows.microbatch([0, 1]), rows.microbatch([2, 3])])
+    (chunk,) = pipeline.bare_chunks
+    gradients = {name: p.main_grad.clone() for name, p in chunk.named_parameters() if p.requires_grad}
+    return result.total, gradients, chunk.bytes_on_host
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_is_the_same(recompute, monkeypatch):
+    monkeypatch.setattr(offload, "MIN_BYTES", 512)
+    loss, gradients, nothing = step(0, recompute)
+    assert nothing == 0
+    few, more = step(2, recompute), step(4, recompute)
+    for found in (few, more):
+        assert found[0] == loss
+        assert all(torch.equal(found[1][name], value) for name, value in gradients.items())
+    assert 0 < few[2] < more[2]
+
+
+def test_weights_and_small_tensors_stay_and_what_is_saved_twice_moves_once(monkeypatch):
+    monkeypatch.setattr(offload, "MIN_BYTES", 400)
+    linear, small = torch.nn.Linear(16, 16), torch.randn(2, 16, requires_grad=True)
+    inputs = torch.randn(8, 16, requires_grad=True)
+    with offload.Offload(linear) as moved:
+        hidden = linear(inputs).exp()  # saves its result
+        total = (hidden * hidden).sum() + (small * small).sum()
+    assert moved.moved == 2 * 8 * 16 * 4  # the inputs and the hidden values; neither the weight nor the small tensor
+    total.backward()
+    plain = inputs.detach().clone().requires_grad_()
+    linear(plain).exp().square().sum().backward()
+    torch.testing.assert_close(inputs.grad, plain.grad)
+
+
+def test_what_is_changed_in_place_is_kept_as_it_was(monkeypatch):
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    values = torch.randn(4, requires_grad=True)
+    with offload.Offload(torch.nn.Identity()) as moved:
+        first = values * 2.0
+        one = first.exp()
+        first.data.zero_()  # the result of exp is what it saved
+        two = (one * one).sum()
+    two.backward()
+    torch.testing.assert_close(values.grad, 4.0 * (4.0 * values.detach()).exp())
+    assert moved.moved == 4 * 4
