@@ -7,7 +7,12 @@ import torch
 from torch.nn import functional
 
 from megatron_mm.config.performance import PerformanceConfig
+from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.models.graph import ForwardContext, ParallelSizes
+from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
+from megatron_mm.objectives import causal_lm
+from megatron_mm.platform import setup
 from tests.objectives import fused_case
 from tests.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
 
@@ -42,9 +47,6 @@ def test_two_processes_share_the_vocabulary(tmp_path):
 
 def test_every_token_loss_takes_the_kind_that_the_run_asks_for(monkeypatch):
     """All systems' losses of tokens, found by what they call."""
-    from megatron_mm.models.layers.settings import LayerSettings
-    from megatron_mm.objectives import causal_lm
-
     asked: list[str] = []
 
     def remember(logits, labels, kind):
@@ -53,14 +55,7 @@ def test_every_token_loss_takes_the_kind_that_the_run_asks_for(monkeypatch):
 
     monkeypatch.setattr(causal_lm, "token_cross_entropy", remember)
     performance = PerformanceConfig(cross_entropy_loss_fusion=True)
-    from megatron_mm.models.graph import ForwardContext
-    from megatron_mm.training.assembly import full_plan
-    from megatron_mm.platform import setup
-    from megatron_mm.models.graph import ParallelSizes
-
     setup.initialize(ParallelSizes(), seed=1)
-    from megatron_mm.data.generated import GeneratedRows
-
     expected = 0
     for config in (small_config(), small_vlm(), small_avt(), small_dual_encoder(), small_perceiver_fusion()):
         graph = build_graph(config.model, LayerSettings(performance=performance))
