@@ -63,7 +63,7 @@ def test_megatrons_names():
         (configured({"ddp_bucket_size": 0, "overlap_grad_reduce": True}), "ddp_bucket_size is 0; it must be at least"),
         (configured({"tp_comm_overlap": True}, training=BF16), "tensor_model_parallel_size above 1 (it is 1)"),
         (configured({"tp_comm_overlap": True}, parallel=TP), "training.precision is fp32"),
-        (configured({"tp_comm_overlap": True}, small_dual_encoder(), parallel=TP), "dual_encoder has none"),
+        (configured({"tp_comm_overlap": True}, small_dual_encoder(), parallel=TP), "dual_encoder has"),
         (configured({"tp_comm_overlap": True}, backend="local"), "tp_comm_overlap is True, which needs model"),
         (configured({"cross_entropy_loss_fusion": True}), "rounds its gradient to bf16, and training.precision is fp32"),
         (configured({"cross_entropy_fusion_impl": "te"}), "needs performance.cross_entropy_loss_fusion"),
