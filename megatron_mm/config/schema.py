@@ -31,6 +31,10 @@ class ParallelConfig:
     """Chunks a pipeline stage holds in the interleaved schedule."""
     context_parallel_size: Annotated[int, megatron("context-parallel-size")] = 1
     """Processes that share each text sequence."""
+    cp_comm_type: Annotated[Literal["all_gather", "a2a", "p2p"], megatron("cp-comm-type")] = "all_gather"
+    """How attention meets the keys of the other context-parallel processes: gathers them; exchanges heads for tokens,
+    so that each process has all tokens of its heads; or passes them round (p2p: Transformer Engine, one document a
+    row)."""
     sequence_parallel: Annotated[bool, megatron("sequence-parallel")] = False
     """Shard norms and dropout of text over the tensor-parallel group."""
     use_distributed_optimizer: Annotated[bool, megatron("use-distributed-optimizer")] = False

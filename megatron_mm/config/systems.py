@@ -7,11 +7,11 @@ samples; `problems(config, sizes)`, what contradicts itself; `notes(sizes)`, wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_mm.config.section import divides, section, share
+from megatron_mm.config.section import divides, megatron, section, share
 from megatron_mm.config.towers import (
     AudioTowerConfig,
     BiModalFusionConfig,
@@ -43,6 +43,11 @@ class SystemConfig:
     """Name of the system."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation: Transformer Engine on CUDA, plain torch elsewhere; auto chooses."""
+    attention_backend: Annotated[
+        Literal["auto", "flash", "fused", "unfused", "local"], megatron("attention-backend")
+    ] = "auto"
+    """Kernels that Transformer Engine takes for attention: FlashAttention, cuDNN's fused ones, its own unfused; auto:
+    the fastest that there is. local is torch's attention, which model.backend local has."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     hidden_dropout: float = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron_mm.config import performance
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import divides
+from megatron_mm.config.towers import DecoderConfig
 from megatron_mm.models.graph import ParallelSizes
 
 
@@ -35,7 +36,8 @@ def parallel_sizes(config: Config, world_size: int) -> ParallelSizes:
 
 def check(config: Config, sizes: ParallelSizes) -> None:
     """Raises ValueError with every contradiction found."""
-    problems = [*_batch(config, sizes), *config.model.problems(config, sizes), *_values(config)]
+    layout = (*_batch(config, sizes), *_attention(config, sizes))
+    problems = [*layout, *config.model.problems(config, sizes), *_values(config)]
     problems += performance.problems(config, sizes)
     if problems:
         raise ValueError("\n  ".join(["the configuration contradicts itself:", *problems]))
@@ -72,6 +74,28 @@ def _batch(config: Config, sizes: ParallelSizes):
     if sizes.sequence_parallel:
         tokens = length * training.micro_batch_size // sizes.cp
         yield from divides("tokens of a microbatch on one process", tokens, "tensor_model_parallel_size", sizes.tp)
+
+
+def _attention(config: Config, sizes: ParallelSizes):
+    model, comm = config.model, config.parallel.cp_comm_type
+    kernels = f"model.attention_backend is {model.attention_backend}"
+    if model.attention_backend == "local" and model.backend != "local":
+        yield f"{kernels}, torch's attention, which model.backend local has; it is {model.backend}"
+    if model.attention_backend in ("flash", "fused", "unfused") and model.backend == "local":
+        yield f"{kernels}, a choice of Transformer Engine's, and model.backend is local; take auto or local"
+    if sizes.cp == 1:
+        return
+    if comm == "p2p" and model.backend == "local":
+        yield "parallel.cp_comm_type is p2p, which is Transformer Engine's, and model.backend is local; take all_gather"
+    if comm == "p2p" and model.inputs.packed:
+        yield (
+            f"parallel.cp_comm_type is p2p, which takes one document a row, and {model.system} packs documents; take "
+            "all_gather or a2a"
+        )
+    decoder = getattr(model, "decoder", None)
+    if comm == "a2a" and isinstance(decoder, DecoderConfig):
+        by = "tensor x context parallel size, which parallel.cp_comm_type a2a asks for"
+        yield from divides("model.decoder.num_query_groups", decoder.num_query_groups, by, sizes.tp * sizes.cp)
 
 
 def _values(config: Config):

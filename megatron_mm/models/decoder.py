@@ -79,6 +79,7 @@ class DecoderNodes:
             rotary_base=self.decoder.rotary_base,
             dtype=self.settings.dtype,
             packed=backend_of(self.settings).PACKED,
+            cp_comm_type=self.settings.cp_comm_type,
             causal=self.is_causal(context.batch.plan),
         )
 

@@ -11,7 +11,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.data.formats import Limits
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, ParallelSizes
-from megatron_mm.models.layers import user_buffers
+from megatron_mm.models.layers import attention_kernels, user_buffers
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 from megatron_mm.pipeline.partition import NothingFits, balance, cuts_by_name
@@ -35,6 +35,7 @@ def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> La
         sizes=sizes,
         dtype=layer_dtype(config),
         backend=backend,
+        cp_comm_type=config.parallel.cp_comm_type,
         recompute=config.parallel.recompute_granularity,
         hidden_dropout=config.model.hidden_dropout,
         attention_dropout=config.model.attention_dropout,
@@ -108,8 +109,11 @@ def build_model(
         seed: initial weights; None leaves them unset.
         iteration: steps done, which decide what is frozen.
     """
-    graph = model_graph(config, sizes, "cuda" if device.type == "cuda" else "cpu", iteration)
-    if config.performance.tp_comm_overlap and device.type == "cuda":
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    if layer_settings(config, sizes, kind).backend == "transformer_engine":
+        attention_kernels.request(config.model.attention_backend)
+    graph = model_graph(config, sizes, kind, iteration)
+    if config.performance.tp_comm_overlap and kind == "cuda":
         user_buffers.start(config, sizes)
     return build_pipeline(
         graph,

@@ -5,8 +5,9 @@ and the gradient of every parameter at every step are compared with one process.
 gathered whole, by its checkpoint key, so that every layout's can be compared.
 
 A layout is written as in `TP2·CP2·PP2+SP`: sizes joined by `x` or `·` (VPP as `PP4xVPP2`), then flags: SP, distopt
-(distributed optimizer), full or selective (recomputation), reduce (overlapped gradient reduction), gather (overlapped
-gather of weights, after distopt and reduce), no-p2p (interleaved stages that do not send while they compute).
+(distributed optimizer), full or selective (recomputation), a2a (context parallel by exchange of heads), reduce
+(overlapped gradient reduction), gather (overlapped gather of weights, after distopt and reduce), no-p2p (interleaved
+stages that do not send while they compute).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _FLAGS = {
     "distopt": ("parallel", "use_distributed_optimizer", True),
     "full": ("parallel", "recompute_granularity", "full"),
     "selective": ("parallel", "recompute_granularity", "selective"),
+    "a2a": ("parallel", "cp_comm_type", "a2a"),
     "reduce": ("performance", "overlap_grad_reduce", True),
     "gather": ("performance", "overlap_param_gather", True),
     "no-p2p": ("performance", "overlap_p2p_comm", False),
@@ -123,6 +125,9 @@ def for_layout(config: Config, layout: Layout, iterations: int, pool: int, globa
     config.training.global_batch_size = global_batch
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
     config.model.backend = "local"  # flash kernels have no fp32
+    config.model.attention_backend = "auto"
+    if config.parallel.cp_comm_type == "p2p":
+        config.parallel.cp_comm_type = "all_gather"
     config.optimizer.lr_warmup_iters = 0
     config.optimizer.lr_decay_iters = None
     for group in config.optimizer.groups:

@@ -24,11 +24,12 @@ from megatron_mm.data.loader import MicrobatchLoader
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.data.order import TaskSchedule
 from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.models.layers import attention_kernels
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint, checkpoint_folder, warm_start
-from megatron_mm.training.assembly import build_model, model_graph
+from megatron_mm.training.assembly import build_model, layer_settings, model_graph
 from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.node_groups import phase_ends
@@ -71,7 +72,7 @@ class Trainer:
         self._build(0 if folder is None else checkpoint_folder.recorded_iteration(folder), config.training.seed)
         self.watchdog.beat("loading weights")
         self.position = self._begin() if folder is None else self._resume(folder)
-        self._say(self._describe())
+        self._say(self._describe(), f"attention: {'; '.join(self._attention())}")
 
     def _build(self, iteration: int, seed: int | None) -> None:
         """Model and optimizer of the phase that follows `iteration` steps."""
@@ -105,6 +106,15 @@ class Trainer:
         names = [node.name for node in self.pipeline.graph.nodes]
         cuts = " | ".join(names[cut] for cut in self.pipeline.cuts[:-1])
         return f"{layout} on {self.device.type}; {own:,} parameters on rank 0; chunks begin at {cuts}"
+
+    def _attention(self) -> list[str]:
+        """Attention of all stages and the kernels that compute it."""
+        settings = layer_settings(self.config, self.sizes, self.device.type)
+        modules = (module for chunk in self.pipeline.bare_chunks for module in chunk.modules())
+        lines = attention_kernels.describe(modules, settings, self.config.data.seq_length)
+        everywhere: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everywhere, lines)
+        return sorted({line for lines in everywhere for line in lines})
 
     def _resume(self, folder: Path) -> Position:
         position = checkpoint.load(folder, self.pipeline, self.optimizer)

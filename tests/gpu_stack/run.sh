@@ -2,23 +2,32 @@
 # Checks of the GPU stack on a machine without a GPU:  tests/gpu_stack/run.sh
 #
 # In an environment of its own (.venv-gpu-stack), because Transformer Engine beside CPU training breaks it: megatron-core
-# would take its kernels. Its Python layers come from PyPI; stand_in.py says what stands in place of its CUDA library.
+# would take its kernels. It lies over .venv, whose packages it sees and leaves as they are; Transformer Engine's and
+# FlashAttention's Python layers come from PyPI, and stand_in.py says what stands in place of their CUDA libraries.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-export MEGATRON_MM_VENV=${MEGATRON_MM_GPU_STACK_VENV:-.venv-gpu-stack}
 . tools/setup_env.sh
+main=$(python -c 'import site; print(site.getsitepackages()[0])')
+venv=${MEGATRON_MM_GPU_STACK_VENV:-.venv-gpu-stack}
 
-# The enumerations of the compiled module change between releases.
-wanted="transformer-engine==2.20.2"
-if [ "$(cat "$MEGATRON_MM_VENV/gpu-stack" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing $wanted without its CUDA libraries"
-    python -m pip install --quiet onnxscript einops nvdlfw-inspect triton
-    python -m pip install --quiet --no-deps "$wanted"
-    echo "$wanted" >"$MEGATRON_MM_VENV/gpu-stack"
+# The enumerations of Transformer Engine's compiled module change between releases.
+engine="transformer-engine==2.20.2" flash="flash-attn==2.8.3"
+wanted="$main $engine $flash"
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing $engine and $flash without their CUDA libraries"
+    python -m venv --clear --without-pip "$venv"
+    echo "$main" >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+    install=("$venv/bin/python" -m pip install --quiet)
+    "${install[@]}" onnxscript einops nvdlfw-inspect triton # what its Python layers import
+    "${install[@]}" --no-deps "$engine"
+    # Forced, or it would look for a wheel with kernels on another server than PyPI.
+    FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE \
+        "${install[@]}" --no-deps --no-build-isolation "$flash"
+    echo "$wanted" >"$venv/installed"
 fi
 export PYTHONWARNINGS=ignore
 echo "full recipes: first, middle and last ranks, on the meta device"
-python -m tests.gpu_stack.check
+"$venv/bin/python" -m tests.gpu_stack.check
 echo "tiny recipes: checkpoints of one backend loaded by the other"
-python -m tests.gpu_stack.checkpoints
+"$venv/bin/python" -m tests.gpu_stack.checkpoints

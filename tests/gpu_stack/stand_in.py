@@ -13,6 +13,8 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
 
 
 class _Members(type):
@@ -40,7 +42,7 @@ class _Library(types.ModuleType):
         else:
 
             def value(*_: object, **__: object) -> None:
-                raise NotImplementedError(f"transformer_engine_torch.{name} needs CUDA")
+                raise NotImplementedError(f"{self.__name__}.{name} needs CUDA")
 
         setattr(self, name, value)
         return value
@@ -51,7 +53,9 @@ def install() -> None:
     import torch
 
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the core library is not loaded either
-    sys.modules["transformer_engine_torch"] = _Library("transformer_engine_torch")
+    for name in ("transformer_engine_torch", "flash_attn_2_cuda"):
+        sys.modules[name] = _Library(name)
+    sys.modules["transformer_engine_torch"].get_cudnn_version = lambda: 92000  # asked for with the choice of a kernel
     import transformer_engine.common as common
 
     common.load_framework_extension = lambda framework: None
@@ -64,11 +68,42 @@ def install() -> None:
 
 @contextlib.contextmanager
 def cuda_available() -> Iterator[None]:
-    """Transformer Engine's layers refuse to be made where torch finds no CUDA."""
+    """Transformer Engine's layers refuse to be made where torch finds no CUDA, and tensors of another device."""
     import torch
 
     before, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    torch.Tensor.is_cuda = property(lambda tensor: True)
     try:
         yield
     finally:
+        del torch.Tensor.is_cuda  # that of its base class is found again
         torch.cuda.is_available = before
+
+
+@contextlib.contextmanager
+def only_attention() -> Iterator[None]:
+    """In place of Transformer Engine's linears and norms, whose kernels are not here, the local backend's.
+
+    Its attention is Python down to FlashAttention's operators, which have shapes on meta and flash.py's kernels on a CPU.
+    """
+    from megatron_mm.models.layers import local
+    from megatron_mm.models.layers import transformer_engine as engine
+
+    names = ("layer_submodules", "norm", "NORM", "column_linear", "row_linear")
+    before = {name: getattr(engine, name) for name in names}
+
+    def layer_submodules():
+        parts = local.layer_submodules()
+        core = replace(parts.self_attention.submodules, core_attention=engine.CoreAttention)
+        return replace(parts, self_attention=replace(parts.self_attention, submodules=core))
+
+    for name in names:
+        setattr(engine, name, getattr(local, name))
+    engine.layer_submodules = layer_submodules
+    asked = {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+    try:
+        with mock.patch.dict(os.environ, asked), cuda_available():
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(engine, name, value)

@@ -32,7 +32,7 @@ DECODER_NAMES = {
     "layernorm_epsilon": "rms_norm_eps",
 }
 #: Fields of a recipe's model that an exported model does not have.
-TRAINING_ONLY = frozenset({"system", "backend", "hidden_dropout", "attention_dropout", "frozen"})
+TRAINING_ONLY = frozenset({"system", "backend", "attention_backend", "hidden_dropout", "attention_dropout", "frozen"})
 #: Fields whose values a recipe may have otherwise than the folder that is restored under it.
 NO_FUNCTION = frozenset({"initializer_range", "gate_init", "temperature", "negatives", "mask_ratio", "masked_lm_share"})
 

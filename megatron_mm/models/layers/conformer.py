@@ -93,6 +93,8 @@ def _own_distances(product: torch.Tensor, length: int) -> torch.Tensor:
 class RelativeAttention(ShardedModule):
     """Self-attention of all positions of a sound, its padding included, with learned biases u and v of each head."""
 
+    attention_kernel = "torch's matrix products, for relative positions"
+
     def __init__(self, config: TransformerConfig, backend: ModuleType, shape: StackShape) -> None:
         super().__init__(config)
         hidden, self.width = shape.hidden_size, shape.head_dim

@@ -177,6 +177,8 @@ class _RelativeScores(torch.autograd.Function):
 class RelativeAttention(MegatronModule):
     """The attention without norm or residual; made by TransformerLayer as its `self_attention`."""
 
+    attention_kernel = "torch's matrix products, for relative positions"
+
     def __init__(
         self, config: TransformerConfig, *, settings: LayerSettings, shape: StackShape, **unused: object
     ) -> None:

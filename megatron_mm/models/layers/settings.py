@@ -26,6 +26,7 @@ class LayerSettings:
 
     Attributes:
         dtype: precision of weights and activations in the layers.
+        cp_comm_type: how attention meets the keys of other context-parallel processes, see `attention`.
         recompute: `selective` recomputes core attention in the backward pass; `full` belongs to the pipeline stage,
             which recomputes whole nodes.
     """
@@ -33,6 +34,7 @@ class LayerSettings:
     sizes: ParallelSizes = field(default_factory=ParallelSizes)
     dtype: torch.dtype = torch.float32
     backend: Literal["local", "transformer_engine"] = "local"
+    cp_comm_type: Literal["all_gather", "a2a", "p2p"] = "all_gather"
     recompute: Literal["none", "selective", "full"] = "none"
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -124,7 +126,7 @@ def layer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=fused and shape.normalization == "LayerNorm",
         apply_rope_fusion=False,
-        cp_comm_type="all_gather" if text and sizes.cp > 1 else None,
+        cp_comm_type=settings.cp_comm_type if text and sizes.cp > 1 else None,
         recompute_granularity="selective" if selective else None,
         recompute_modules=["core_attn"] if selective else None,
     )

@@ -36,12 +36,9 @@ def local_text(values_RT: torch.Tensor) -> torch.Tensor:
     )
 
 
-def gathered_text(values_RT: torch.Tensor) -> torch.Tensor:
+def gathered_text(values_RT: torch.Tensor, cp_size: int) -> torch.Tensor:
     """All positions of every row in the order in which `gather_context` returns them, [R, T, …] -> [R, T, …]."""
-    size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
-        return values_RT
-    return torch.cat([zigzag_slice(values_RT, size, rank) for rank in range(size)], dim=1)
+    return torch.cat([zigzag_slice(values_RT, cp_size, rank) for rank in range(cp_size)], dim=1)
 
 
 def sequence_parallel_slice(values_S: torch.Tensor) -> torch.Tensor:
@@ -89,6 +86,52 @@ def gather_context(local: torch.Tensor, in_order: bool = False) -> torch.Tensor:
         return gathered
     chunks = gathered.unflatten(1, (2 * group.size(), -1)).unbind(1)
     return torch.cat(chunks[::2] + chunks[::-2], dim=1)
+
+
+class _ExchangeHeads(torch.autograd.Function):
+    """[R, L, G, …] -> [R, T, G/CP, …] in order of the row, or the way back; the gradient takes the other way."""
+
+    @staticmethod
+    def forward(ctx, values, group, to_tokens):
+        ctx.group, ctx.to_tokens = group, to_tokens
+        return _tokens_of_heads(values, group) if to_tokens else _heads_of_tokens(values, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        exchange = _heads_of_tokens if ctx.to_tokens else _tokens_of_heads
+        return exchange(gradient, ctx.group), None, None
+
+
+def _all_to_all(values: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
+    """[CP, …], one piece for each process -> one piece from each."""
+    received = torch.empty_like(values, memory_format=torch.contiguous_format)
+    distributed.all_to_all_single(received, values.contiguous(), group=group)
+    return received
+
+
+def _tokens_of_heads(values_RLG: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
+    """Each process gives the others their heads of its tokens, and puts the chunks that it gets in order."""
+    pieces = _all_to_all(values_RLG.unflatten(2, (group.size(), -1)).movedim(2, 0), group)
+    early, late = pieces.chunk(2, dim=2)  # process r has chunks r and 2·CP-1-r
+    return torch.cat((*early.unbind(0), *late.flip(0).unbind(0)), dim=1)
+
+
+def _heads_of_tokens(values_RTG: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
+    """Each process gives the others its heads of their tokens."""
+    chunks = values_RTG.unflatten(1, (2 * group.size(), -1)).movedim(1, 0)
+    early, late = chunks.chunk(2)
+    pieces = _all_to_all(torch.cat((early, late.flip(0)), dim=2), group)
+    return pieces.movedim(0, 2).flatten(2, 3)
+
+
+def heads_for_tokens(values_RLG: torch.Tensor) -> torch.Tensor:
+    """All heads of this process's tokens, [R, L, G, …] -> its share of the heads of all tokens, [R, T, G/CP, …]."""
+    return _ExchangeHeads.apply(values_RLG, parallel_state.get_context_parallel_group(), True)
+
+
+def tokens_for_heads(values_RTG: torch.Tensor) -> torch.Tensor:
+    """The way back, [R, T, G/CP, …] -> [R, L, G, …]."""
+    return _ExchangeHeads.apply(values_RTG, parallel_state.get_context_parallel_group(), False)
 
 
 class _SumOverContext(torch.autograd.Function):

@@ -1,16 +1,35 @@
 """The Transformer Engine backend: fused norms and linears, and FlashAttention on packed documents.
 
 The same graph, parameter names and checkpoint keys as the local backend, whose key map gives its norms the names that
-they have here, where they are part of the linear layer after them. Packing, context parallelism and rotary positions
-are those of `attention` and `packing`; only kernels differ. This file alone imports Transformer Engine, and it is
-imported only where that backend is chosen. Numerics have not been run: no GPU was at hand.
+they have here, where they are part of the linear layer after them. Packing and rotary positions are those of
+`attention` and `packing`, and so is context parallelism where Transformer Engine's does not serve; only kernels differ.
+This file alone imports Transformer Engine, and it is imported only where that backend is chosen.
+
+Norms, linears and MLPs of all layers are Transformer Engine's, but for these, which it cannot express:
+
+    layer                    what stays torch                   why
+    ------------------------------------------------------------------------------------------------------------------
+    window_attention (Swin)  attention, position bias           scores have a learned bias, which needs a gradient, and
+                                                                a mask: scaled_dot_product_attention takes both
+    windows' and merges'     norms, after attention and MLP     it fuses a norm into the linear layer after it, and
+    norms (swin)                                                these come before a residual
+    relative_attention       queries, keys, values, attention   scores with relative positions, and memory without
+    (Transformer-XL)                                            gradient to what it was projected from
+    conformer                attention; GLU, depthwise          the same scores; it has no depthwise convolution
+                             convolution and its norm
+    memory_attention,        attention                          arbitrary masks of the memory, which no kernel for
+    perceiver                                                   variable lengths takes
+    cross_attention          norms of heads, gate               one weight for the heads of all processes
+    embeddings, heads        all                                megatron-core's: vocabulary-parallel
 
 Shape suffixes as in `attention`.
 """
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import fields
 
 import torch
 from megatron.core import tensor_parallel
@@ -31,6 +50,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
+from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.layers.attention import AttentionPlan, SelfAttention, attention
@@ -43,20 +63,89 @@ NORM = TENorm
 
 
 class _Attention(TEDotProductAttention):
-    """Transformer Engine's attention without its context parallelism: keys are gathered before, by `attention`."""
+    """Transformer Engine's attention, with its context parallelism for the calls that ask for it."""
 
-    def __init__(self, config: TransformerConfig, attention_type: str, layer_number: int = 1, **unused: object) -> None:
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1
-        super().__init__(alone, layer_number, AttnMaskType.no_mask, attention_type)
+    def __init__(self, config: TransformerConfig, attention_type: str, layer_number: int = 1) -> None:
+        super().__init__(
+            config, layer_number, AttnMaskType.no_mask, attention_type, cp_comm_type=config.cp_comm_type
+        )
         self.recompute = config.recompute_granularity == "selective"
         self.dropout = config.attention_dropout
+        self.context = (self.cp_group, self.cp_global_ranks, self.cp_stream)
 
-    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kinds: object) -> torch.Tensor:
-        """One call of the kernel, past megatron-core's choice of mask types, recomputed if asked."""
+    @property
+    def kind(self) -> tuple:
+        """What Transformer Engine's choice of a kernel depends on, for one call."""
+        config = self.config
+        return (
+            self.num_attention_heads // config.tensor_model_parallel_size,
+            config.num_query_groups // config.tensor_model_parallel_size,
+            config.kv_channels,
+            config.params_dtype,
+        )
+
+    def kernel(self, kind: str, form: str, mask: str, length: int) -> str:
+        """The kernel that a call gets, by name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        heads, groups, width, dtype = self.kind
+        asked = {
+            "qkv_dtype": dtype,
+            "qkv_layout": "_".join((form,) * 3),
+            "num_heads": heads,
+            "num_gqa_groups": groups,
+            "max_seqlen_q": length,
+            "max_seqlen_kv": length,
+            "num_tokens_q": length if form == "thd" else 0,
+            "num_tokens_kv": length if form == "thd" else 0,
+            "head_dim_qk": width,
+            "head_dim_v": width,
+            "attn_mask_type": mask,
+            "window_size": _window(mask),
+            "bottom_right_diagonal": "causal" not in mask,
+            "attention_dropout": self.dropout,
+            "deterministic": self.deterministic,
+            "softmax_scale": width**-0.5,
+        }
+        if mask == "causal" and self.context[0] is not None:
+            cp_size = self.context[0].size()
+            asked |= {"context_parallel": True, "cp_comm_type": self.cp_comm_type, "cp_size": cp_size}
+        known = {field.name for field in fields(AttentionParams)}  # more with each release
+        flash, version, fused, _, unfused, _ = get_attention_backend(
+            AttentionParams(**{name: value for name, value in asked.items() if name in known})
+        )
+        if flash:
+            return f"FlashAttention {version}"
+        if fused:
+            return "cuDNN's fused attention"
+        if unfused:
+            return "Transformer Engine's unfused attention"
+        raise ValueError(
+            f"Transformer Engine has no kernel for attention of {kind} ({heads} heads, {groups} groups of {width}, "
+            f"{dtype}): install flash-attn, or change model.attention_backend, training.precision or "
+            "model.backend; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 prints its reasons"
+        )
+
+    def run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: str, across: bool = False,
+        **kinds: object,
+    ) -> torch.Tensor:
+        """One call of the kernel, past megatron-core's choice of mask types, recomputed if asked.
+
+        Args:
+            mask: Transformer Engine's name for what a query sees.
+            across: keys and values are this context-parallel process's, as the queries are; otherwise all that there
+                are.
+        """
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            return super(TEDotProductAttention, self).forward(query, key, value, **kinds)
+            self.num_gqa_groups_per_partition = key.shape[-2]  # a share of them after an exchange of heads
+            self.set_context_parallel_group(*(self.context if across else (None, None, None)), self.cp_comm_type)
+            return super(TEDotProductAttention, self).forward(
+                query, key, value, attn_mask_type=mask, window_size=_window(mask), **kinds
+            )
 
         if self.recompute and self.training and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(attend, False, query, key, value)
@@ -77,8 +166,8 @@ class _Attention(TEDotProductAttention):
                 query_RLND[:, call.begin : call.end].flatten(0, 1),
                 key,
                 value,
+                mask,
                 qkv_format="thd",
-                attn_mask_type=mask,
                 cu_seqlens_q=call.query_bounds,
                 cu_seqlens_kv=call.key_bounds,
                 max_seqlen_q=call.longest_query,
@@ -86,6 +175,11 @@ class _Attention(TEDotProductAttention):
             )
             pieces.append(piece.view(rows, call.end - call.begin, -1))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _window(mask: str) -> tuple[int, int]:
+    """Keys before and after its own position that a query sees; -1: all."""
+    return (-1, 0) if "causal" in mask else (-1, -1)
 
 
 class CoreAttention(_Attention):
@@ -101,10 +195,11 @@ class CoreAttention(_Attention):
         if plan.mask is not None:  # FlashAttention takes no arbitrary mask; torch's memory-efficient kernel does
             return attention(query, key, value, plan, self.dropout if self.training else 0.0).flatten(2)
         if not plan.segments:
-            return self.run(query, key, value, qkv_format="bshd", attn_mask_type="causal" if plan.causal else "no_mask")
+            mask, across = "causal" if plan.causal else "no_mask", plan.exchange == "core"
+            return self.run(query, key, value, mask, across, qkv_format="bshd")
         mask = "padding"
-        if plan.causal:
-            mask = "padding_causal_bottom_right" if plan.gather else "padding_causal"
+        if plan.causal:  # documents that began in an earlier piece of the row have more keys than queries
+            mask = "padding_causal_bottom_right" if plan.exchange == "gather" else "padding_causal"
         return self.run_segments(query, key.flatten(0, 1), value.flatten(0, 1), plan.segments, mask)
 
 
@@ -131,6 +226,30 @@ class MediaAttention(_Attention):
         """Queries [R, L, N, D]; keys and values of all media, [I, M, G, D] -> [R, L, N·D]."""
         key, value = (_by_document(image, sound, keys.order) for image, sound in zip(images, sounds))
         return self.run_segments(query, key, value, keys.calls, "padding")
+
+
+#: Calls that a class of core attention makes: kind, format and mask of Transformer Engine.
+_CALLS = {
+    CoreAttention: (
+        ("packed rows", "thd", "padding_causal"),
+        ("causal rows", "bshd", "causal"),
+        ("whole sequences", "bshd", "no_mask"),
+    ),
+    MediaAttention: (("media of documents", "thd", "padding"),),
+}
+
+
+def kernels(modules: Iterable[nn.Module], length: int) -> set[str]:
+    """What Transformer Engine will run for each kind of call of the attention in `modules`, of rows of `length` tokens.
+
+    Raises:
+        ValueError: it has no kernel for one.
+    """
+    chosen: dict[str, set[str]] = defaultdict(set)
+    for core in {(type(module), module.kind): module for module in modules if isinstance(module, _Attention)}.values():
+        for kind, form, mask in _CALLS[type(core)]:
+            chosen[core.kernel(kind, form, mask, length)].add(kind)
+    return {f"{kernel} ({', '.join(sorted(kinds))})" for kernel, kinds in chosen.items()}
 
 
 def _by_document(images: torch.Tensor, sounds: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

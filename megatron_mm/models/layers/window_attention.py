@@ -115,6 +115,8 @@ def sharded_by_head(parameters: dict[str, nn.Parameter], prefix: str, sharded_of
 class WindowAttention(MegatronModule):
     """Scaled cosine attention in windows. Queries and values have biases; keys have none, as in the paper."""
 
+    attention_kernel = "torch's scaled_dot_product_attention, with a position bias in windows"
+
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
         config = layer_config(settings, shape, text=False)
         super().__init__(config)

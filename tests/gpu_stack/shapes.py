@@ -1,0 +1,100 @@
+"""Every attention call of every full recipe through Transformer Engine and FlashAttention on the meta device.
+
+    python -m tests.gpu_stack.shapes [--systems synapse-70b …]
+
+The dry run of each recipe, as its script launches it, forward and backward, with Transformer Engine's attention in all
+stages: its Python layer chooses a kernel and checks heads, formats, masks and bounds, FlashAttention's operators say the
+shapes of their results, and the layers after them must take these. Exit status 1 if anything was refused, or if text,
+towers or cross-attention of a system were not computed by FlashAttention.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from tests.gpu_stack import stand_in
+
+stand_in.install()
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from megatron_mm.config.schema import Config  # noqa: E402
+from megatron_mm.models.graph import ParallelSizes  # noqa: E402
+from megatron_mm.planner.dry_run import dry_run  # noqa: E402
+from tests.full_recipes import FULL, launched  # noqa: E402
+
+_OPERATORS = ("_flash_attn_forward", "_flash_attn_varlen_forward")
+
+
+@dataclass
+class Arguments:
+    """What to run."""
+
+    systems: tuple[str, ...] = FULL
+    """Full recipes."""
+
+
+class _Calls:
+    """Counts calls of FlashAttention by format and mask, and checks what comes back."""
+
+    def __init__(self) -> None:
+        from megatron_mm.models.layers import transformer_engine as engine
+
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._attention, self._run = engine._Attention, engine._Attention.run
+
+    def __enter__(self) -> Counter:
+        counts, run = self.counts, self._run
+
+        def counted(core, query, key, value, mask, *rest, **kinds):
+            with _Operators() as operators:
+                result = run(core, query, key, value, mask, *rest, **kinds)
+            assert operators.calls == 1, f"{operators.calls} calls of FlashAttention, not 1"
+            assert result.shape == (*query.shape[:-2], query.shape[-2] * query.shape[-1]), result.shape
+            assert result.dtype is query.dtype is torch.bfloat16, result.dtype
+            counts[kinds["qkv_format"], mask] += 1
+            return result
+
+        self._attention.run = counted
+        return counts
+
+    def __exit__(self, *unused: object) -> None:
+        self._attention.run = self._run
+
+
+class _Operators(TorchDispatchMode):
+    """Counts FlashAttention's forward operators."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function.name() in {f"flash_attn::{name}" for name in _OPERATORS}
+        return function(*args, **(kwargs or {}))
+
+
+def calls(config: Config, sizes: ParallelSizes) -> Counter:
+    """Attention calls of one microbatch in all stages of a layout, by format and mask."""
+    config = replace(config, model=replace(config.model, backend="transformer_engine", attention_backend="flash"))
+    with stand_in.only_attention(), _Calls() as counts:
+        dry_run(config, sizes.world, report=lambda stage: None)
+    return counts
+
+
+def main() -> int:
+    """Runs and prints counts."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    failed = 0
+    for name in arguments.systems:
+        counts = calls(*launched(name))
+        failed += not counts
+        kinds = ", ".join(f"{number} {form} {mask}" for (form, mask), number in sorted(counts.items()))
+        print(f"{name:22} {sum(counts.values()):5} calls of FlashAttention: {kinds or 'NONE'}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
