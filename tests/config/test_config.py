@@ -89,11 +89,26 @@ def test_mistakes_in_a_recipe_are_named_by_path(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
+def across(config, comm: str, **parallel) -> None:
+    """Context parallelism of two processes."""
+    for name, value in {"context_parallel_size": 2, "cp_comm_type": comm, **parallel}.items():
+        setattr(config.parallel, name, value)
+
+
+def kernels(config, backend: str, attention_backend: str) -> None:
+    config.model.backend, config.model.attention_backend = backend, attention_backend
+
+
 @pytest.mark.parametrize(
     ("change", "world", "message"),
     [
         (lambda c: setattr(c.parallel, "tensor_model_parallel_size", 5), 5, "num_attention_heads is 4, which does not"),
         (lambda c: setattr(c.parallel, "pipeline_model_parallel_size", 3), 4, "4 processes do not divide by"),
+        (lambda c: across(c, "a2a", tensor_model_parallel_size=2), 4, "num_query_groups is 2, which does not divide"),
+        (lambda c: across(c, "p2p"), 2, "synapse packs documents; take all_gather or a2a"),
+        (lambda c: (across(c, "p2p"), setattr(c.model, "backend", "local")), 2, "p2p, which is Transformer Engine's"),
+        (lambda c: setattr(c.model, "attention_backend", "local"), 1, "which model.backend local has; it is auto"),
+        (lambda c: kernels(c, "local", "flash"), 1, "a choice of Transformer Engine's, and model.backend is local"),
         (lambda c: setattr(c.parallel, "context_parallel_size", 3), 3, "data.seq_length is 32, which does not divide"),
         (lambda c: setattr(c.training, "global_batch_size", 7), 1, "not a multiple of micro_batch_size 2"),
         (lambda c: setattr(c.model.vision, "patch_size", 7), 1, "model.vision.image_size is 16"),

@@ -1,9 +1,9 @@
 """FlashAttention's four operators in plain torch, so that what calls them runs on a CPU.
 
-flash-attn's Python layer registers its kernels as torch operators for CUDA. `install()` registers them for the CPU: the
-same arguments and results, computed in fp32 from the formulas of the paper (arXiv:2205.14135, appendix B), the causal
-mask aligned at the bottom right as since release 2.1. A backward pass takes `out` and the log-sum-exp as they are given,
-which may be those of more keys than it has (ring attention), as the kernels do.
+flash-attn's Python layer registers its kernels as torch operators for CUDA. `install()` registers others for the CPU:
+the same arguments and results, computed in fp32 from the formulas of the paper (arXiv:2205.14135, appendix B), the
+causal mask aligned at the bottom right as since release 2.1. A backward pass takes `out` and the log-sum-exp as they are
+given, which may be those of more keys than it has (ring attention), as the kernels do.
 
 Shape suffixes: B rows, S queries, T keys of a row, H query heads, G key-value heads, D width, N all queries.
 """
@@ -117,8 +117,25 @@ def _segments(query_bounds, key_bounds, longest_query, longest_key):
             yield slice(q0, q1), slice(k0, k1)
 
 
+class _Once:
+    """A message that may be waited for again: Transformer Engine does so, which NCCL allows and gloo never ends."""
+
+    def __init__(self, work: torch.distributed.Work) -> None:
+        self._work: torch.distributed.Work | None = work
+
+    def wait(self) -> None:
+        """Returns at once the second time."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = None
+
+
 def install() -> None:
-    """Gives flash-attn's operators, which must be imported, their kernels on the CPU."""
+    """Gives flash-attn's operators, which must be imported, their kernels on the CPU, and ring attention gloo."""
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+    communicate = context_parallel.flash_attn_p2p_communicate
+    context_parallel.flash_attn_p2p_communicate = lambda *given: [_Once(work) for work in communicate(*given)]
     kernels = {
         "forward": dense_forward,
         "backward": dense_backward,

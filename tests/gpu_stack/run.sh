@@ -31,3 +31,7 @@ echo "full recipes: first, middle and last ranks, on the meta device"
 "$venv/bin/python" -m tests.gpu_stack.check
 echo "tiny recipes: checkpoints of one backend loaded by the other"
 "$venv/bin/python" -m tests.gpu_stack.checkpoints
+echo "full recipes: every attention call through Transformer Engine and FlashAttention, on the meta device"
+"$venv/bin/python" -m tests.gpu_stack.shapes
+echo "Transformer Engine's attention and context parallelism against the local backend, in numbers"
+"$venv/bin/python" -m tests.gpu_stack.numerics

@@ -2,10 +2,10 @@
 
     python -m tests.gpu_stack.shapes [--systems synapse-70b …]
 
-The dry run of each recipe, as its script launches it, forward and backward, with Transformer Engine's attention in all
-stages: its Python layer chooses a kernel and checks heads, formats, masks and bounds, FlashAttention's operators say the
-shapes of their results, and the layers after them must take these. Exit status 1 if anything was refused, or if text,
-towers or cross-attention of a system were not computed by FlashAttention.
+The dry run of each recipe, as its script launches it, forward and backward, with Transformer Engine's attention in
+all stages: its Python layer chooses a kernel and checks heads, formats, masks and bounds, FlashAttention's operators say
+the shapes of their results, and the layers after them must take these. Exit status 1 if a call was not FlashAttention's, or
+if a run would not say so at its start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.models.graph import ParallelSizes  # noqa: E402
+from megatron_mm.models.layers.attention_kernels import describe  # noqa: E402
 from megatron_mm.planner.dry_run import dry_run  # noqa: E402
+from megatron_mm.training.assembly import layer_settings  # noqa: E402
 from tests.full_recipes import FULL, launched  # noqa: E402
 
 _OPERATORS = ("_flash_attn_forward", "_flash_attn_varlen_forward")
@@ -45,10 +47,11 @@ class _Calls:
         from megatron_mm.models.layers import transformer_engine as engine
 
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.cores: list[torch.nn.Module] = []
         self._attention, self._run = engine._Attention, engine._Attention.run
 
-    def __enter__(self) -> Counter:
-        counts, run = self.counts, self._run
+    def __enter__(self) -> _Calls:
+        counts, cores, run = self.counts, self.cores, self._run
 
         def counted(core, query, key, value, mask, *rest, **kinds):
             with _Operators() as operators:
@@ -57,10 +60,11 @@ class _Calls:
             assert result.shape == (*query.shape[:-2], query.shape[-2] * query.shape[-1]), result.shape
             assert result.dtype is query.dtype is torch.bfloat16, result.dtype
             counts[kinds["qkv_format"], mask] += 1
+            cores.append(core)
             return result
 
         self._attention.run = counted
-        return counts
+        return self
 
     def __exit__(self, *unused: object) -> None:
         self._attention.run = self._run
@@ -76,12 +80,13 @@ class _Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls(config: Config, sizes: ParallelSizes) -> Counter:
-    """Attention calls of one microbatch in all stages of a layout, by format and mask."""
+def calls(config: Config, sizes: ParallelSizes) -> tuple[Counter, list[str]]:
+    """Attention calls of one microbatch in all stages of a layout, by format and mask; what start-up says of them."""
     config = replace(config, model=replace(config.model, backend="transformer_engine", attention_backend="flash"))
-    with stand_in.only_attention(), _Calls() as counts:
-        dry_run(config, sizes.world, report=lambda stage: None)
-    return counts
+    with stand_in.only_attention(), _Calls() as made:
+        dry_run(config, sizes.world)
+        said = describe(made.cores, layer_settings(config, sizes, "cuda"), config.data.seq_length)
+    return made.counts, said
 
 
 def main() -> int:
@@ -89,10 +94,11 @@ def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     failed = 0
     for name in arguments.systems:
-        counts = calls(*launched(name))
-        failed += not counts
+        counts, said = calls(*launched(name))
+        failed += not counts or not all(line.startswith("FlashAttention 2") for line in said)
         kinds = ", ".join(f"{number} {form} {mask}" for (form, mask), number in sorted(counts.items()))
         print(f"{name:22} {sum(counts.values()):5} calls of FlashAttention: {kinds or 'NONE'}", flush=True)
+        print(f"    start-up says: {'; '.join(said)}", flush=True)
     return int(failed > 0)
 
 

@@ -82,9 +82,9 @@ def cuda_available() -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_attention() -> Iterator[None]:
-    """In place of Transformer Engine's linears and norms, whose kernels are not here, the local backend's.
+    """The local backend's linears and norms in place of Transformer Engine's, whose kernels are not here.
 
-    Its attention is Python down to FlashAttention's operators, which have shapes on meta and flash.py's kernels on a CPU.
+    Its attention is Python down to FlashAttention's operators, which have shapes on meta, and on a CPU those of flash.py.
     """
     from megatron_mm.models.layers import local
     from megatron_mm.models.layers import transformer_engine as engine

@@ -35,7 +35,9 @@ def frozen(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("frozen"), frozen=True)
 
 
-@pytest.mark.parametrize("name", ["TP2xCP2xPP2+SP", "PP4xVPP2+no-p2p", "PP2xVPP2xDP2+distopt+reduce+gather"])
+@pytest.mark.parametrize(
+    "name", ["TP2xCP2xPP2+SP", "CP2+a2a", "PP4xVPP2+no-p2p", "PP2xVPP2xDP2+distopt+reduce+gather"]
+)
 def test_layout_equals_one_process(trainable, name):
     config, reference = trainable
     layout = parse_layout(name)

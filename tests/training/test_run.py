@@ -102,6 +102,7 @@ def test_killed_and_resumed_in_another_layout(corpus, uninterrupted, tmp_path):
     done = run(path, 4, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed from" in done.stdout
+    assert "\nattention: torch's scaled_dot_product_attention\n" in done.stdout
     assert_same_history(tmp_path, uninterrupted)
 
 

@@ -14,7 +14,10 @@ pytestmark = pytest.mark.slow
 SIZES = {"iterations": 2, "pool": 4, "global_batch": 16}
 BATCH = {"embedding_size": 16, "negatives": "batch"}
 CASES = {
-    "avt": (lambda: recipes.small_avt(contrastive=BATCH), ("PP2", "TP2+SP+full", "CP2xDP2+distopt+reduce+gather")),
+    "avt": (
+        lambda: recipes.small_avt(contrastive=BATCH),
+        ("PP2", "TP2+SP+full", "CP2xDP2+distopt+reduce+gather", "CP2+a2a+selective"),
+    ),
     "vlm": (recipes.small_vlm, ("TP2xPP2+SP+full", "CP2", "DP2+distopt+reduce+gather")),
     "vlm_mae": (lambda: recipes.small_vlm(phase="mae"), ("PP2+full", "DP2+distopt+reduce+gather")),
     "perceiver_fusion": (

@@ -5,22 +5,19 @@ they have here, where they are part of the linear layer after them. Packing and 
 `attention` and `packing`, and so is context parallelism where Transformer Engine's does not serve; only kernels differ.
 This file alone imports Transformer Engine, and it is imported only where that backend is chosen.
 
-Norms, linears and MLPs of all layers are Transformer Engine's, but for these, which it cannot express:
+Linears, MLPs and norms of all layers are Transformer Engine's. A norm is part of the linear layer after it in layers of
+self-attention and MLP; it is a module of its own where it reads what several linears read (Conformer, Perceiver, before
+cross-attention), where it comes after them (Swin), and at the ends of stacks. What it cannot express is torch's:
 
-    layer                    what stays torch                   why
-    ------------------------------------------------------------------------------------------------------------------
-    window_attention (Swin)  attention, position bias           scores have a learned bias, which needs a gradient, and
-                                                                a mask: scaled_dot_product_attention takes both
-    windows' and merges'     norms, after attention and MLP     it fuses a norm into the linear layer after it, and
-    norms (swin)                                                these come before a residual
-    relative_attention       queries, keys, values, attention   scores with relative positions, and memory without
-    (Transformer-XL)                                            gradient to what it was projected from
-    conformer                attention; GLU, depthwise          the same scores; it has no depthwise convolution
-                             convolution and its norm
-    memory_attention,        attention                          arbitrary masks of the memory, which no kernel for
-    perceiver                                                   variable lengths takes
-    cross_attention          norms of heads, gate               one weight for the heads of all processes
-    embeddings, heads        all                                megatron-core's: vocabulary-parallel
+    where                          what                     why
+    window_attention (Swin)        attention                scores have a learned bias, which needs a gradient
+    relative_attention             queries, keys, values,   scores by distance; memory has no gradient to the hidden
+    (Transformer-XL)               attention                states that one projection made it from
+    conformer                      attention                scores by distance
+                                   convolution, its norm    it has no depthwise convolution; channels are sharded
+    memory_attention, perceiver    attention                masks of the memory are arbitrary; FlashAttention takes none
+    cross_attention                norms of heads, gates    one weight for the heads of all processes
+    text_ends                      embedding, vocabulary    megatron-core's own, vocabulary-parallel
 
 Shape suffixes as in `attention`.
 """
