@@ -2,8 +2,8 @@
 
 flash-attn's Python layer registers its kernels as torch operators for CUDA. `install()` registers others for the CPU:
 the same arguments and results, computed in fp32 from the formulas of the paper (arXiv:2205.14135, appendix B), the
-causal mask aligned at the bottom right as since release 2.1. A backward pass takes `out` and the log-sum-exp as they are
-given, which may be those of more keys than it has (ring attention), as the kernels do.
+causal mask aligned at the bottom right as since release 2.1. A backward pass takes `out` and the log-sum-exp as given,
+which may be those of more keys than it has (ring attention), as the kernels do.
 
 Shape suffixes: B rows, S queries, T keys of a row, H query heads, G key-value heads, D width, N all queries.
 """

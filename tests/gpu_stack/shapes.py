@@ -3,9 +3,9 @@
     python -m tests.gpu_stack.shapes [--systems synapse-70b …]
 
 The dry run of each recipe, as its script launches it, forward and backward, with Transformer Engine's attention in
-all stages: its Python layer chooses a kernel and checks heads, formats, masks and bounds, FlashAttention's operators say
-the shapes of their results, and the layers after them must take these. Exit status 1 if a call was not FlashAttention's, or
-if a run would not say so at its start.
+all stages: its Python layer chooses a kernel and checks heads, formats, masks and bounds, FlashAttention's operators
+say the shapes of their results, and the layers after them must take these. Exit status 1 if a call was not
+FlashAttention's, or if a run would not say so at its start.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Transformer Engine's Python layers without its CUDA library: they construct, and nothing of them runs.
+"""Transformer Engine's Python layers without its CUDA library: they construct, and their attention runs.
 
 Transformer Engine's wheel on PyPI has all its Python code; the compiled module `transformer_engine_torch` gives it
 enumerations at import and kernels at run time. `install()` puts a module in its place whose enumerations have any
-member, and which has no kernel: what would call one fails by name. For the pinned version alone (run.sh), in an
-environment of its own.
+member, and which has no kernel: what would call one fails by name. So does FlashAttention's, whose operators torch
+knows by their shapes. For the pinned versions alone (run.sh), in an environment of its own.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def cuda_available() -> Iterator[None]:
 def only_attention() -> Iterator[None]:
     """The local backend's linears and norms in place of Transformer Engine's, whose kernels are not here.
 
-    Its attention is Python down to FlashAttention's operators, which have shapes on meta, and on a CPU those of flash.py.
+    Its attention is Python down to FlashAttention's operators, which have shapes on meta, and flash.py's on a CPU.
     """
     from megatron_mm.models.layers import local
     from megatron_mm.models.layers import transformer_engine as engine

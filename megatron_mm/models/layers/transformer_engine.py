@@ -63,9 +63,7 @@ class _Attention(TEDotProductAttention):
     """Transformer Engine's attention, with its context parallelism for the calls that ask for it."""
 
     def __init__(self, config: TransformerConfig, attention_type: str, layer_number: int = 1) -> None:
-        super().__init__(
-            config, layer_number, AttnMaskType.no_mask, attention_type, cp_comm_type=config.cp_comm_type
-        )
+        super().__init__(config, layer_number, AttnMaskType.no_mask, attention_type, cp_comm_type=config.cp_comm_type)
         self.recompute = config.recompute_granularity == "selective"
         self.dropout = config.attention_dropout
         self.context = (self.cp_group, self.cp_global_ranks, self.cp_stream)
@@ -126,7 +124,12 @@ class _Attention(TEDotProductAttention):
         )
 
     def run(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: str, across: bool = False,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: str,
+        across: bool = False,
         **kinds: object,
     ) -> torch.Tensor:
         """One call of the kernel, past megatron-core's choice of mask types, recomputed if asked.
