@@ -66,7 +66,8 @@ class _Attention(TEDotProductAttention):
         super().__init__(config, layer_number, AttnMaskType.no_mask, attention_type, cp_comm_type=config.cp_comm_type)
         self.recompute = config.recompute_granularity == "selective"
         self.dropout = config.attention_dropout
-        self.context = (self.cp_group, self.cp_global_ranks, self.cp_stream)
+        self.context, self.cp_size = (self.cp_group, self.cp_global_ranks, self.cp_stream), config.context_parallel_size
+        self.groups = self.num_gqa_groups_per_partition
 
     @property
     def kind(self) -> tuple:
@@ -104,9 +105,8 @@ class _Attention(TEDotProductAttention):
             "deterministic": self.deterministic,
             "softmax_scale": width**-0.5,
         }
-        if mask == "causal" and self.context[0] is not None:
-            cp_size = self.context[0].size()
-            asked |= {"context_parallel": True, "cp_comm_type": self.cp_comm_type, "cp_size": cp_size}
+        if mask == "causal" and self.cp_size > 1:
+            asked |= {"context_parallel": True, "cp_comm_type": self.cp_comm_type, "cp_size": self.cp_size}
         known = {field.name for field in fields(AttentionParams)}  # more with each release
         flash, version, fused, _, unfused, _ = get_attention_backend(
             AttentionParams(**{name: value for name, value in asked.items() if name in known})
@@ -129,20 +129,21 @@ class _Attention(TEDotProductAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: str,
-        across: bool = False,
+        exchange: str = "none",
         **kinds: object,
     ) -> torch.Tensor:
         """One call of the kernel, past megatron-core's choice of mask types, recomputed if asked.
 
         Args:
             mask: Transformer Engine's name for what a query sees.
-            across: keys and values are this context-parallel process's, as the queries are; otherwise all that there
-                are.
+            exchange: of AttentionPlan: `core` is done here; after `heads` there are fewer.
         """
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.num_gqa_groups_per_partition = key.shape[-2]  # a share of them after an exchange of heads
-            self.set_context_parallel_group(*(self.context if across else (None, None, None)), self.cp_comm_type)
+            # Set for each call: recomputation may follow another microbatch's.
+            self.num_gqa_groups_per_partition = self.groups // (self.cp_size if exchange == "heads" else 1)
+            context = self.context if exchange == "core" else (None, None, None)
+            self.set_context_parallel_group(*context, self.cp_comm_type)
             return super(TEDotProductAttention, self).forward(
                 query, key, value, attn_mask_type=mask, window_size=_window(mask), **kinds
             )
@@ -158,6 +159,7 @@ class _Attention(TEDotProductAttention):
         value: torch.Tensor,
         calls: tuple[Segments, ...],
         mask: str,
+        exchange: str = "none",
     ) -> torch.Tensor:
         """One call for each piece of a row; keys and values [positions, G, D] -> [R, L, N·D]."""
         rows, pieces = query_RLND.shape[0], []
@@ -167,6 +169,7 @@ class _Attention(TEDotProductAttention):
                 key,
                 value,
                 mask,
+                exchange,
                 qkv_format="thd",
                 cu_seqlens_q=call.query_bounds,
                 cu_seqlens_kv=call.key_bounds,
@@ -195,12 +198,13 @@ class CoreAttention(_Attention):
         if plan.mask is not None:  # FlashAttention takes no arbitrary mask; torch's memory-efficient kernel does
             return attention(query, key, value, plan, self.dropout if self.training else 0.0).flatten(2)
         if not plan.segments:
-            mask, across = "causal" if plan.causal else "no_mask", plan.exchange == "core"
-            return self.run(query, key, value, mask, across, qkv_format="bshd")
+            mask = "causal" if plan.causal else "no_mask"
+            return self.run(query, key, value, mask, plan.exchange, qkv_format="bshd")
         mask = "padding"
         if plan.causal:  # documents that began in an earlier piece of the row have more keys than queries
             mask = "padding_causal_bottom_right" if plan.exchange == "gather" else "padding_causal"
-        return self.run_segments(query, key.flatten(0, 1), value.flatten(0, 1), plan.segments, mask)
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        return self.run_segments(query, key, value, plan.segments, mask, plan.exchange)
 
 
 class MediaAttention(_Attention):
