@@ -5,9 +5,10 @@ they have here, where they are part of the linear layer after them. Packing and 
 `attention` and `packing`, and so is context parallelism where Transformer Engine's does not serve; only kernels differ.
 This file alone imports Transformer Engine, and it is imported only where that backend is chosen.
 
-Linears, MLPs and norms of all layers are Transformer Engine's. A norm is part of the linear layer after it in layers of
-self-attention and MLP; it is a module of its own where it reads what several linears read (Conformer, Perceiver, before
-cross-attention), where it comes after them (Swin), and at the ends of stacks. What it cannot express is torch's:
+Linears, MLPs and norms of all layers are Transformer Engine's. In megatron-core's TransformerLayer a norm before
+self-attention or MLP is part of the linear layer after it; it is a module of its own before cross-attention (as there),
+in Conformer's blocks, where it follows the linear layer (Swin), and at the ends of stacks. What Transformer Engine cannot
+express is torch's:
 
     where                          what                     why
     window_attention (Swin)        attention                scores have a learned bias, which needs a gradient
@@ -136,7 +137,7 @@ class _Attention(TEDotProductAttention):
 
         Args:
             mask: Transformer Engine's name for what a query sees.
-            exchange: of AttentionPlan: `core` is done here; after `heads` there are fewer.
+            exchange: of AttentionPlan: `core` is done here; after `heads`, tensors have a share of the heads.
         """
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
