@@ -7,8 +7,8 @@ This file alone imports Transformer Engine, and it is imported only where that b
 
 Linears, MLPs and norms of all layers are Transformer Engine's. In megatron-core's TransformerLayer a norm before
 self-attention or MLP is part of the linear layer after it; it is a module of its own before cross-attention (as there),
-in Conformer's blocks, where it follows the linear layer (Swin), and at the ends of stacks. What Transformer Engine cannot
-express is torch's:
+in Conformer's blocks, where it follows the linear layer (Swin), and at the ends of stacks. What Transformer Engine
+cannot express is torch's:
 
     where                          what                     why
     window_attention (Swin)        attention                scores have a learned bias, which needs a gradient
