@@ -11,7 +11,9 @@ setup(
     package_data={"megatron_mm": ["recipes/*.yaml", "data/*.html"]},
     install_requires=[
         "torch>=2.6",  # tensors, autograd, collectives
-        "megatron-core>=0.16.1,<0.17",  # parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards
+        # Parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards. The releases that
+        # platform/megatron_versions.py knows; those after 0.16 need Python 3.12, so that an older one gets 0.16.
+        "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
         "psutil",  # dist_checkpointing imports it without declaring it; ending child processes
         "numpy>=2.0",  # shards, spectrogram filters, sample order; from 2.0 it counts bits
         "pydantic>=2.7",  # typed recipes: errors that name the field
