@@ -3,36 +3,35 @@
 megatron-core allocates on the current CUDA device, keeps CUDA random states, compares tensor types with CUDA strings
 and synchronises streams. `apply()` points these at the CPU (or at the meta device, for the dry run). It is called once
 at start-up, and only where CUDA is absent; on a CUDA machine nothing here runs. `REDIRECTIONS` lists what is redirected
-and why. A megatron-core release that was not tried is refused, because a redirection that silently misses is worse than
-a message.
+and why. A megatron-core release that was not tried (megatron_versions.py) is refused, and so is a name that is gone,
+because a redirection that silently misses is worse than a message.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-#: Releases of megatron-core on which the redirections were tried.
-KNOWN_RELEASES = ("0.16.1",)
+from megatron_mm.platform import megatron_versions
 
-#: What is redirected, and why.
+#: What is redirected, and why. A name without dots belongs to the owner of the one before it.
 REDIRECTIONS: dict[str, str] = {
     "torch.cuda.current_device": "megatron-core allocates communication buffers there",
     "torch.cuda.synchronize, empty_cache, set_device, reset_peak_memory_stats": "nothing to do on a CPU",
     "torch.cuda.Stream, Event, stream, current_stream, default_stream": "inert: one queue only",
     "torch.cuda.manual_seed, get_rng_state, set_rng_state": "dropout draws from the CPU generator",
-    "torch.empty, zeros, ones, full, tensor, arange, *_like": "device='cuda' is written out in schedules and optimizer",
+    "torch.empty, zeros, ones, full, tensor, arange": "device='cuda' is written out in schedules and optimizer",
+    "torch.empty_like, zeros_like, ones_like, full_like": "the same",
     "torch.Tensor.cuda, torch.nn.Module.cuda": "return the object itself",
     "torch.Tensor.type": "the optimizer and clipping compare it with 'torch.cuda.FloatTensor'",
-    "megatron.core.tensor_parallel.random._get/_set_cuda_rng_state": "recomputation restores the CPU generator",
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state, _set_cuda_rng_state": "recomputation's CPU generator",
     "torch.compiler.set_stance": "compiling megatron-core's small fused functions costs minutes and gains nothing here",
-    "megatron.core.pipeline_parallel.p2p_communication": "gloo matches by order and reads what is sent late",
+    "megatron.core.pipeline_parallel.p2p_communication._p2p_ops": "gloo matches by order and reads what is sent late",
 }
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange")
@@ -61,15 +60,11 @@ def apply() -> None:
     """Redirects torch and megatron-core to the CPU. A second call does nothing.
 
     Raises:
-        ValueError: a megatron-core release that was not tried.
+        ValueError: a megatron-core release that was not tried, or that lacks a name to redirect.
     """
     if is_applied():
         return
-    release = importlib.metadata.version("megatron-core")
-    if release not in KNOWN_RELEASES:
-        raise ValueError(
-            f"the CPU platform was not tried with megatron-core {release}; install one of: {', '.join(KNOWN_RELEASES)}"
-        )
+    megatron_versions.prepare()
     set_device("cpu")
     _redirect_torch()
     _redirect_megatron()
@@ -107,23 +102,26 @@ def _on_platform(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return make
 
 
+def _replace(owner: Any, **attributes: Any) -> None:
+    for name, value in attributes.items():
+        if not hasattr(owner, name):
+            raise ValueError(f"the CPU platform redirects {owner.__name__}.{name}, which this release has not")
+        setattr(owner, name, value)
+
+
 def _redirect_torch() -> None:
-    cuda = torch.cuda
-    cuda.current_device = device
-    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
-        setattr(cuda, name, _returning(None))
-    for name in ("Stream", "Event"):
-        setattr(cuda, name, type(name, (_Inert,), {}))
-    for name in ("current_stream", "default_stream"):
-        setattr(cuda, name, _returning(_Inert()))
-    cuda.stream = _returning(contextlib.nullcontext())
-    cuda.manual_seed = torch.default_generator.manual_seed
-    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    for name in _FACTORIES:
-        setattr(torch, name, _on_platform(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    _replace(
+        torch.cuda,
+        current_device=device,
+        stream=_returning(contextlib.nullcontext()),
+        manual_seed=torch.default_generator.manual_seed,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        **{name: _returning(None) for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats")},
+        **{name: type(name, (_Inert,), {}) for name in ("Stream", "Event")},
+        **{name: _returning(_Inert()) for name in ("current_stream", "default_stream")},
+    )
+    _replace(torch, **{name: _on_platform(getattr(torch, name)) for name in _FACTORIES})
     plain_type = torch.Tensor.type
 
     def type_like_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -131,20 +129,24 @@ def _redirect_torch() -> None:
             return plain_type(self, *args, **kwargs)
         return plain_type(self).replace("torch.", "torch.cuda.", 1).replace("cuda.cuda.", "cuda.")
 
-    torch.Tensor.type = type_like_cuda
+    _replace(torch.Tensor, cuda=lambda self, *args, **kwargs: self, type=type_like_cuda)
+    _replace(torch.nn.Module, cuda=lambda self, *args, **kwargs: self)
 
 
 def _redirect_megatron() -> None:
     for category in (UserWarning, FutureWarning):  # of kernels that are missing here, and of its own use of torch
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
-    # torch 2.13 renames collectives that megatron-core 0.16 calls everywhere, and says so on every process.
+    # torch 2.13 renames collectives that megatron-core calls everywhere, and says so on every process.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import random
 
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    p2p_communication._p2p_ops = _tagged_p2p_ops
+    _replace(
+        random,
+        _get_cuda_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+    )
+    _replace(p2p_communication, _p2p_ops=_tagged_p2p_ops)
 
 
 def _tagged_p2p_ops(

@@ -21,15 +21,20 @@ import torch.distributed as dist
 from megatron_mm.config.load import leave_first_to_rank_zero
 from megatron_mm.config.performance import Device
 from megatron_mm.models.graph import ParallelSizes
-from megatron_mm.platform import cpu
+from megatron_mm.platform import cpu, megatron_versions
 
 #: What the groups of now were made for: (world, sizes, timeout, whether with gloo ones), None without groups.
 _made: tuple | None = None
 
 
 def apply_platform() -> torch.device:
-    """Chooses the device of this process, redirecting megatron-core where there is no CUDA."""
+    """Chooses the device of this process, redirecting megatron-core where there is no CUDA.
+
+    Raises:
+        ValueError: a megatron-core release that was not tried.
+    """
     if torch.cuda.is_available() and not cpu.is_applied():
+        megatron_versions.prepare()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

@@ -19,16 +19,16 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.platform import megatron_versions
 from megatron_mm.training import checkpoint_folder
 from megatron_mm.training.node_names import collapsed, node_and_weight
 from megatron_mm.training.optimizer import Optimizer
@@ -71,10 +71,10 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
     _together(part, lambda: checkpoint_folder.begin(root, position.iteration), first_rank_only=True)
     _raise_together(_lacks_space(state, root), part)
     sharded, common = save_preprocess(state, validate_access_integrity=False)
-    strategy = get_default_save_sharded_strategy()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
 
     def finish() -> None:
-        TorchCommonSaveStrategy("torch", 1).save_common(common, part)
+        torch.save(common, part / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig(strategy.backend, strategy.version), str(part))
         dump_config(config, part / "config.yaml")
         if config.data.tokenizer:
@@ -87,13 +87,13 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
     return part.with_suffix("")
 
 
-def _write_shards(strategy: AsyncSaveShardedStrategy, sharded: dict, part: Path) -> None:
+def _write_shards(strategy: TorchDistSaveShardedStrategy, sharded: dict, part: Path) -> None:
     """Every process writes its shards, then rank 0 `.metadata`. Collective.
 
     It is dist_checkpointing.save without the small files, because that leaves the other processes waiting where rank 0
     alone fails.
     """
-    request = strategy.async_save(sharded, part)
+    request = megatron_versions.begin_save(strategy, sharded, part)
     shards_written: list[bool] = []
     request.finalize_fns.insert(0, lambda: shards_written.append(True))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -16,6 +16,7 @@ from megatron_mm.models.layers.cross_attention import MediaAttention
 from megatron_mm.models.layers.elementwise import SwiGLU
 from megatron_mm.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_mm.models.layers.norms import Norm
+from megatron_mm.platform.megatron_versions import mlp_part
 
 #: Text plans hold masks.
 PACKED = False
@@ -38,12 +39,9 @@ def layer_submodules() -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(
-            module=MLP,
-            # megatron-core calls an activation module only where the configuration asks for one: for SwiGLU, here.
-            submodules=MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
-            ),
+        # megatron-core calls an activation module only where the configuration asks for one: for SwiGLU, here.
+        mlp=mlp_part(
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear)
         ),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={

@@ -43,7 +43,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -53,6 +53,7 @@ from transformer_engine.pytorch.attention.dot_product_attention.utils import Att
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.layers.attention import AttentionPlan, SelfAttention, attention
 from megatron_mm.models.layers.packing import MediaKeys, Segments, media_keys
+from megatron_mm.platform.megatron_versions import mlp_part
 
 #: Text plans hold segments for variable-length kernels, not masks.
 PACKED = True
@@ -277,10 +278,7 @@ def layer_submodules() -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp,
-        mlp=ModuleSpec(
-            module=MLP,
-            submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
-        ),
+        mlp=mlp_part(MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)),
         mlp_bda=get_bias_dropout_add,
     )
 
