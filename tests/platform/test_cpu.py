@@ -1,22 +1,56 @@
 """The CPU platform: refuses a release it does not know, and tells messages of two directions apart."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_mm.platform import cpu
 
 
 def test_an_unknown_release_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "_device", None)
-    monkeypatch.setattr(cpu.importlib.metadata, "version", lambda name: "0.99.0")
-    with pytest.raises(ValueError, match=r"not tried with megatron-core 0\.99\.0; install one of: 0\.16\.1"):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
+    with pytest.raises(ValueError, match=r"megatron-core 0\.99\.0 was not tried; install one of: 0\.16\.1, 0\.19\.2"):
         cpu.apply()
 
 
 def test_every_redirection_says_why():
-    assert all(len(reason) > 10 for reason in cpu.REDIRECTIONS.values())
+    assert all(len(reason) >= len("the same") for reason in cpu.REDIRECTIONS.values())
+
+
+def test_what_is_listed_is_what_is_redirected():
+    """Each name of the list exists in the installed torch and megatron-core, is redirected, and nothing else is."""
+    script = """if True:
+        import pkgutil
+        from megatron_mm.platform import cpu
+
+        listed, replaced, replace = set(), set(), cpu._replace
+        for entry in cpu.REDIRECTIONS:
+            owner = None
+            for name in entry.split(", "):
+                owner, name = name.rpartition(".")[::2] if "." in name else (owner, name)
+                listed.add((pkgutil.resolve_name(owner), name))
+        listed.remove((pkgutil.resolve_name("torch.compiler"), "set_stance"))  # is called, not replaced
+
+        def noted(owner, **attributes):
+            replaced.update((owner, name) for name in attributes)
+            replace(owner, **attributes)
+            assert all(getattr(owner, name) is value for name, value in attributes.items())
+
+        cpu._replace = noted
+        cpu.apply()
+        assert listed == replaced, listed ^ replaced
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_is_gone_is_refused():
+    with pytest.raises(ValueError, match=r"redirects torch\.cuda\.no_such_name, which this release has not"):
+        cpu._replace(torch.cuda, no_such_name=None)
 
 
 def test_nothing_else_patches_torch_or_megatron():
