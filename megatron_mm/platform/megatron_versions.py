@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,9 +53,18 @@ COMMON_STATE = Difference(
 )
 DIFFERENCES = (MLP_BUILDER, CHECKPOINT_WRITER, COMMON_STATE)
 
+#: What 0.19 makes every process say and nobody can act upon: of the writer that has to be named, of `common.pt`, of
+#: reading shards without a process group, and of the compiler that it imports where torch was built for CUDA.
+_LOGGED = {
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+_WARNED = ("The argument order of load has been changed", "torch.distributed is disabled, unavailable or uninitialized")
+
 
 def prepare() -> None:
-    """Checks the installed release, and silences what it says on every process about names that 0.16 needs.
+    """Checks the installed release, and silences what it says of itself. Calling it again does no harm.
 
     Raises:
         ValueError: a series that nobody has tried, whose names and redirections may have changed.
@@ -62,8 +72,10 @@ def prepare() -> None:
     release = _release()
     if _series(release) not in map(_series, KNOWN_RELEASES):
         raise ValueError(f"megatron-core {release} was not tried; install one of: {', '.join(KNOWN_RELEASES.values())}")
-    for module in ("common", "torch"):
-        logging.getLogger(f"megatron.core.dist_checkpointing.strategies.{module}").addFilter(_is_no_deprecation)
+    for logger in _LOGGED:
+        logging.getLogger(logger).addFilter(_is_worth_saying)
+    for message in _WARNED:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
 def mlp_part(submodules: MLPSubmodules) -> Any:
@@ -90,5 +102,5 @@ def _series(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".")[:2])
 
 
-def _is_no_deprecation(record: logging.LogRecord) -> bool:
-    return "deprecated" not in record.getMessage()
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return _LOGGED[record.name] not in record.getMessage()

@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import logging
 import pkgutil
+import warnings
 
 import pytest
 
@@ -50,12 +51,16 @@ def test_only_one_file_asks_for_the_release():
 
 
 def test_a_model_is_built_saved_and_loaded_without_a_word(tmp_path, caplog):
-    """What a release deprecates and 0.16 needs would be said on every process, for every layer and checkpoint."""
+    """What 0.19 has to say would be said on every process, for every layer and checkpoint."""
     device = setup.initialize(ParallelSizes(), seed=1)
     caplog.set_level(logging.WARNING)
     config = small_vlm()
     pipeline = build_model(config, ParallelSizes(), device, seed=1)
     optimizer = Optimizer(config, pipeline)
-    folder = checkpoint.save(config, tmp_path, pipeline, optimizer, Position(1, 8))
-    assert checkpoint.load(folder, pipeline, optimizer) == Position(1, 8)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        megatron_versions.prepare()
+        folder = checkpoint.save(config, tmp_path, pipeline, optimizer, Position(1, 8))
+        assert checkpoint.load(folder, pipeline, optimizer) == Position(1, 8)
     assert [record.getMessage() for record in caplog.records] == []
+    assert [str(warning.message) for warning in warned if warning.category is UserWarning] == []
