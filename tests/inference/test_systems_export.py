@@ -21,6 +21,7 @@ from megatron_mm.inference.systems import adapter_of
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 from megatron_mm.objectives.matching import hard_negatives
+from megatron_mm.training import checkpoint
 from megatron_mm.training.assembly import full_plan
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
@@ -53,8 +54,7 @@ def test_entries_are_the_weights_that_training_saved(work):
     weights = work.trained.weights()
     assert sorted(names) == sorted(weights)
     assert {entry.training: entry.shape for entry in entries} == {n: tuple(w.shape) for n, w in weights.items()}
-    saved = CheckpointReader(work.checkpoint)._metadata.state_dict_metadata
-    assert {checkpoint_key(name) for name in names} == saved.keys()
+    assert {checkpoint_key(name) for name in names} == checkpoint.stored_shapes(work.checkpoint).keys()
     state = work.model.state_dict()
     assert sorted(p.name for e in entries for p in e.parts) == sorted(state)
 
