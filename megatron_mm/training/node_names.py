@@ -22,12 +22,13 @@ def collapsed(names: Sequence[str]) -> list[str]:
         key = (".".join(words[:at]), ".".join(words[at + 1 :]))
         ranges.setdefault(key, []).extend(int(word) for word in words[at : at + 1])
     return [
-        ".".join(part for part in (before, _numbers(numbers), after) if part)
+        ".".join(part for part in (before, ranges(numbers), after) if part)
         for (before, after), numbers in ranges.items()
     ]
 
 
-def _numbers(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as in `0-3,7`."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:
