@@ -6,7 +6,11 @@
 
 # --- Facts of the machines --------------------------------------------------------------------------------------------
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-NODE_RANK=${NODE_RANK:-0}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+# Where the processes meet: the first node of a job of Slurm's, or the one that you name.
+if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+fi
 export MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
 
 # The interface of each node's cluster address, by its name (ib0, bond0). NCCL makes its first connections over it, and

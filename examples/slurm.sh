@@ -11,13 +11,12 @@
 # again. What ended before that signal (finished, failed or cancelled) stays ended. A run that finishes in those minutes
 # is queued once more and finds nothing to do. --requeue by itself is for preemption and failed nodes.
 set -euo pipefail
+. examples/cluster.sh
 # Every task gets the variables of this script: sbatch --export=… would otherwise hold for srun too.
 tasks=(srun --kill-on-bad-exit=1 --export=ALL)
 
 run_and_requeue() {
     local status=0 warned='' step
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    export MASTER_ADDR
     [ "${CHECK:-1}" = 0 ] || "${tasks[@]}" "$@" --check
     trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1 # to the processes, not to this script
     "${tasks[@]}" "$@" &

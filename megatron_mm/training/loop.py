@@ -237,6 +237,8 @@ class Trainer:
         if peak:
             flops = sum(model_flops(self.plain_graph, batch.plan) for batch in microbatches) * self.sizes.dp
             figures["mfu"] = flops / seconds / (peak * 1e12 * self.sizes.world)
+        if self.device.type == "cuda":  # tensors of rank 0, at most; the dry run's first stage is what it is to be
+            figures["max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.config.data.log_sample_ids:
             figures["sample_ids"] = self._sample_ids(microbatches)
         return figures
