@@ -160,6 +160,17 @@ def test_facts_of_the_cluster_can_be_given_and_are_not_guessed():
     assert facts(INTERFACE="ib0", NCCL_SOCKET_IFNAME="eth")["NCCL_SOCKET_IFNAME"] == "eth"
 
 
+def test_the_commands_for_owners_of_gpus_take_the_facts_of_the_cluster(tmp_path):
+    """Under srun with a task a node, each task is a node, and they meet at the first."""
+    executable(tmp_path / "python", f'[ "$1" = -c ] || echo "$NCCL_DEBUG $*" >{tmp_path}/said')
+    executable(tmp_path / "scontrol", "echo node3; echo node4")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    given = {"PATH": path, "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[3-4]"}
+    subprocess.run([ROOT / "examples" / "check_gpus.sh", "two-nodes", "--steps", "9"], env=given, check=True)
+    where = "--node-rank 1 --master-addr node3 --master-port 29500"
+    assert (tmp_path / "said").read_text() == f"WARN tools/check_gpus.py {where} two-nodes --steps 9\n"
+
+
 def test_batch_scripts_ask_for_the_signal():
     for name in FULL:
         options = re.findall(r"^#SBATCH --(\S+)$", script(name, "slurm").read_text(), re.MULTILINE)
