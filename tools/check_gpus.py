@@ -44,7 +44,7 @@ class Arguments:
     master_port: int = 29500
     """A port of it, and the next ten."""
     second: list[str] = field(default_factory=list)
-    """Options for the second run of each comparison, to see it fail: --second --seed 2."""
+    """Options for the second run of each comparison, to see it fail: --second optimizer.lr=4e-3 training.seed=2."""
     json: Path | None = None
     """Also write the checks to this file."""
 
@@ -66,7 +66,7 @@ def main() -> None:
         arguments.node_rank,
         arguments.master_addr,
         arguments.master_port,
-        arguments.second,
+        [f"--{option}" for option in arguments.second],
     )
     first = arguments.node_rank == 0
     if first:

@@ -52,8 +52,6 @@ GRADIENT_NORM = {"fp32": 1e-3, "bf16": 5e-2}
 LEARNS = 3.0
 MFU = 0.17
 MEMORY = (0.75, 1.25)
-#: Steps that are not timed: kernels are chosen and memory is taken in them.
-WARM_UP = 5
 #: Transformer Engine multiplies fp32 matrices as TF32, of ten bits, unless NVIDIA's libraries are told otherwise.
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -253,18 +251,18 @@ def speed_and_memory(machines: Machines, layout: str, world_size: int, steps: in
     if machines.node_rank:
         return
     shutil.rmtree(machines.output / "large" / "checkpoints")  # gigabytes
-    timed = lines[min(WARM_UP, steps - 1) :]
-    seconds = statistics.median(line["iteration_time"] for line in timed)
+    # Medians, because kernels are chosen and memory is taken in the first steps.
+    seconds = statistics.median(line["iteration_time"] for line in lines)
     check = f"MFU, {layout} on {world_size}"
-    if "mfu" in timed[-1]:
-        mfu = statistics.median(line["mfu"] for line in timed)
+    if "mfu" in lines[-1]:
+        mfu = statistics.median(line["mfu"] for line in lines)
         yield Verdict(check, mfu >= MFU, f"{mfu:.1%} at {seconds:.3f} s a step; at least {MFU:.0%} is right")
     else:
         yield Verdict(check, None, f"not measured: no peak is known here; {seconds:.3f} s a step")
     planned = planned_memory(machines, config, world_size)
     check = f"memory of rank 0, {layout} on {world_size}"
-    if "max_memory_gib" in timed[-1]:
-        most = timed[-1]["max_memory_gib"]
+    if "max_memory_gib" in lines[-1]:
+        most = lines[-1]["max_memory_gib"]
         numbers = f"{most:.2f} GiB, the dry run said {planned:.2f}; {MEMORY[0]} to {MEMORY[1]} of it is right"
         yield Verdict(check, MEMORY[0] <= most / planned <= MEMORY[1], numbers)
     else:

@@ -92,7 +92,7 @@ def run(*words: object) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_one_runs_here_and_can_fail(tmp_path):
     """The second runs learn at another rate: the very comparisons fail that must, and nothing else."""
-    done = run("one", "--steps", 6, "--output", tmp_path, "--json", tmp_path / "found.json", "--second", "--lr", "4e-3")
+    done = run("one", "--steps", 6, "--output", tmp_path, "--json", tmp_path / "found.json", "--second", "lr=4e-3")
     assert done.returncode == 1, done.stdout + done.stderr
     found = {line["check"]: line["passed"] for line in json.loads((tmp_path / "found.json").read_text())}
     assert found == {

@@ -140,8 +140,8 @@ def test_what_one_rank_has_otherwise_is_named_before_training(corpus, tmp_path):
         dump_config(config, here / "recipe.yaml")
     shutil.copytree(ROOT / "megatron_mm", tmp_path / "code" / "megatron_mm")
     shutil.copy(ROOT / "pretrain_multimodal.py", tmp_path / "code")
-    with (tmp_path / "code" / "megatron_mm" / "training" / "loop.py").open("a") as file:
-        file.write("# edited\n")
+    edited = tmp_path / "code" / "megatron_mm" / "training" / "loop.py"
+    edited.write_text(edited.read_text().replace("The training run", "The Training run", 1))
     (tmp_path / "3" / "discs" / "text.idx").write_bytes(b"another shard")
     launch = (
         f'cd {tmp_path}/$RANK; code={ROOT}; [ "$RANK" = 2 ] && code={tmp_path}/code && export NCCL_ALGO=Ring; '
