@@ -3,6 +3,7 @@
     python pretrain_multimodal.py --config megatron_mm/recipes/synapse-tiny.yaml --train-iters 20
     torchrun --nproc-per-node 4 pretrain_multimodal.py --config … --tensor-model-parallel-size 2 \
         --pipeline-model-parallel-size 2
+    torchrun … pretrain_multimodal.py --config … --check
     python pretrain_multimodal.py --config megatron_mm/recipes/synapse-70b.yaml --dry-run --world-size 256
 
 Every field of the recipe can be overridden (--help lists them), by its path or by Megatron's name.
@@ -32,9 +33,14 @@ def main() -> None:
             run_from_command_line(config)
             return
         setup.apply_platform()  # before anything of megatron-core is imported
-        from megatron_mm.training.loop import Trainer
+        if config.check:
+            from megatron_mm.training import preflight
 
-        Trainer(config, sizes).run()
+            preflight.run_from_command_line(config, sizes)
+        else:
+            from megatron_mm.training.loop import Trainer
+
+            Trainer(config, sizes).run()
         setup.shutdown()
 
 

@@ -1,14 +1,16 @@
-# What every examples/*/pretrain.sh starts with: cluster facts in one place, and one way to launch. Sourced, not run.
+# What every examples/*/pretrain.sh starts with: one way to launch. Sourced, not run.
 #
 #   launch RECIPE NODES [options of pretrain_multimodal.py]
 #
 # Under Slurm with one task a GPU (as in the .slurm files) each task becomes one rank, so that SIGTERM reaches the run
 # itself and it may take as long as it needs to save. Otherwise torchrun starts the GPUs of this node; its agent kills
-# what has not ended 30 s after SIGTERM. `--dry-run` runs on any machine, without data.
+# what has not ended 30 s after SIGTERM. `--check` looks at machines, code, settings and data instead of training.
+# `--dry-run` runs on any machine, without data.
 #
 # DATA names a folder of tools/preprocess_multimodal.py, TOKENIZER its SentencePiece model, OUTPUT where figures and
-# checkpoints go (default: the recipe's). NODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR and MASTER_PORT are torchrun's.
+# checkpoints go (default: the recipe's; all nodes must see it). NODES and the variables of cluster.sh say where it runs.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. examples/cluster.sh
 
 # The Python at hand where it has megatron-core, as a container's; else that of tools/setup_env.sh, if it was made.
 environment=${MEGATRON_MM_VENV:-.venv}
@@ -16,18 +18,6 @@ if [ -x "$environment/bin/python" ] &&
     ! python -c 'import importlib.util as u; assert u.find_spec("megatron.core")' 2>/dev/null; then
     PATH=$(cd "$environment/bin" && pwd):$PATH
 fi
-
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-NODE_RANK=${NODE_RANK:-0}
-export MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
-
-# Without a second hardware queue, communication and computation overlap in the order that megatron-core expects.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-# A collective that hangs ends its process instead of waiting for ever; the watchdog has left stacks by then.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-# Payloads change size with the media of a step: expandable segments keep that from fragmenting the allocator.
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
 launch() {
     local recipe=$1 nodes=${NODES:-$2} word

@@ -1,19 +1,25 @@
-# What every examples/*/pretrain.slurm does: one process a GPU, and the job again where time ran out. Sourced, not run.
+# What every examples/*/pretrain.slurm does: a pre-flight, then one process a GPU, and the job again where time ran out.
+# Sourced, not run.
 #
 #   run_and_requeue examples/SYSTEM/pretrain.sh [options of pretrain_multimodal.py]
+#
+# The pre-flight (`--check`, on the job's own nodes) costs a minute or two and names a slow GPU, a node with other code or
+# a folder that is not shared; the job then ends before it trains. CHECK=0 trains without it.
 #
 # Five minutes before the time limit Slurm signals the batch script alone (--signal=B:USR1@300). The script then sends
 # SIGTERM to the processes, which save and stop, and puts the job back into the queue; the run resumes when it starts
 # again. What ended before that signal (finished, failed or cancelled) stays ended. A run that finishes in those minutes
 # is queued once more and finds nothing to do. --requeue by itself is for preemption and failed nodes.
 set -euo pipefail
+. examples/cluster.sh
+# Every task gets the variables of this script: sbatch --export=… would otherwise hold for srun too.
+tasks=(srun --kill-on-bad-exit=1 --export=ALL)
 
 run_and_requeue() {
     local status=0 warned='' step
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    export MASTER_ADDR
+    [ "${CHECK:-1}" = 0 ] || "${tasks[@]}" "$@" --check
     trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1 # to the processes, not to this script
-    srun --kill-on-bad-exit=1 "$@" &
+    "${tasks[@]}" "$@" &
     step=$!
     wait "$step" || status=$?
     if [ "$warned" ]; then # the signal has ended that wait, not the processes

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -123,12 +125,12 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
         "Pretrains a multimodal model.\n\n--config RECIPE.yaml names the recipe, --data-path [WEIGHT] PATH … the "
         "datasets (Megatron's form); any other field can be overridden:"
     )
-    with contextlib.ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":  # rank 0 says what is wrong
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
+    said = io.StringIO()
+    try:
+        with contextlib.ExitStack() as stack:
+            if os.environ.get("RANK", "0") != "0":
+                stack.enter_context(contextlib.redirect_stdout(said))
+                stack.enter_context(contextlib.redirect_stderr(said))
             return tyro.cli(
                 type(config),
                 default=config,
@@ -136,9 +138,10 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
                 description=description,
                 config=(tyro.conf.HelptextFromCommentsOff,),
             )
-        except SystemExit:
-            leave_first_to_rank_zero()
-            raise
+    except SystemExit as end:
+        if end.code and said.getvalue():
+            report(said.getvalue())
+        raise
 
 
 def parse_blend(words: Sequence[str]) -> list[DatasetConfig]:
@@ -165,17 +168,22 @@ def parse_blend(words: Sequence[str]) -> list[DatasetConfig]:
 
 
 def fail(message: str, status: int = 1) -> None:
-    """Prints an error once (on rank 0 of a torchrun job) and exits."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    leave_first_to_rank_zero()
+    """Prints an error once and exits."""
+    report(f"error: {message}")
     raise SystemExit(status)
 
 
-def leave_first_to_rank_zero() -> None:
-    """Other ranks wait a little before they exit, because the launcher ends rank 0 as soon as one has."""
-    if os.environ.get("RANK", "0") != "0":
+def report(message: str) -> None:
+    """Prints what rank 0 and perhaps every other rank has to say, once.
+
+    Other ranks wait: where rank 0 says the same and ends, the launcher ends them too, and where it does not, theirs is
+    a fault of their own machine and says which that is.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
         time.sleep(5.0)
+        message = f"{message.rstrip()}\n  (on rank {rank}, {socket.gethostname()}; rank 0 has no such error)"
+    print(message, file=sys.stderr, flush=True)
 
 
 def dump_config(config: Config, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -158,6 +159,11 @@ class GeneratedRows:
             setattr(collated.microbatch, name, torch.from_numpy(value))
         collated.microbatch.sample_ids = [f"generated/{number}" for number in index]
         return collated.microbatch
+
+
+def build(config: Config) -> SimpleNamespace:
+    """Random rows as the datasets of a run: `data.builder: megatron_mm.data.generated:build`."""
+    return SimpleNamespace(train=GeneratedRows(config), valid=None, test=None, tokenizer=None)
 
 
 def _normal(generators: list[np.random.Generator], *shape: int, stand_in: int = 1) -> np.ndarray:

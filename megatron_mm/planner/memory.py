@@ -33,6 +33,12 @@ def optimizer_bytes(dtype: torch.dtype) -> int:
     return 12 if dtype == torch.bfloat16 else 8
 
 
+def checkpoint_bytes(graph: Graph, plan: MicrobatchPlan, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint: all weights, and the optimizer state of those that learn."""
+    per = {True: dtype.itemsize + optimizer_bytes(dtype), False: dtype.itemsize}
+    return sum(node.cost(plan).parameters * per[node.trainable] for node in graph.nodes)
+
+
 class ChunkMemory:
     """Bytes of any chunk of a graph on one process.
 

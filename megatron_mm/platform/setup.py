@@ -18,7 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config.load import leave_first_to_rank_zero
+from megatron_mm.config.load import report
 from megatron_mm.config.performance import Device
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import cpu, megatron_versions
@@ -60,6 +60,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def join(timeout_minutes: float = 10.0) -> torch.device:
+    """Joins the group of all processes, from which nothing yet follows of their layout; a second call does nothing."""
+    device = apply_platform()
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
 def initialize(sizes: ParallelSizes, seed: int, timeout_minutes: float = 10.0) -> torch.device:
     """Joins the process group, creates the parallel groups and seeds dropout.
 
@@ -71,14 +84,7 @@ def initialize(sizes: ParallelSizes, seed: int, timeout_minutes: float = 10.0) -
     """
     if sizes.world != world_size():
         raise ValueError(f"a layout of {sizes.world} processes was started on {world_size()}")
-    device = apply_platform()
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    device = join(timeout_minutes)
     initialize_groups(sizes, timeout_minutes)
     seed_dropout(seed)
     return device
@@ -148,11 +154,11 @@ def reporting_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("MEGATRON_MM_TRACEBACK"):
             raise
-        if _is_first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         if not dist.is_initialized():
-            leave_first_to_rank_zero()
+            report(f"error: {error}")
+        elif _is_first_to_fail():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(1)
     except RuntimeError:
         # A collective fails when another rank has ended: that rank has said why.
@@ -181,6 +187,4 @@ def _another_failed() -> bool:
 
 
 def _is_first_to_fail() -> bool:
-    if not dist.is_initialized():
-        return rank() == 0
     return dist.distributed_c10d._get_default_store().add("megatron_mm/failures", 1) == 1

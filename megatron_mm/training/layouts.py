@@ -100,11 +100,14 @@ def parse_layout(name: str) -> Layout:
     return Layout(name, parallel, data_parallel, performance)
 
 
-def for_layout(config: Config, layout: Layout, iterations: int, pool: int, global_batch: int) -> Config:
+def for_layout(
+    config: Config, layout: Layout, iterations: int, pool: int, global_batch: int, backend: str = "local"
+) -> Config:
     """The recipe in a layout, in fp32, with the same pool of samples in every microbatch.
 
     Args:
         pool: samples of a microbatch over all data-parallel processes; micro_batch_size is its share.
+        backend: of the layers. Transformer Engine's attention to packed documents has no fp32 before 2.11.
 
     Raises:
         ValueError: the pool does not divide over the layout's data parallelism.
@@ -124,9 +127,8 @@ def for_layout(config: Config, layout: Layout, iterations: int, pool: int, globa
     config.training.micro_batch_size = pool // layout.data_parallel
     config.training.global_batch_size = global_batch
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
-    config.model.backend = "local"  # flash kernels have no fp32
-    config.model.attention_backend = "auto"
-    if config.parallel.cp_comm_type == "p2p":
+    config.model.backend, config.model.attention_backend = backend, "auto"
+    if config.parallel.cp_comm_type == "p2p":  # the local backend has none
         config.parallel.cp_comm_type = "all_gather"
     config.optimizer.lr_warmup_iters = 0
     config.optimizer.lr_decay_iters = None
@@ -275,8 +277,11 @@ def notes(config: Config, layout: Layout) -> tuple[str, ...]:
     return tuple(config.model.notes(parallel_sizes(config, layout.world_size)))
 
 
-def launch(config: Config, layout: Layout, threads: int = 1) -> dict:
+def launch(config: Config, layout: Layout, threads: int = 1, environment: dict[str, str] | None = None) -> dict:
     """Runs `measure` for a layout under torchrun and returns what it left.
+
+    Args:
+        environment: more variables.
 
     Raises:
         ValueError: the run failed; the end of its output is quoted.
@@ -288,9 +293,10 @@ def launch(config: Config, layout: Layout, threads: int = 1) -> dict:
         dump_config(config, recipe)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(layout.world_size)]
         command += ["--standalone", "--no-python", sys.executable, "-m", "megatron_mm.training.layouts"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        variables |= environment or {}
         done = subprocess.run(
-            [*command, str(recipe), str(output)], capture_output=True, text=True, env=environment, check=False
+            [*command, str(recipe), str(output)], capture_output=True, text=True, env=variables, check=False
         )
         if done.returncode or not output.exists():
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()][:5]

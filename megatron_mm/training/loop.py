@@ -28,13 +28,14 @@ from megatron_mm.models.layers import attention_kernels
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, checkpoint_folder, warm_start
+from megatron_mm.training import checkpoint, checkpoint_folder, preflight, warm_start
 from megatron_mm.training.assembly import build_model, layer_settings, model_graph
 from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.corrupt_media import CorruptMedia
+from megatron_mm.training.identity import checkpoint_root
 from megatron_mm.training.node_groups import phase_ends
 from megatron_mm.training.optimizer import Optimizer
-from megatron_mm.training.resilience import NotFiniteError, StopSignal, Watchdog, explain_gradient, explain_loss
+from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_gradient, explain_loss
 from megatron_mm.training.shared_reading import SharedLoader
 from megatron_mm.training.tracking import Tracker, peak_tflops
 
@@ -51,16 +52,14 @@ class Trainer:
 
     def __init__(self, config: Config, sizes: ParallelSizes) -> None:
         self.config, self.sizes = config, sizes
-        minutes = config.parallel.distributed_timeout_minutes
-        # The watchdog comes first: its stacks say more than a collective's own time-out.
-        self.device = setup.initialize(self.sizes, config.training.seed, timeout_minutes=minutes * 2)
+        self.device, self.watchdog = preflight.start(config, sizes)
         self.first_rank = dist.get_rank() == 0
         self.output = Path(config.logging.output)
-        self.root = Path(config.checkpoint.save or self.output / "checkpoints")
+        self.root = checkpoint_root(config)
         if self.first_rank:
             self.root.mkdir(parents=True, exist_ok=True)
             dump_config(config, self.output / "config.yaml")
-        self.watchdog = Watchdog(self.output, minutes)
+        self.watchdog.beat("opening the data")
         self.datasets = build_datasets(config)
         self.corrupt = CorruptMedia(config)
         self._check_vocabulary()
@@ -248,6 +247,8 @@ class Trainer:
         if peak:
             flops = sum(model_flops(self.plain_graph, batch.plan) for batch in microbatches) * self.sizes.dp
             figures["mfu"] = flops / seconds / (peak * 1e12 * self.sizes.world)
+        if self.device.type == "cuda":  # tensors of rank 0, at most; the dry run's first stage is what it is to be
+            figures["max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.config.data.log_sample_ids:
             figures["sample_ids"] = self._sample_ids(microbatches)
         return figures

@@ -15,19 +15,20 @@ def node_and_weight(key: str) -> tuple[str, str]:
 
 def collapsed(names: Sequence[str]) -> list[str]:
     """Names that differ in their last number only as ranges, in the order of their first: `vision.layers.0-31`."""
-    ranges: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for name in names:
         words = name.split(".")
         at = next((at for at in reversed(range(len(words))) if words[at].isdigit()), len(words))
         key = (".".join(words[:at]), ".".join(words[at + 1 :]))
-        ranges.setdefault(key, []).extend(int(word) for word in words[at : at + 1])
+        found.setdefault(key, []).extend(int(word) for word in words[at : at + 1])
     return [
-        ".".join(part for part in (before, _numbers(numbers), after) if part)
-        for (before, after), numbers in ranges.items()
+        ".".join(part for part in (before, ranges(numbers), after) if part)
+        for (before, after), numbers in found.items()
     ]
 
 
-def _numbers(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as in `0-3,7`."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

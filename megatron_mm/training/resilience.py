@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.pipeline.schedule import BatchResult, Pipeline, run_batch
 from megatron_mm.pipeline.stage import PipelineChunk
-from megatron_mm.platform.setup import exit_at_once
+from megatron_mm.platform import setup
 
 
 class StopSignal:
@@ -81,7 +81,7 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = setup.rank()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank_{rank}.txt"
         with path.open("w") as file:
@@ -94,7 +94,7 @@ class Watchdog:
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         time.sleep(3.0)  # the other ranks' watchdogs write theirs before the launcher ends them
-        exit_at_once(1)
+        setup.exit_at_once(1)
 
 
 class NotFiniteError(ValueError):

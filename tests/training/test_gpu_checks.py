@@ -1,0 +1,139 @@
+"""The checks for owners of GPUs, in the form that a CPU can run: they pass where nothing is wrong, and can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config.validate import check, parallel_sizes
+from megatron_mm.platform import setup
+from megatron_mm.training import gpu_checks
+from megatron_mm.training.gpu_checks import MFU, Machines, Verdict, same_curve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def curve(*losses: float) -> list[dict]:
+    return [{"iteration": i + 1, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate(losses)]
+
+
+def test_bounds_of_a_curve():
+    first = curve(2.0, 1.5, 1.0)
+    assert all(verdict.passed for verdict in same_curve("c", "fp32", first, curve(2.0, 1.5 * (1 + 9e-5), 1.0)))
+    worse = [verdict.passed for verdict in same_curve("c", "fp32", first, curve(2.0, 1.5 * (1 + 2e-4), 1.0))]
+    assert worse == [False, True, True]
+    assert not next(same_curve("c", "bf16", first, curve(2.0, 1.5, float("nan")))).passed
+    norms = [{**line, "grad_norm": 1.1} for line in first]
+    assert [verdict.passed for verdict in same_curve("c", "fp32", first, norms)] == [True, False, True]
+
+
+def test_a_model_that_learns_nothing_is_no_evidence():
+    still = curve(2.0, 2.0, 2.0)
+    assert [verdict.passed for verdict in same_curve("c", "fp32", still, still)] == [True, True, False]
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("TP1", 1), ("TP2xPP2+SP+distopt", 8), ("TP2+distopt", 16)])
+def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
+    from tests.full_recipes import estimates
+
+    setup.apply_platform()
+    config = gpu_checks.in_layout(gpu_checks.large(20, "transformer_engine"), layout, world_size)
+    sizes = parallel_sizes(config, world_size)
+    check(config, sizes)
+    assert max(estimates(config, sizes)) < 36 * 2**30
+
+
+class Recorded(Machines):
+    """A GPU's figures in place of runs."""
+
+    def pretrain(self, name, config, *words, processes=None, fresh=True):
+        (self.output / name / "checkpoints").mkdir(parents=True)
+        return [
+            {"iteration": i, "loss": 1.0, "iteration_time": 9.0 if i < 4 else 1.0, "mfu": 0.01 if i < 4 else self.mfu,
+             "max_memory_gib": self.gib}
+            for i in range(20)
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mfu", "gib", "passed"),
+    [(0.3, 21.0, [True, True]), (MFU - 0.01, 10.0, [False, False]), (0.3, 30.0, [True, False])],
+)
+def test_speed_and_memory_are_judged_where_they_are_measured(mfu, gib, passed, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "planned_memory", lambda *_: 20.0)
+    machines = Recorded(tmp_path, cuda=True, gpus=1)
+    machines.mfu, machines.gib = mfu, gib
+    verdicts = list(gpu_checks.speed_and_memory(machines, "TP1", 1, 20))
+    assert [verdict.passed for verdict in verdicts] == passed
+    assert not (tmp_path / "large" / "checkpoints").exists()
+
+
+def test_a_run_that_fails_is_a_check_that_fails_and_the_others_go_on():
+    def broken():
+        raise ValueError("no such module transformer_engine")
+        yield
+
+    (verdict,) = gpu_checks.attempted("backends", broken)
+    assert str(verdict) == "FAIL  backends: no such module transformer_engine"
+    assert str(Verdict("MFU", None, "not measured")) == "----  MFU: not measured"
+
+
+def tool(*words: object) -> list[str]:
+    return [sys.executable, "tools/check_gpus.py", *map(str, words)]
+
+
+def run(*words: object) -> subprocess.CompletedProcess:
+    return subprocess.run(tool(*words), capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_one_runs_here_and_can_fail(tmp_path):
+    """The second runs learn at another rate: the very comparisons fail that must, and nothing else."""
+    done = run("one", "--steps", 6, "--output", tmp_path, "--json", tmp_path / "found.json", "--second", "lr=4e-3")
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {line["check"]: line["passed"] for line in json.loads((tmp_path / "found.json").read_text())}
+    assert found == {
+        "pre-flight": True,
+        "local against local, fp32, dual-encoder-tiny, loss": False,
+        "local against local, fp32, dual-encoder-tiny, grad_norm": False,
+        "local against local, fp32, dual-encoder-tiny, the model learns": True,
+        "local against local, bf16, synapse-tiny, loss": False,
+        "local against local, bf16, synapse-tiny, grad_norm": False,
+        "local against local, bf16, synapse-tiny, the model learns": True,
+        "MFU, TP1 on 1": None,
+        "memory of rank 0, TP1 on 1": None,
+    }
+    assert "no CUDA" in done.stdout and "not measured: no CUDA; the dry run says" in done.stdout
+    assert done.stdout.splitlines()[-1] == "FAILED: 4 of 9 checks failed, 2 not measured"
+
+
+@pytest.mark.slow
+def test_a_node_runs_here(tmp_path):
+    done = run("node", "--steps", 4, "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" ")[0] for line in lines[1:-1]] == ["PASS"] * 4 + ["----"] * 2
+    assert lines[-1] == "passed: 0 of 6 checks failed, 2 not measured"
+
+
+@pytest.mark.slow
+def test_two_nodes_run_here_as_two_programs(tmp_path):
+    """Two launchers of two processes each on this machine: pipeline stages and data parallel between them."""
+    words = ["two-nodes", "--steps", 4, "--gpus", 2, "--output", tmp_path, "--master-port", 20000 + os.getpid() % 20000]
+    second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = run(*words, "--node-rank", 0)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert second.wait(timeout=120) == 0 and second.stdout.read() == ""
+    assert "PASS  TP2xPP2+distopt saved in the middle, resumed as TP2+distopt, loss: " in done.stdout
+    metrics = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
+    assert "resumed from" in (tmp_path / "resumed-0.log").read_text()
+
+
+def test_usage_is_refused_by_name():
+    done = run("node", "--gpus", 2)
+    assert done.returncode == 2 and "error: --gpus is 2; `node` needs at least 4" in done.stderr
+    assert run("one", "--steps", 3).returncode == 2
