@@ -10,11 +10,11 @@ WORKDIR /workspace/megatron_mm
 COPY setup.py pyproject.toml README.md ./
 COPY megatron_mm megatron_mm
 # The image's torch, Transformer Engine, FlashAttention and apex stay as they are; of the rest, what its own constraints
-# file holds back (PIP_CONSTRAINT) may be newer here.
+# file holds back (PIP_CONSTRAINT) may be newer here. On Python 3.12 pip alone would take a newer megatron-core.
 ENV PIP_CONSTRAINT=
 RUN set -e; \
     pip list --format=freeze | grep -iE '^(torch|pytorch.triton|triton|transformer.engine|flash.attn|apex)' >/tmp/pinned.txt; \
-    pip install --no-cache-dir --constraint /tmp/pinned.txt '.[evaluation,plot]'
+    pip install --no-cache-dir --constraint /tmp/pinned.txt '.[evaluation,plot]' megatron-core==0.16.1
 COPY . .
 # The test, which needs no GPU: what was compiled imports beside what was installed, and 70 billion parameters are built
 # and run, one stage of 256 processes after the other.
