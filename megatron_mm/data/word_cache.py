@@ -87,9 +87,6 @@ class WordEncoder:
         model.normalizer_spec.remove_extra_whitespaces = False
         model.normalizer_spec.escape_whitespaces = False
         self._encode_word = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode
-        self._forget()
-
-    def _forget(self) -> None:
         self._words = Words.empty(_MAX_WORDS + _BATCH, _MAX_KEYS + _BATCH)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +141,7 @@ class WordEncoder:
     ) -> tuple[np.ndarray, np.ndarray, np.float32]:
         """Ids and lengths of a batch, and the score of the best path through its last text."""
         if self._words.count > _MAX_WORDS or self._words.used_keys > _MAX_KEYS:
-            self._forget()
+            self._words.clear()
         bounds = np.cumsum([0, *(len(data) for data, _ in batch)])
         room = -(-int(bounds[-1]) // 8) * 8 + kernels.PADDING
         data = np.frombuffer(b"".join(data for data, _ in batch).ljust(room), np.uint8)

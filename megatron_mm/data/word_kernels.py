@@ -62,6 +62,11 @@ class Words(NamedTuple):
             np.zeros(4, np.int64),
         )
 
+    def clear(self) -> None:
+        """Forgets all words."""
+        self.slots.fill(-1)
+        self.used.fill(0)
+
     @property
     def count(self) -> int:
         """Words in the table."""
