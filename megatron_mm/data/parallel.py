@@ -10,13 +10,13 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import BinaryIO, TypeVar
 
 from megatron_mm.data.errors import DataError
@@ -85,9 +85,9 @@ def line_blocks(
         first += count
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    """Ends this process once its parent has ended, however that began or ended: the parent's end of a pipe closes."""
+    wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
@@ -95,7 +95,7 @@ def _start_worker(initializer: Callable[..., None] | None, initargs: tuple) -> N
     """Leaves interrupts to the parent, which cancels the work and cleans up; ends with it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer:
         initializer(*initargs)
 
