@@ -14,25 +14,26 @@ SentencePiece.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from itertools import chain
 from typing import Protocol
 
 import numpy as np
-import sentencepiece
-from numba import njit
 from numba.core import event
 
 from megatron_mm.data import word_kernels as kernels
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.word_kernels import Map, Pieces, Trie, Words
+from megatron_mm.data.word_kernels import Words
+from megatron_mm.data.word_vocabulary import (
+    SPACE,
+    is_unigram,
+    pieces,
+    space_divides,
+    word_model,
+    words_are_independent,
+)
 
-_SPACE = "\u2581"
-_SPACE_BYTES = _SPACE.encode()
-#: Releases of SentencePiece whose arithmetic of unigram models `word_kernels.py` repeats.
-_UNIGRAM_RELEASES = ("0.2.3",)
 #: Words that are kept, and bytes by which they are spelt; then all are forgotten.
 _MAX_WORDS = 1 << 19
 _MAX_KEYS = 1 << 23
@@ -73,20 +74,12 @@ class WordEncoder:
         self._normalize = tokenizer.processor.normalize
         self._whole = DirectEncoder(tokenizer, eod)
         self._eod = -1 if eod is None else eod
-        model = _model(tokenizer.processor.serialized_model_proto())
-        self._unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-        self._pieces = _pieces(tokenizer.processor.serialized_model_proto())
-        self._divides = _space_divides(tokenizer)
+        self._unigram, self._pieces = is_unigram(tokenizer), pieces(tokenizer)
+        self._divides = space_divides(tokenizer)
         self._kinds = np.full(256, kernels.OTHER, np.uint8)
         self._kinds[33:127] = kernels.PLAIN
         self._kinds[[9, 10, 13, 32]] = kernels.SPACE
-        # Words come normalised: the model that encodes the rare ones must leave them as they are.
-        model.normalizer_spec.Clear()
-        model.normalizer_spec.name = "identity"
-        model.normalizer_spec.add_dummy_prefix = False
-        model.normalizer_spec.remove_extra_whitespaces = False
-        model.normalizer_spec.escape_whitespaces = False
-        self._encode_word = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode
+        self._encode_word = word_model(tokenizer).encode  # what the kernels leave
         self._words = Words.empty(_MAX_WORDS + _BATCH, _MAX_KEYS + _BATCH)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +98,7 @@ class WordEncoder:
                 held = 0
 
         for text in texts:
-            normalised = not self._divides or _SPACE in text
+            normalised = not self._divides or SPACE in text
             data = (self._normalize(text) if normalised else text).encode()
             if held + len(data) > _BATCH:
                 end_batch()
@@ -125,7 +118,7 @@ class WordEncoder:
         while start < len(data):
             end = len(data)
             if end - start > _BATCH:
-                ends = (_SPACE_BYTES,) if normalised else (b" ", b"\n")
+                ends = (SPACE.encode(),) if normalised else (b" ", b"\n")
                 end = max(data.rfind(mark, start + 1, start + _BATCH) for mark in ends)
                 if end < 0:  # a word that no batch holds
                     return self._whole([text])[0]
@@ -165,161 +158,9 @@ class WordEncoder:
             words.set_ids(word, self._encode_word(words.norm(word).decode()))
 
 
-@functools.lru_cache(1)
-def _parsed(proto: bytes):
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(proto)
-    return model
-
-
-def _model(proto: bytes):
-    """A SentencePiece model's description, to be changed at will."""
-    parsed = _parsed(proto)
-    return type(parsed).FromString(proto)
-
-
-@functools.lru_cache(1)  # worker processes that are forked find it made
-def _pieces(proto: bytes) -> Pieces:
-    """The vocabulary as the kernels want it."""
-    model = _parsed(proto)
-    normal, user, byte = (getattr(model.SentencePiece, kind) for kind in ("NORMAL", "USER_DEFINED", "BYTE"))
-    unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-    scores = np.array([piece.score for piece in model.pieces], np.float32)
-    usable = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type in (normal, user)}
-    unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == model.SentencePiece.UNKNOWN)
-    in_trie = usable
-    if unigram:
-        for i, piece in enumerate(model.pieces):
-            if piece.type == user:
-                scores[i] = np.float32(0.1 * (len(piece.piece.encode()) - 1))
-    else:
-        in_trie = {text: i for text, i in usable.items() if model.pieces[i].type == user}
-    characters, pairs = ({}, {}) if unigram else _merges(usable, len(model.pieces))
-    spelling = [i for i, piece in enumerate(model.pieces) if piece.type == byte]
-    if spelling:
-        spelling.sort(key=lambda i: int(model.pieces[i].piece[3:-1], 16))  # <0x0A>
-    return Pieces(
-        scores=scores,
-        trie=_trie(in_trie),
-        characters=_map(characters),
-        pairs=_map(pairs),
-        bytes=np.array(spelling if model.trainer_spec.byte_fallback else [], np.int32),
-        unknown=unknown,
-        unknown_score=np.float32(min(scores[i] for i in usable.values() if model.pieces[i].type == normal) - 10),
-    )
-
-
-def _map(entries: dict[int, int]) -> Map:
-    keys = np.fromiter(entries.keys(), np.int64, len(entries))
-    return Map(*kernels.make_map(keys, np.fromiter(entries.values(), np.int32, len(entries))))
-
-
-def _trie(pieces: dict[str, int]) -> Trie:
-    edges: dict[int, int] = {}  # node · 256 + byte → node
-    ends = [-1]
-    for text, piece in pieces.items():
-        node = 0
-        for byte in text.encode():
-            child = edges.setdefault(node * 256 + byte, len(ends))
-            if child == len(ends):
-                ends.append(-1)
-            node = child
-        ends[node] = piece
-    keys = np.fromiter(edges.keys(), np.int64, len(edges))
-    children = np.fromiter(edges.values(), np.int64, len(edges))
-    order = np.argsort(keys)
-    return Trie(*kernels.make_trie(keys[order], children[order], np.array(ends, np.int32)))
-
-
-def _merges(pieces: dict[str, int], size: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Symbols of single characters, and the piece that each pair of symbols makes."""
-    symbols = dict(pieces)
-    for text in pieces:
-        for character in text:
-            if character not in symbols:  # unknown by itself, but part of a piece
-                symbols[character] = size + len(symbols) - len(pieces)
-    pairs = {}
-    for text, piece in pieces.items():
-        for cut in range(1, len(text)):
-            left, right = symbols.get(text[:cut]), symbols.get(text[cut:])
-            if left is not None and right is not None:
-                pairs[(left << 32) + right] = piece
-    return {ord(text): symbol for text, symbol in symbols.items() if len(text) == 1}, pairs
-
-
-@njit(cache=True)
-def _has_joining_rule(units):
-    """Whether a rule of normalisation looks at several ASCII characters, or at white space and what stands beside it.
-
-    Args:
-        units: uint32, the rules' double-array trie (darts-clone's).
-    """
-    stack = [(np.int64(0), True, False)]  # a node, whether its path is ASCII, and whether there is white space in it
-    while stack:
-        node, ascii, spaced = stack.pop()
-        unit = np.int64(units[node])
-        base = node ^ ((unit >> 10) << ((unit & 512) >> 6))
-        for byte in range(1, 256):
-            child = base ^ byte
-            if child >= units.size or np.int64(units[child]) & 0x800000FF != byte:
-                continue
-            space = byte == 32 or 9 <= byte <= 13
-            if node != 0 and (space or spaced or (ascii and byte < 128)):
-                return True
-            stack.append((child, ascii and byte < 128, spaced or space))
-    return False
-
-
-@functools.lru_cache(1)
-def _rules_divide(charsmap: bytes) -> bool:
-    """Whether rules of normalisation see neither two plain characters nor across white space, and write no U+2581."""
-    if not charsmap:
-        return True
-    size = int.from_bytes(charsmap[:4], "little")
-    units = np.frombuffer(charsmap, np.uint32, size // 4, offset=4)
-    return _SPACE_BYTES not in charsmap[4 + size :] and not _has_joining_rule(units)
-
-
-def _space_divides(tokenizer: Tokenizer) -> bool:
-    """Whether a text may be divided at tabs, line ends and spaces, and each word normalised by itself: one of plain
-    ASCII by an escaped space before it.
-    """
-    model = _parsed(tokenizer.processor.serialized_model_proto())
-    spec, normalize = model.normalizer_spec, tokenizer.processor.normalize
-    user = (piece.piece for piece in model.pieces if piece.type == model.SentencePiece.USER_DEFINED)
-    return (
-        spec.add_dummy_prefix
-        and spec.remove_extra_whitespaces
-        and not any(character.isspace() for text in user for character in text)
-        and _rules_divide(spec.precompiled_charsmap)
-        and all(normalize(chr(code)) == _SPACE + chr(code) for code in range(33, 127))
-        and all(normalize(f"a{space}b") == f"{_SPACE}a{_SPACE}b" for space in "\t\n\r ")
-    )
-
-
 def word_encoder(tokenizer: Tokenizer, eod: int | None) -> WordEncoder | None:
     """An encoder by words, or None where words are not independent of each other."""
-    model = _parsed(tokenizer.processor.serialized_model_proto())
-    trainer, kinds = model.trainer_spec, model.SentencePiece
-    usable = [piece for piece in model.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)]
-    known = {
-        trainer.BPE: all(piece.type != kinds.UNUSED for piece in model.pieces),
-        trainer.UNIGRAM: sentencepiece.__version__ in _UNIGRAM_RELEASES
-        and all(piece.score <= 0 for piece in model.pieces),
-    }
-    independent = (
-        known.get(trainer.model_type, False)
-        and not trainer.treat_whitespace_as_suffix
-        and model.normalizer_spec.escape_whitespaces
-        # Not merely what the trainer was told: no piece of the vocabulary holds a space beyond its first character.
-        and not any(_SPACE in piece.piece[1:] or " " in piece.piece for piece in usable)
-        # Every word then begins with a piece of its own, and a run of unknown characters (one <unk>) ends with it.
-        and any(piece.piece == _SPACE and piece.type == kinds.NORMAL for piece in usable)
-        and all(len(piece.piece) > 1 for piece in model.pieces if piece.type not in (kinds.NORMAL, kinds.USER_DEFINED))
-    )
-    return WordEncoder(tokenizer, eod) if independent else None
+    return WordEncoder(tokenizer, eod) if words_are_independent(tokenizer) else None
 
 
 def block_encoder(tokenizer: Tokenizer, eod: int | None) -> BlockEncoder:

@@ -1,7 +1,8 @@
 """Machine code of the text builder: bytes of texts → words → ids, with every word encoded once.
 
 What the functions do is SentencePiece's encoding of a word (its bpe_model.cc and unigram_model.cc, release 0.2.3).
-`word_cache.py` says when words may be encoded one by one, prepares the tables and handles what is rare.
+`word_vocabulary.py` says when words may be encoded one by one, and makes the vocabulary's tables; `word_cache.py` feeds
+texts in and handles what is rare.
 
 Words are kept in a table (`Words`) under the bytes by which a text spells them. A word has normalised bytes, which
 begin with the escaped space, and ids.
@@ -176,53 +177,6 @@ def _get(table, key):
             return table.values[slot]
         slot = (slot + 1) & (table.keys.size - 1)
     return np.int32(-1)
-
-
-@njit(cache=True)
-def make_trie(edges, children, ends):
-    """Arrays of a Trie.
-
-    Args:
-        edges: int64, node · 256 + byte, ascending; nodes are numbered from the root, 0, parents before children.
-        children: int64, the node to which each leads.
-        ends: int32 by node.
-    """
-    room = 2 * ends.size + 1024
-    bases, parents = np.zeros(room, np.int32), np.full(room, -1, np.int32)
-    pieces, places = np.full(room, -1, np.int32), np.zeros(ends.size, np.int64)
-    parents[0] = -2
-    pieces[0] = ends[0]
-    free, begin = 1, 0
-    while begin < edges.size:
-        end = begin
-        while end < edges.size and edges[end] >> 8 == edges[begin] >> 8:
-            end += 1
-        while parents[free] != -1:
-            free += 1
-        slot = free
-        while True:
-            base, fits = slot ^ (edges[begin] & 255), True
-            for i in range(begin, end):
-                place = base ^ (edges[i] & 255)
-                if place >= parents.size - 256:  # rare: twice the room
-                    bases = np.concatenate((bases, np.zeros(parents.size, np.int32)))
-                    pieces = np.concatenate((pieces, np.full(parents.size, -1, np.int32)))
-                    parents = np.concatenate((parents, np.full(parents.size, -1, np.int32)))
-                if parents[place] != -1 or place == 0:
-                    fits = False
-                    break
-            if fits:
-                break
-            slot += 1
-        node = places[edges[begin] >> 8]
-        bases[node] = base
-        for i in range(begin, end):
-            place = base ^ (edges[i] & 255)
-            parents[place] = node
-            pieces[place] = ends[children[i]]
-            places[children[i]] = place
-        begin = end
-    return bases, parents, pieces
 
 
 @njit(cache=True, inline="always")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_mm.data import word_cache
+from megatron_mm.data import word_cache, word_vocabulary
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.word_cache import DirectEncoder, block_encoder, prepare, word_encoder
 from tests.data.real_texts import ODD, real_texts
@@ -73,6 +73,13 @@ def test_long_texts_are_encoded_part_by_part(model, monkeypatch):
     expected = [[*ids, 3] if ids else [] for ids in map(model.processor.encode, texts)]
     assert lengths.tolist() == [len(want) for want in expected]
     assert ids.tolist() == list(chain.from_iterable(expected))
+
+
+def test_long_words_that_begin_alike_are_told_apart(folder):
+    """So many that some meet in the table."""
+    model = trained(folder, "alike", model_type="bpe")
+    text = " ".join(f"{'a' * 24}{number:06}" for number in range(40000))
+    assert word_encoder(model, None)([text])[0].tolist() == model.processor.encode(text)
 
 
 def test_near_ties_are_decided_by_rounding_as_there(folder):
@@ -144,7 +151,7 @@ def test_a_trie_has_its_pieces_and_no_others():
     generator = np.random.default_rng(0)
     pieces = {bytes(generator.integers(1, 255, generator.integers(1, 9))).decode("latin-1") for _ in range(3000)}
     numbers = {piece: number for number, piece in enumerate(sorted(pieces))}
-    trie = word_cache._trie(numbers)
+    trie = word_vocabulary._trie(numbers)
 
     def find(text: str) -> int:
         node = 0
