@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_mm.data import word_cache, word_vocabulary
 from megatron_mm.data.tokenizer import Tokenizer
@@ -25,6 +26,14 @@ def trained(folder: Path, name: str, **options: object) -> Tokenizer:
         hard_vocab_limit=False, **options,
     )  # fmt: skip
     return Tokenizer(folder / f"{name}.model", require_media=False)
+
+
+def changed(model: Tokenizer, path: Path, change) -> Tokenizer:
+    """A model with a change of its description."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.processor.serialized_model_proto())
+    change(proto)
+    path.write_bytes(proto.SerializeToString())
+    return Tokenizer(path, require_media=False)
 
 
 @pytest.fixture(scope="module")
@@ -84,28 +93,23 @@ def test_long_words_that_begin_alike_are_told_apart(folder):
 
 def test_near_ties_are_decided_by_rounding_as_there(folder):
     """Pieces whose scores differ by as little as the sums are rounded: the same word is divided in different ways."""
-    from sentencepiece import sentencepiece_model_pb2
+    noise = np.random.default_rng(1)
 
-    plain = trained(folder, "to be changed", model_type="unigram")
-    proto = sentencepiece_model_pb2.ModelProto.FromString(plain.processor.serialized_model_proto())
-    noise = np.random.default_rng(1).normal(0, 1e-4, len(proto.pieces))
-    for piece, change in zip(proto.pieces, noise):
-        if piece.type == piece.NORMAL:
-            piece.score = -2.0 * len(piece.piece) + change  # all ways of dividing a word are nearly equal
-    path = folder / "ties.model"
-    path.write_bytes(proto.SerializeToString())
-    model = Tokenizer(path, require_media=False)
+    def nearly_equal(proto):
+        for piece in proto.pieces:
+            if piece.type == piece.NORMAL:
+                piece.score = -2.0 * len(piece.piece) + noise.normal(0, 1e-4)
+
+    model = changed(trained(folder, "plain ties", model_type="unigram"), folder / "ties.model", nearly_equal)
     encoder = word_encoder(model, None)
     long = " ".join(real_texts()[len(ODD) :] * 3)
-    divided = set()
     for start in range(0, 200, 20):
         ids, _ = encoder([long[start:]])
         assert ids.tolist() == model.processor.encode(long[start:])
-    for text in (" ".join(["collection"] * 4000),):
-        ids = np.array(model.processor.encode(text))
-        bounds = np.flatnonzero([model.processor.id_to_piece(int(i)).startswith("\u2581") for i in ids])
-        divided |= {tuple(part) for part in np.split(ids, bounds[1:])}
-        assert encoder([text])[0].tolist() == ids.tolist()
+    ids, _ = encoder([" ".join(["collection"] * 4000)])
+    assert ids.tolist() == model.processor.encode(" ".join(["collection"] * 4000))
+    begins = np.flatnonzero([model.processor.id_to_piece(int(i)).startswith("\u2581") for i in ids])
+    divided = {tuple(part) for part in np.split(ids, begins[1:])}
     assert len(divided) > 1, "rounding never mattered: the test shows nothing"
 
 
@@ -120,20 +124,67 @@ def test_only_where_words_are_independent(folder, monkeypatch):
     assert isinstance(block_encoder(unigram, None), DirectEncoder)
 
 
-def test_rules_that_join_are_seen(folder):
+def unused(proto):
+    proto.pieces[300].type = proto.SentencePiece.UNUSED
+
+
+def positive(proto):
+    proto.pieces[300].score = 1.0
+
+
+def no_boundary(proto):
+    next(piece for piece in proto.pieces if piece.piece == "\u2581").piece = "\u2581☃☃"
+
+
+def one_character(proto):
+    proto.pieces[1].piece = "☃"  # <s>
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("bpe", unused), ("unigram", positive), *((kind, how) for kind in KINDS for how in (no_boundary, one_character))],
+)
+def test_models_that_are_not_known_are_left_alone(kind, change, folder):
+    model = trained(folder, f"{kind} left", model_type=kind)
+    assert word_encoder(model, None) is not None
+    assert word_encoder(changed(model, folder / f"{kind} {change.__name__}.model", change), None) is None
+
+
+SPACES = "9\t20\nA\t20\nD\t20\n"
+RULES = {
+    "none": "",
+    "a pair": "61 62\t63\n",
+    "beyond a space": "20 301\tB4\n",
+    "up to a space": "301 20\tB4\n",
+    "to U+2581": "E9\t2581\n",
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_that_join_are_seen(name, folder):
     """Texts are divided before they are normalised only where no rule looks at white space and what is beside it."""
-    rules = {"none": "", "a pair": "61 62\t63\n", "beyond a space": "20 301\tB4\n", "to U+2581": "E9\t2581\n"}
-    for name, lines in rules.items():
-        options = {}
-        if lines:
-            file = folder / f"{name}.tsv"
-            file.write_text(lines)
-            options["normalization_rule_tsv"] = str(file)
-        model = trained(folder, name, model_type="bpe", **options)
-        encoder = word_encoder(model, None)
-        assert encoder._divides == (name == "none"), name
-        texts = ["ab a b ab", "a \u0301b", "café é"]
-        assert encoder(texts)[0].tolist() == list(chain.from_iterable(map(model.processor.encode, texts))), name
+    file = folder / f"{name}.tsv"
+    file.write_text(SPACES + RULES[name])
+    model = trained(folder, name, model_type="bpe", normalization_rule_tsv=str(file))
+    encoder = word_encoder(model, None)
+    assert encoder._divides == (name == "none")
+    texts = ["ab a\tb ab", "a \u0301b", "a\u0301 b", "café é"]
+    assert encoder(texts)[0].tolist() == list(chain.from_iterable(map(model.processor.encode, texts)))
+
+
+def test_characters_without_a_piece_of_their_own(folder):
+    """They are unknown by themselves, and merge all the same where a piece holds them."""
+
+    def rename(proto):
+        for piece in proto.pieces:
+            if piece.piece in ("e", "t"):
+                piece.piece += "☃☃"
+
+    model = changed(trained(folder, "to be renamed", model_type="bpe"), folder / "renamed.model", rename)
+    texts = real_texts()
+    ids, _ = word_encoder(model, None)(texts)
+    assert ids.tolist() == list(chain.from_iterable(map(model.processor.encode, texts)))
+    assert (ids == model.processor.unk_id()).sum() > 100 and model.processor.piece_to_id("he") in ids
 
 
 @pytest.mark.parametrize("limit", ["_MAX_WORDS", "_MAX_KEYS"])
