@@ -41,7 +41,6 @@ def words_are_independent(tokenizer: Tokenizer) -> bool:
     }
     return (
         known.get(trainer.model_type, False)
-        and not trainer.treat_whitespace_as_suffix
         and model.normalizer_spec.escape_whitespaces
         # Not merely what the trainer was told: no piece of the vocabulary holds a space beyond its first character.
         and not any(SPACE in piece.piece[1:] or " " in piece.piece for piece in usable)

@@ -168,7 +168,7 @@ def test_rules_that_join_are_seen(name, folder):
     model = trained(folder, name, model_type="bpe", normalization_rule_tsv=str(file))
     encoder = word_encoder(model, None)
     assert encoder._divides == (name == "none")
-    texts = ["ab a\tb ab", "a \u0301b", "a\u0301 b", "café é"]
+    texts = ["ab a\tb ab", "a \u0301b", "a\u0301 b", "café é", "\u2581 a\u2581 b\u2581c"]
     assert encoder(texts)[0].tolist() == list(chain.from_iterable(map(model.processor.encode, texts)))
 
 
