@@ -138,7 +138,7 @@ def _double_array(edges, children, ends):
                     bases = np.concatenate((bases, np.zeros(parents.size, np.int32)))
                     pieces = np.concatenate((pieces, np.full(parents.size, -1, np.int32)))
                     parents = np.concatenate((parents, np.full(parents.size, -1, np.int32)))
-                if parents[place] != -1 or place == 0:
+                if parents[place] != -1:
                     fits = False
                     break
             if fits:
