@@ -174,15 +174,15 @@ def fail(message: str, status: int = 1) -> None:
 
 
 def report(message: str) -> None:
-    """Prints what rank 0 and perhaps every other rank has to say, once.
+    """Prints what rank 0 and perhaps every other rank has to say, once for all whom a launcher ends together.
 
-    Other ranks wait: where rank 0 says the same and ends, the launcher ends them too, and where it does not, theirs is
-    a fault of their own machine and says which that is.
+    Those are the processes of a node under torchrun, of a job under Slurm. Rank 0 is the first to speak, and to end;
+    others wait, each longer than the one before it on its node. Who is left to speak says where it is.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(5.0)
-        message = f"{message.rstrip()}\n  (on rank {rank}, {socket.gethostname()}; rank 0 has no such error)"
+        time.sleep(5.0 + int(os.environ.get("LOCAL_RANK", "0")))
+        message = f"{message.rstrip()}\n  (on rank {rank}, {socket.gethostname()})"
     print(message, file=sys.stderr, flush=True)
 
 

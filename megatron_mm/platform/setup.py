@@ -1,7 +1,8 @@
 """Start-up of a process: device, process group, megatron-core's parallel groups and random seeds.
 
-`initialize` is the only door: it applies the CPU platform where CUDA is absent, reads torchrun's environment (or makes
-a world of one), and creates the groups for a layout. Everything later asks megatron-core's parallel_state.
+`join` applies the CPU platform where CUDA is absent and reads torchrun's environment (or makes a world of one);
+`initialize` does so where it was not done, and creates the groups for a layout. A training run compares its processes
+between the two (training/preflight.py). Everything later asks megatron-core's parallel_state.
 """
 
 from __future__ import annotations

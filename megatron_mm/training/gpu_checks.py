@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_mm.config.load import RECIPES, dump_config, load_config
+from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
 from megatron_mm.config.schema import Config
 from megatron_mm.training.layouts import (
     GRADIENT_TOLERANCE,
@@ -93,6 +93,9 @@ class Machines:
     second: list[str] = field(default_factory=list)
     """Options of pretrain_multimodal.py for the second run of each comparison, which must then fail."""
 
+    def __post_init__(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+
     def pretrain(
         self, name: str, config: Config, *words: str, processes: int | None = None, fresh: bool = True
     ) -> list[dict]:
@@ -108,7 +111,6 @@ class Machines:
         """
         config = copy.deepcopy(config)
         config.logging.output = str(self.output / name)
-        self.output.mkdir(parents=True, exist_ok=True)
         if fresh and self.node_rank == 0:  # no process begins before those of this node do
             shutil.rmtree(self.output / name, ignore_errors=True)
         recipe, log = self.output / f"{name}-{self.node_rank}.yaml", self.output / f"{name}-{self.node_rank}.log"
@@ -134,6 +136,12 @@ class Machines:
         if self.node_rank or "--check" in words:
             return []
         return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    def changed(self, config: Config) -> Config:
+        """A recipe with the options of second runs."""
+        recipe = self.output / "second.yaml"
+        dump_config(config, recipe)
+        return parse_command_line(["--config", str(recipe), *self.second])
 
 
 def prepared(recipe: Path, steps: int, precision: str, backend: str) -> Config:
@@ -225,14 +233,14 @@ def layouts(machines: Machines, names: Sequence[str], steps: int, backend: str, 
     """Layouts against one process, on the GPUs of a node: every step's loss and every parameter's gradient, fp32."""
     config, sizes = prepared(recipe, steps, "fp32", backend), {"iterations": steps, "pool": 4, "global_batch": 16}
 
-    def run(layout: Layout) -> dict:
+    def run(config: Config, layout: Layout) -> dict:
         return launch(for_layout(config, layout, **sizes, backend=backend), layout, environment=NO_TF32)
 
-    reference = run(parse_layout("DP1"))
+    reference, config = run(config, parse_layout("DP1")), machines.changed(config)
     for layout in map(parse_layout, names):
         check = f"{layout.name} against one process, {backend}, {recipe.stem}"
         try:
-            found = compare(layout, run(layout), reference)
+            found = compare(layout, run(config, layout), reference)
         except ValueError as error:
             yield Verdict(check, False, str(error))
         else:

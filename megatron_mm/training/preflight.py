@@ -79,7 +79,7 @@ def start(config: Config, sizes: ParallelSizes) -> tuple[torch.device, Watchdog]
     """The beginning of every run: joins, compares what the processes have, makes the groups of the layout.
 
     Raises:
-        ValueError: something differs, or the checkpoint folder is not shared; the same on every process.
+        ValueError: something differs, or the checkpoint folder is not shared or writable; the same on every process.
     """
     minutes = config.parallel.distributed_timeout_minutes
     watchdog = Watchdog(Path(config.logging.output), minutes)
@@ -88,7 +88,7 @@ def start(config: Config, sizes: ParallelSizes) -> tuple[torch.device, Watchdog]
     watchdog.beat("comparing code, settings and data of the processes")
     problems = identity.check(config)
     if problems:
-        raise ValueError("\n  ".join(["the processes of this run do not have the same:", *problems]))
+        raise ValueError("\n  ".join(["processes must have the same, and share the checkpoint folder:", *problems]))
     watchdog.beat("making the groups of the layout")
     return setup.initialize(sizes, config.training.seed, timeout_minutes=minutes * 2), watchdog
 
