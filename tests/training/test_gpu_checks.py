@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
 from megatron_mm.training import gpu_checks
-from megatron_mm.training.gpu_checks import MFU, Machines, Verdict, same_curve
+from megatron_mm.training.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,16 @@ def test_bounds_of_a_curve():
     assert not next(same_curve("c", "bf16", first, curve(2.0, 1.5, float("nan")))).passed
     norms = [{**line, "grad_norm": 1.1} for line in first]
     assert [verdict.passed for verdict in same_curve("c", "fp32", first, norms)] == [True, False, True]
+
+
+def test_bounds_are_those_that_the_readme_promises():
+    found = re.search(
+        r"loss within (\S+) in fp32 and (\S+) in BF16, gradient norm within (\S+) and (\S+)\), .* MFU "
+        r"\(at least (\d+)%\) and memory \((\S+) to (\S+) of the dry run's\)",
+        " ".join((ROOT / "README.md").read_text().split()),
+    )
+    bounds = [*LOSS.values(), *GRADIENT_NORM.values(), 100 * MFU, *MEMORY]
+    assert [float(number) for number in found.groups()] == pytest.approx(bounds)
 
 
 def test_a_model_that_learns_nothing_is_no_evidence():
@@ -60,7 +72,12 @@ class Recorded(Machines):
 
 @pytest.mark.parametrize(
     ("mfu", "gib", "passed"),
-    [(0.3, 21.0, [True, True]), (MFU - 0.01, 10.0, [False, False]), (0.3, 30.0, [True, False])],
+    [
+        (MFU + 0.01, 15.1, [True, True]),
+        (MFU - 0.01, 14.9, [False, False]),
+        (0.3, 24.9, [True, True]),
+        (0.3, 25.1, [True, False]),
+    ],
 )
 def test_speed_and_memory_are_judged_where_they_are_measured(mfu, gib, passed, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_checks, "planned_memory", lambda *_: 20.0)
@@ -69,6 +86,17 @@ def test_speed_and_memory_are_judged_where_they_are_measured(mfu, gib, passed, t
     verdicts = list(gpu_checks.speed_and_memory(machines, "TP1", 1, 20))
     assert [verdict.passed for verdict in verdicts] == passed
     assert not (tmp_path / "large" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("second", "passed"), [([], True), (["--training.seed=2"], False)])
+def test_layouts_take_the_options_of_second_runs(second, passed, tmp_path, monkeypatch):
+    def launch(config, layout, environment):
+        return {"losses": [float(config.training.seed)], "norms": [1.0], "gradients": {"0/a": torch.ones(1)}}
+
+    monkeypatch.setattr(gpu_checks, "launch", launch)
+    machines = Machines(tmp_path, cuda=False, gpus=4, second=second)
+    verdicts = list(gpu_checks.layouts(machines, ["TP2", "DP2"], 4, "local", gpu_checks.SYNAPSE))
+    assert [verdict.passed for verdict in verdicts] == [passed] * 2
 
 
 def test_a_run_that_fails_is_a_check_that_fails_and_the_others_go_on():
