@@ -65,7 +65,10 @@ def test_an_environment_of_another_python_is_not_taken_for_it(make, tmp_path):
     status, said, installed = make(12)
     assert status == 1 and installed == []
     assert f"{tmp_path / 'venv'} has Python 3.11, not that of PYTHON={tmp_path / 'python3.12'}" in said
-    assert make(11, PYTHON="")[0] == 0  # nobody named one: what is there is used
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "python3.12").rename(tmp_path / "bin" / "python3")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert make(11, PYTHON="", PATH=path)[0] == 0  # nobody named one: what is there is used, not PATH's python3
 
 
 def test_an_old_python_is_refused(make):
