@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_mm.config.load import parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
-from megatron_mm.platform import setup
+from megatron_mm.platform import megatron_versions, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What only the image has.
@@ -42,6 +42,11 @@ def test_what_is_installed_are_extras_of_this_package():
     extras = set(found[1].split(","))
     known = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE))
     assert extras and extras <= known
+
+
+def test_megatron_core_is_a_release_that_was_tested():
+    (release,) = (match[1] for _, words in instructions() if (match := re.search(r"megatron-core==(\S+)", words)))
+    assert release in megatron_versions.KNOWN_RELEASES.values()
 
 
 def test_shell_lines_parse():
