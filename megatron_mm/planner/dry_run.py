@@ -294,7 +294,12 @@ def table(result: DryRun) -> str:
 
 
 def run_from_command_line(config: Config) -> None:
-    """`pretrain_multimodal.py --dry-run`: prints the table, and writes it where asked."""
+    """`pretrain_multimodal.py --dry-run`: prints the table, and writes it where asked.
+
+    Layers are always the local backend's, because Transformer Engine's kernels cannot run on meta tensors.
+    """
+    if config.model.backend == "transformer_engine":
+        config.model.backend = "auto"  # which is local here, and contradicts no switch of Transformer Engine's
     began = time.perf_counter()
     world_size = config.parallel.world_size or setup.world_size()
     print(f"dry run of {config.parallel.pipeline_model_parallel_size} pipeline stages of {world_size} processes")

@@ -5,7 +5,7 @@
 The dry run of each recipe, as its script launches it, forward and backward, with Transformer Engine's attention in
 all stages: its Python layer chooses a kernel and checks heads, formats, masks and bounds, FlashAttention's operators
 say the shapes of their results, and the layers after them must take these. Exit status 1 if a call was not
-FlashAttention's, or if a run would not say so at its start.
+FlashAttention's, or if a run would not say so at its start, or not say what has no kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from unittest import mock
 
 from tests.gpu_stack import stand_in
 
@@ -21,10 +22,12 @@ stand_in.install()
 import torch  # noqa: E402
 import tyro  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams  # noqa: E402
 
 from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.models.graph import ParallelSizes  # noqa: E402
 from megatron_mm.models.layers.attention_kernels import describe  # noqa: E402
+from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
 from megatron_mm.planner.dry_run import dry_run  # noqa: E402
 from megatron_mm.training.assembly import layer_settings  # noqa: E402
 from tests.full_recipes import FULL, launched  # noqa: E402
@@ -80,12 +83,32 @@ class _Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def says_what_has_no_kernel(cores: list[torch.nn.Module], settings: LayerSettings) -> bool:
+    """Whether start-up names calls without a kernel, and refuses attention that has none: as in fp32 before 2.11."""
+    from megatron_mm.models.layers import transformer_engine as engine
+
+    def only_unpacked(asked: AttentionParams) -> tuple:
+        return False, None, False, None, not asked.qkv_layout.startswith("thd"), None
+
+    with mock.patch.object(engine, "get_attention_backend", only_unpacked):
+        said = describe([core for core in cores if isinstance(core, engine.CoreAttention)], settings, 32)
+        try:
+            describe(cores, settings, 32)
+        except ValueError as error:
+            refused = "no kernel for attention of media of documents (" in str(error)
+        else:
+            refused = not any(isinstance(core, engine.MediaAttention) for core in cores)
+    return refused and "no kernel (packed rows)" in said
+
+
 def calls(config: Config, sizes: ParallelSizes) -> tuple[Counter, list[str]]:
     """Attention calls of one microbatch in all stages of a layout, by format and mask; what start-up says of them."""
     config = replace(config, model=replace(config.model, backend="transformer_engine", attention_backend="flash"))
     with stand_in.only_attention(), _Calls() as made:
         dry_run(config, sizes.world)
-        said = describe(made.cores, layer_settings(config, sizes, "cuda"), config.data.seq_length)
+        settings = layer_settings(config, sizes, "cuda")
+        said = describe(made.cores, settings, config.data.seq_length)
+        assert says_what_has_no_kernel(made.cores, settings)
     return made.counts, said
 
 

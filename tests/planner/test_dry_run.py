@@ -37,6 +37,10 @@ def test_small_model(tmp_path):
     assert one["stages"][0]["flops"] == pytest.approx(model_flops(graph, full_plan(config)), rel=0.05)
     assert one["stages"][0]["communicated"] == {}
 
+    fused = ["--model.backend", "transformer_engine", "--gradient-accumulation-fusion"]
+    (stage,) = run_dry(tmp_path / "r.yaml", 1, tmp_path / "fused.json", *fused)["stages"]
+    assert {**stage, "seconds": 0} == {**one["stages"][0], "seconds": 0}  # planned without it
+
     words = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     four = run_dry(tmp_path / "r.yaml", 4, tmp_path / "four.json", *words)
     own = [stage["parameters"] for stage in four["stages"]]

@@ -49,12 +49,19 @@ def test_a_model_that_learns_nothing_is_no_evidence():
 
 @pytest.mark.parametrize(("layout", "world_size"), [("TP1", 1), ("TP2xPP2+SP+distopt", 8), ("TP2+distopt", 16)])
 def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
+    setup.apply_platform()
+    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.planner.costs import total_parameters
+    from megatron_mm.training.assembly import full_plan, model_graph
+    from megatron_mm.training.node_groups import LAST_PHASE
     from tests.full_recipes import estimates
 
-    setup.apply_platform()
     config = gpu_checks.in_layout(gpu_checks.large(20, "transformer_engine"), layout, world_size)
     sizes = parallel_sizes(config, world_size)
     check(config, sizes)
+    assert config.parallel.sequence_parallel == ("SP" in layout)
+    graph = model_graph(config, ParallelSizes(), "cpu", LAST_PHASE)
+    assert total_parameters(graph, full_plan(config)) == pytest.approx(1.1e9, rel=0.05)
     assert max(estimates(config, sizes)) < 36 * 2**30
 
 

@@ -45,7 +45,7 @@ def describe(modules: Iterable[nn.Module], settings: LayerSettings, length: int)
         length: tokens of a row.
 
     Raises:
-        ValueError: Transformer Engine has no kernel for one of them.
+        ValueError: Transformer Engine has no kernel for any call of one of them.
     """
     modules, lines = list(modules), set[str]()
     lines.update(module.attention_kernel for module in modules if hasattr(module, "attention_kernel"))

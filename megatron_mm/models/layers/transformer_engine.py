@@ -82,12 +82,8 @@ class _Attention(TEDotProductAttention):
             config.params_dtype,
         )
 
-    def kernel(self, kind: str, form: str, mask: str, length: int) -> str:
-        """The kernel that a call gets, by name.
-
-        Raises:
-            ValueError: there is none.
-        """
+    def kernel(self, form: str, mask: str, length: int) -> str | None:
+        """The kernel that a call gets, by name; None: there is none."""
         heads, groups, width, dtype = self.kind
         asked = {
             "qkv_dtype": dtype,
@@ -119,11 +115,7 @@ class _Attention(TEDotProductAttention):
             return "cuDNN's fused attention"
         if unfused:
             return "Transformer Engine's unfused attention"
-        raise ValueError(
-            f"Transformer Engine has no kernel for attention of {kind} ({heads} heads, {groups} groups of {width}, "
-            f"{dtype}): install flash-attn, or change model.attention_backend, training.precision or "
-            "model.backend; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 prints its reasons"
-        )
+        return None
 
     def run(
         self,
@@ -248,13 +240,24 @@ _CALLS = {
 def kernels(modules: Iterable[nn.Module], length: int) -> set[str]:
     """What Transformer Engine will run for each kind of call of the attention in `modules`, of rows of `length` tokens.
 
+    Not every module makes every call (a tower has no packed rows), so one without a kernel is named, and refused by
+    Transformer Engine where it is made: packed rows have none in fp32 before 2.11.
+
     Raises:
-        ValueError: it has no kernel for one.
+        ValueError: a module can make no call at all.
     """
     chosen: dict[str, set[str]] = defaultdict(set)
     for core in {(type(module), module.kind): module for module in modules if isinstance(module, _Attention)}.values():
-        for kind, form, mask in _CALLS[type(core)]:
-            chosen[core.kernel(kind, form, mask, length)].add(kind)
+        found = {kind: core.kernel(form, mask, length) for kind, form, mask in _CALLS[type(core)]}
+        if not any(found.values()):
+            heads, groups, width, dtype = core.kind
+            raise ValueError(
+                f"Transformer Engine has no kernel for attention of {' or '.join(found)} ({heads} heads, "
+                f"{groups} groups of {width}, {dtype}): install flash-attn, or change model.attention_backend, "
+                "training.precision or model.backend; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 prints its reasons"
+            )
+        for kind, kernel in found.items():
+            chosen[kernel or "no kernel"].add(kind)
     return {f"{kernel} ({', '.join(sorted(kinds))})" for kernel, kinds in chosen.items()}
 
 
