@@ -3,8 +3,8 @@
 #
 #   run_and_requeue examples/SYSTEM/pretrain.sh [options of pretrain_multimodal.py]
 #
-# The pre-flight (`--check`, on the job's own nodes) costs a minute or two and names a slow GPU, a node with other code or
-# a folder that is not shared; the job then ends before it trains. CHECK=0 trains without it.
+# The pre-flight (`--check`, on the job's own nodes) costs one more start of the processes and names a slow GPU, a node
+# with other code or a folder that is not shared; the job then ends before it trains. CHECK=0 trains without it.
 #
 # Five minutes before the time limit Slurm signals the batch script alone (--signal=B:USR1@300). The script then sends
 # SIGTERM to the processes, which save and stop, and puts the job back into the queue; the run resumes when it starts

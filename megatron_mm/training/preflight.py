@@ -41,7 +41,8 @@ from megatron_mm.training.tracking import peak_tflops
 SLOW_PRODUCT = 1.3
 #: As much for a collective, which shares switches with its neighbours.
 SLOW_COLLECTIVE = 1.5
-#: Share of the data sheet's peak that a large bf16 product reaches on a healthy device (A100 and H100 reach 0.65-0.85).
+#: Share of the data sheet's peak that a large bf16 product must reach: whole training steps reach more than 0.4 of it
+#: (gpu_checks.py), and they do other work besides.
 LEAST_OF_PEAK = 0.5
 #: Share of a device's memory that must be free; what is less is another process.
 LEAST_FREE = 0.9
