@@ -143,10 +143,10 @@ def _overlap(config, sizes) -> Iterator[str]:
             )
         if config.training.precision != "bf16":
             yield f"performance.tp_comm_overlap has bf16 buffers, and training.precision is {config.training.precision}"
-        if not hasattr(config.model, "decoder"):
+        if absent := _no_decoder(config.model):
             yield (
-                f"performance.tp_comm_overlap acts in a decoder's layers, and {config.model.system} has none: towers "
-                "are not sequence-parallel, and their lengths vary, while Transformer Engine's buffers are of one size"
+                f"performance.tp_comm_overlap acts in a decoder's layers, and {absent} has none: towers are not "
+                "sequence-parallel, and their lengths vary, while Transformer Engine's buffers are of one size"
             )
 
 
@@ -170,6 +170,13 @@ def _fused(config) -> Iterator[str]:
         )
 
 
+def _no_decoder(model) -> str:
+    """What keeps a decoder's switches from acting, as the one who has no decoder; empty where there is one."""
+    if not hasattr(model, "decoder"):
+        return model.system
+    return "model.phase mae" if getattr(model, "phase", "joint") == "mae" else ""
+
+
 def _fp8(config, sizes) -> Iterator[str]:
     performance, training = config.performance, config.training
     if performance.fp8_format == "none":
@@ -185,10 +192,10 @@ def _fp8(config, sizes) -> Iterator[str]:
             "that run, and run again, by themselves would disturb; use tensorwise, blockwise or mxfp8"
         )
         return
-    if not hasattr(config.model, "decoder"):
+    if absent := _no_decoder(config.model):
         yield (
-            f"{where}: it acts in a decoder's layers, and {config.model.system} has none (towers have lengths that FP8 "
-            "matrix products do not take)"
+            f"{where}: it acts in a decoder's layers, and {absent} has none (towers have lengths that FP8 matrix "
+            "products do not take)"
         )
         return
     multiple, decoder = _FP8_MULTIPLE[performance.fp8_recipe], config.model.decoder
@@ -199,6 +206,9 @@ def _fp8(config, sizes) -> Iterator[str]:
                        multiple * sizes.tp)  # fmt: skip
     yield from divides(f"{where}; model.decoder.ffn_hidden_size", decoder.ffn_hidden_size, "TP x what FP8 needs",
                        multiple * sizes.tp)  # fmt: skip
+    keys = decoder.num_query_groups * (decoder.hidden_size // max(1, decoder.num_attention_heads))
+    yield from divides(f"{where}; the width of model.decoder's queries, keys and values",
+                       decoder.hidden_size + 2 * keys, "TP x what FP8 needs", multiple * sizes.tp)  # fmt: skip
 
 
 def _memory(config) -> Iterator[str]:

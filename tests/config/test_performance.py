@@ -11,7 +11,7 @@ from megatron_mm.config.load import RECIPES, parse_command_line
 from megatron_mm.config.performance import Device
 from megatron_mm.config.validate import check, check_device, parallel_sizes
 from tests.full_recipes import FULL, launched
-from tests.recipes import small_config, small_dual_encoder
+from tests.recipes import small_config, small_dual_encoder, small_vlm
 
 A100, H100, CPU = Device("NVIDIA A100-SXM4-80GB", (8, 0)), Device("NVIDIA H100", (9, 0)), Device("a CPU", None)
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -75,6 +75,8 @@ def test_megatrons_names():
         (configured({"fp8_format": "hybrid"}), "fp8_format is hybrid, which needs training.precision bf16"),
         (configured({"fp8_format": "e4m3"}, backend="local", training=BF16), "add --fp8-format none"),
         (configured({"fp8_format": "e4m3"}, small_dual_encoder(), training=BF16), "and dual_encoder has none"),
+        (configured({"fp8_format": "e4m3"}, small_vlm(phase="mae"), training=BF16), "and model.phase mae has none"),
+        (configured({"tp_comm_overlap": True}, small_vlm(phase="mae"), parallel=TP), "and model.phase mae has none"),
         (configured({"fp8_recipe": "mxfp8"}), "fp8_recipe is mxfp8, and fp8_format is none"),
         (configured({"fp8_format": "e4m3", "fp8_recipe": "delayed"}, training=BF16), "use tensorwise, blockwise or"),
         (
@@ -91,6 +93,12 @@ def test_megatrons_names():
 )  # fmt: skip
 def test_contradictions_are_refused_by_name(config, message):
     assert message in refused(config)
+
+
+def test_fp8_asks_for_the_width_of_queries_keys_and_values():
+    config = configured({"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}, training=BF16)
+    config.model.decoder.num_attention_heads, config.model.decoder.num_query_groups = 8, 1
+    assert "queries, keys and values is 80, which does not divide by TP x what FP8 needs = 32" in refused(config)
 
 
 def test_all_contradictions_are_named_at_once():

@@ -40,7 +40,7 @@ def test_a_step_is_the_same(recompute, monkeypatch):
     assert 0 < few[2] < more[2]
 
 
-def test_weights_and_small_tensors_stay_and_what_is_saved_twice_moves_once(monkeypatch):
+def test_weights_and_small_tensors_stay_and_what_is_saved_twice_counts_once(monkeypatch):
     monkeypatch.setattr(offload, "MIN_BYTES", 400)
     linear, small = torch.nn.Linear(16, 16), torch.randn(2, 16, requires_grad=True)
     inputs = torch.randn(8, 16, requires_grad=True)
@@ -48,6 +48,7 @@ def test_weights_and_small_tensors_stay_and_what_is_saved_twice_moves_once(monke
         hidden = linear(inputs).exp()  # saves its result
         total = (hidden * hidden).sum() + (small * small).sum()
     assert moved.moved == 2 * 8 * 16 * 4  # the inputs and the hidden values; neither the weight nor the small tensor
+    assert moved.stayed == 2 * 16 * 4  # which is saved twice, and held once
     total.backward()
     plain = inputs.detach().clone().requires_grad_()
     linear(plain).exp().square().sum().backward()
@@ -55,13 +56,31 @@ def test_weights_and_small_tensors_stay_and_what_is_saved_twice_moves_once(monke
 
 
 def test_what_is_changed_in_place_is_kept_as_it_was(monkeypatch):
+    """As it was when it was saved: under two numbers of its version, or behind autograd's back."""
     monkeypatch.setattr(offload, "MIN_BYTES", 1)
-    values = torch.randn(4, requires_grad=True)
+    values = torch.arange(4.0)
+    first, second, third = (torch.ones(4, requires_grad=True) for _ in range(3))
+    with offload.Offload(torch.nn.Identity()):
+        total = (values * first).sum()
+        values.add_(10.0)
+        total = total + (values * second).sum()
+        squares = third * 2.0
+        total = total + (squares * squares).sum()
+    squares.data.zero_()
+    total.backward()
+    assert first.grad.tolist() == [0.0, 1.0, 2.0, 3.0] and second.grad.tolist() == [10.0, 11.0, 12.0, 13.0]
+    assert third.grad.tolist() == [8.0] * 4
+
+
+def test_parts_of_one_tensor_are_told_apart(monkeypatch):
+    """By where they begin and how they are strided."""
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    whole = torch.arange(8.0)
+    weights = [torch.ones(2, 2, requires_grad=True) for _ in range(3)]
+    parts = [whole[:4].view(2, 2), whole[4:].view(2, 2), whole[:4].view(2, 2).T]
     with offload.Offload(torch.nn.Identity()) as moved:
-        first = values * 2.0
-        one = first.exp()
-        first.data.zero_()  # the result of exp is what it saved
-        two = (one * one).sum()
-    two.backward()
-    torch.testing.assert_close(values.grad, 4.0 * (4.0 * values.detach()).exp())
-    assert moved.moved == 4 * 4
+        total = sum((part * weight).sum() for part, weight in zip(parts, weights))
+    total.backward()
+    for part, weight in zip(parts, weights):
+        assert torch.equal(weight.grad, part)
+    assert moved.moved == 3 * 4 * 4

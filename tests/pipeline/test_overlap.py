@@ -46,7 +46,7 @@ def test_a_checkpoint_has_the_weights_of_the_step(train_in_processes, tmp_path):
 
 
 def events(case: Case, monkeypatch) -> list[str]:
-    """What happens in one step, in order: `start FIRST-NODE` of buckets, `end` of the backward pass."""
+    """What happens in two steps, in order: `start FIRST-NODE` of buckets, `end` of the backward pass."""
     setup.initialize(ParallelSizes(), seed=5)
     seen: list[str] = []
     start, finish = overlap._Bucket.start, overlap.GradientReduction.finish
@@ -62,17 +62,19 @@ def events(case: Case, monkeypatch) -> list[str]:
     monkeypatch.setattr(overlap._Bucket, "start", started)
     monkeypatch.setattr(overlap.GradientReduction, "finish", finished)
     pipeline, optimizer, _ = build(case)
-    optimizer.zero_grad()
-    run_batch(pipeline, microbatches_of(case, 0, ParallelSizes()))
+    for number in range(2):
+        optimizer.zero_grad()
+        run_batch(pipeline, microbatches_of(case, number, ParallelSizes()))
     return seen
 
 
 @pytest.mark.parametrize("task", [False, True])
 def test_buckets_start_during_the_last_backward_pass_last_nodes_first(task, monkeypatch):
-    """In the first step too, and whether the last microbatch uses the head or not."""
+    """In every step, and whether the last microbatch uses the head or not."""
     seen = events(Case("DP1+reduce", task=task), monkeypatch)
-    assert seen.index("end") == len(seen) - 1 and len(seen) > 4
-    firsts = [int(event.split()[1]) for event in seen[:-1]]
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert first == second and first.index("end") == len(first) - 1 and len(first) > 4
+    firsts = [int(event.split()[1]) for event in first[:-1]]
     assert firsts == sorted(firsts, reverse=True) and len(set(firsts)) > 3
 
 
