@@ -83,6 +83,10 @@ def test_megatrons_names():
             configured({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, training=BF16),
             "model.decoder.hidden_size is 64, which does not divide by TP x what FP8 needs = 128",
         ),
+        (
+            configured({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, training={**BF16, "micro_batch_size": 3}),
+            "tokens of a microbatch on one process is 96, which does not divide by what FP8 needs = 128",
+        ),
         (configured({"cuda_graph_impl": "local"}), "microbatches differ in documents, media and task"),
         (configured({"cpu_offloading_num_layers": -1}), "cpu_offloading_num_layers is -1"),
         (configured({}, parallel={"recompute_method": "block", "recompute_granularity": "full"}), "name uniform"),

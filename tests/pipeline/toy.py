@@ -325,7 +325,8 @@ def train(case: Case) -> dict:
         found["named"].append(result.losses)
         found["counts"].append(result.counts)
         found["norms"].append(norm)
-        found["agree"].append(copies_agree(pipeline))
+        if not case.save:  # a checkpoint must wait for the weights itself
+            found["agree"].append(copies_agree(pipeline))
     if case.save:
         done = position.iteration + case.steps
         position = checkpoint.Position(done, done * case.global_batch)
