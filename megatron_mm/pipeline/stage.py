@@ -166,7 +166,7 @@ class PipelineChunk(MegatronModule):
             self.before_node(module)
         learns = any(tensor.requires_grad for tensor in inputs)
         with contextlib.nullcontext() if node.trainable or learns else torch.no_grad():
-            if node.name not in self.offloaded or not torch.is_grad_enabled():
+            if node.name not in self.offloaded:
                 return self._apply(node, module, inputs, context, learns)
             with Offload(module) as offload:
                 written = self._apply(node, module, inputs, context, learns)

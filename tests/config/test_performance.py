@@ -115,7 +115,12 @@ def test_a_device_that_lacks_it_is_named():
     with pytest.raises(ValueError, match=r"needs compute capability 8\.9, and NVIDIA A100-SXM4-80GB has 8\.0"):
         check_device(fp8, A100)
     check_device(fp8, H100)
-    check_device(fp8, Device("NVIDIA L40S", (8, 9)))
+    l40s = Device("NVIDIA L40S", (8, 9))
+    check_device(fp8, l40s)
+    fp8.performance.fp8_recipe = "blockwise"
+    check_device(fp8, H100)
+    with pytest.raises(ValueError, match=r"needs compute capability 9\.0, and NVIDIA L40S has 8\.9"):
+        check_device(fp8, l40s)
     fp8.performance.fp8_recipe = "mxfp8"
     with pytest.raises(ValueError, match=r"needs compute capability 10\.0, and NVIDIA H100 has 9\.0"):
         check_device(fp8, H100)

@@ -1,12 +1,13 @@
 """Cross-entropy over a vocabulary shared by tensor-parallel processes, plain and fused; under torchrun or alone.
 
-Writes the losses and the gradient of each kind as rank 0 sees its part of the vocabulary.
+Writes the losses, the gradient and the number of reductions of each kind as rank 0 sees its part of the vocabulary.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from unittest import mock
 
 import torch
 
@@ -16,8 +17,8 @@ from megatron_mm.platform import setup
 TOKENS, VOCABULARY = 12, 32
 
 
-def figures() -> dict[str, dict[str, torch.Tensor]]:
-    """Losses and gradients by kind, in bf16."""
+def figures() -> dict[str, dict]:
+    """Losses, gradients and reductions by kind, in bf16."""
     from megatron.core import parallel_state
 
     from megatron_mm.objectives.cross_entropy import token_cross_entropy
@@ -32,9 +33,10 @@ def figures() -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for kind in ("plain", "native"):
         logits = own.to(torch.bfloat16).clone().requires_grad_()
-        losses = token_cross_entropy(logits * 1.0, labels, kind)
-        (losses * weights).sum().backward()
-        found[kind] = {"losses": losses.detach(), "gradient": logits.grad}
+        with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as reduced:
+            losses = token_cross_entropy(logits * 1.0, labels, kind)
+            (losses * weights).sum().backward()
+        found[kind] = {"losses": losses.detach(), "gradient": logits.grad, "reductions": reduced.call_count}
     return found
 
 

@@ -1,9 +1,13 @@
 """The fused cross-entropy against the plain one in bf16: the same bits, alone and over a shared vocabulary."""
 
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch.nn import functional
 
 from megatron_mm.config.performance import PerformanceConfig
@@ -12,6 +16,7 @@ from megatron_mm.models.graph import ForwardContext, ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 from megatron_mm.objectives import causal_lm
+from megatron_mm.objectives.cross_entropy import token_cross_entropy
 from megatron_mm.platform import setup
 from tests.objectives import fused_case
 from tests.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
@@ -22,6 +27,7 @@ def assert_same(found: dict) -> None:
     assert fused["losses"].dtype == torch.float32 and fused["gradient"].dtype == torch.bfloat16
     torch.testing.assert_close(fused["losses"], plain["losses"], rtol=1e-6, atol=1e-6)
     assert torch.equal(fused["gradient"], plain["gradient"]) and plain["gradient"].abs().sum() > 1
+    assert (plain["reductions"], fused["reductions"]) == (3, 2)  # the maximum; then two sums, or both at once
 
 
 def test_one_process():
@@ -32,6 +38,17 @@ def test_one_process():
     labels = torch.randint(0, fused_case.VOCABULARY, (fused_case.TOKENS, 1), generator=generator)
     truth = functional.cross_entropy(logits[:, 0].bfloat16().float(), labels[:, 0], reduction="none")
     torch.testing.assert_close(found["native"]["losses"][:, 0], truth, rtol=1e-5, atol=1e-5)
+
+
+def test_transformer_engines_kernel_is_for_cuda(monkeypatch):
+    """A stand-in for logits on a GPU reaches it; others, of a dry run, do not."""
+    setup.initialize(ParallelSizes(), seed=1)
+    kernel = SimpleNamespace(te_parallel_cross_entropy=lambda *given: given)
+    monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", kernel)
+    logits, labels = SimpleNamespace(is_cuda=True), torch.zeros(2, 1, dtype=torch.int64)
+    group = get_tensor_model_parallel_group()
+    assert token_cross_entropy(logits, labels, "te") == (logits, labels, group)
+    assert token_cross_entropy(torch.zeros(2, 1, 4), labels, "te").flatten().tolist() == pytest.approx([math.log(4.0)] * 2)
 
 
 def test_two_processes_share_the_vocabulary(tmp_path):

@@ -84,3 +84,12 @@ def test_parts_of_one_tensor_are_told_apart(monkeypatch):
     for part, weight in zip(parts, weights):
         assert torch.equal(weight.grad, part)
     assert moved.moved == 3 * 4 * 4
+
+
+def test_a_tensor_in_the_place_of_one_that_is_gone_is_another(monkeypatch):
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    weights = [torch.ones(4, requires_grad=True) for _ in range(8)]
+    with offload.Offload(torch.nn.Identity()):
+        total = sum((torch.full((4,), float(number)) * weight).sum() for number, weight in enumerate(weights))
+    total.backward()
+    assert [weight.grad.tolist() for weight in weights] == [[float(number)] * 4 for number in range(8)]

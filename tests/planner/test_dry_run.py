@@ -67,6 +67,28 @@ def test_activations_on_the_host_leave_the_device(tmp_path):
     assert 0.3 * some["host_bytes"] < none["activation_bytes"] - some["activation_bytes"] <= some["host_bytes"]
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute, monkeypatch):
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()
+    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.pipeline import offload
+    from megatron_mm.planner.dry_run import dry_run
+
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    config = small_config()
+    config.parallel.recompute_granularity = recompute
+
+    def memory(layers: int) -> tuple[float, int]:
+        config.performance.cpu_offloading_num_layers = layers
+        return estimates(config, ParallelSizes())[0], dry_run(config, 1).stages[0].memory_bytes
+
+    before, after = memory(0), memory(4)
+    assert before[1] - after[1] > 1e4
+    assert before[0] - after[0] == pytest.approx(before[1] - after[1], rel=0.1)
+
+
 def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_path):
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
     from megatron_mm.platform import setup
