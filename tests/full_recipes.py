@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
@@ -45,6 +46,15 @@ def launched(name: str, phase: str = "joint", *options: str) -> tuple[Config, Pa
     setup.apply_platform()
     config = parse_command_line(words(name, "--dry-run", *options, PHASE=phase))
     return config, parallel_sizes(config, config.parallel.world_size)
+
+
+def dry_run(name: str, phase: str, output: Path) -> dict:
+    """What the script of a full recipe finds in a dry run, at the number of GPUs of its recipe."""
+    command = [script(name), "--dry-run", "--dry-run-json", output]
+    environment = {**os.environ, "PHASE": phase}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(output.read_text())
 
 
 def estimates(config: Config, sizes: ParallelSizes) -> list[float]:

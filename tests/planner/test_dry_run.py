@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from megatron_mm.config.load import RECIPES, dump_config
-from tests.full_recipes import PHASES, estimates, launched
+from megatron_mm.config.load import dump_config
+from tests.full_recipes import PHASES, dry_run, estimates, launched
 from tests.recipes import small_config, small_perceiver_fusion
 
 
@@ -74,7 +74,7 @@ def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute,
     setup.apply_platform()
     from megatron_mm.models.graph import ParallelSizes
     from megatron_mm.pipeline import offload
-    from megatron_mm.planner.dry_run import dry_run
+    from megatron_mm.planner import dry_run as planner
 
     monkeypatch.setattr(offload, "MIN_BYTES", 1)
     config = small_config()
@@ -82,7 +82,7 @@ def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute,
 
     def memory(layers: int) -> tuple[float, int]:
         config.performance.cpu_offloading_num_layers = layers
-        return estimates(config, ParallelSizes())[0], dry_run(config, 1).stages[0].memory_bytes
+        return estimates(config, ParallelSizes())[0], planner.dry_run(config, 1).stages[0].memory_bytes
 
     before, after = memory(0), memory(4)
     assert before[1] - after[1] > 1e4
@@ -115,8 +115,8 @@ def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_pa
 
 @pytest.mark.slow
 def test_synapse_70b_on_256_processes(tmp_path):
-    """70.4B parameters; every stage under 80 GB; the slowest at most 1.10 x the mean; the stages' shards add up."""
-    result = run_dry(RECIPES / "synapse-70b.yaml", 256, tmp_path / "70b.json")
+    """By its script: 70.4B parameters; stages under 80 GB, the slowest at most 1.10 x the mean; shards that add up."""
+    result = dry_run("synapse-70b", "joint", tmp_path / "70b.json")
     assert f"{result['total_parameters'] / 1e9:.1f}" == "70.4"
     assert len(result["stages"]) == 8
     assert all(stage["memory_bytes"] < 80e9 for stage in result["stages"])
