@@ -58,16 +58,19 @@ def main() -> None:
     gpus = arguments.gpus or (torch.cuda.device_count() if cuda else 4)
     if arguments.what == "node" and gpus < 4:
         fail(f"--gpus is {gpus}; `node` needs at least 4 (`one` checks a single GPU)", status=2)
-    machines = gpu_checks.Machines(
-        arguments.output.resolve(),
-        cuda,
-        gpus,
-        arguments.nodes if arguments.what == "two-nodes" else 1,
-        arguments.node_rank,
-        arguments.master_addr,
-        arguments.master_port,
-        [f"--{option}" for option in arguments.second],
-    )
+    try:
+        machines = gpu_checks.Machines(
+            arguments.output.resolve(),
+            cuda,
+            gpus,
+            arguments.nodes if arguments.what == "two-nodes" else 1,
+            arguments.node_rank,
+            arguments.master_addr,
+            arguments.master_port,
+            [f"--{option}" for option in arguments.second],
+        )
+    except ValueError as error:
+        fail(str(error), status=2)
     first = arguments.node_rank == 0
     if first:
         where = torch.cuda.get_device_name() if cuda else "no CUDA: local backend, gloo; this says nothing about a GPU"

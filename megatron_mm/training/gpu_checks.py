@@ -26,12 +26,16 @@ import json
 import math
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
 from megatron_mm.config.schema import Config
@@ -91,11 +95,28 @@ class Machines:
     node_rank: int = 0
     master: str = "localhost"
     port: int = 29500
+    """Of the first node: the nodes agree over it, and runs take one of the next ten."""
     second: list[str] = field(default_factory=list)
     """Options of pretrain_multimodal.py for the second run of each comparison, which must then fail."""
 
     def __post_init__(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        self._runs = 0
+        if self.nodes > 1:
+            first, patience = self.node_rank == 0, timedelta(minutes=30)
+            if first and not _is_free(self.port):
+                raise ValueError(f"port {self.port} of this node is taken: set --master-port, the same on every node")
+            self._store = TCPStore(self.master, self.port, None, first, patience, wait_for_workers=False)
+
+    def _agreed_port(self) -> int:
+        """A free port of the first node for the next run of all nodes: the first chooses, the others are told."""
+        self._runs += 1
+        if self.node_rank == 0:  # begins one further each time: what ran last may still be leaving
+            candidates = [self.port + 1 + (self._runs + offset) % 10 for offset in range(10)]
+            self._store.set(f"port {self._runs}", str(next(filter(_is_free, candidates), 0)))
+        if port := int(self._store.get(f"port {self._runs}")):
+            return port
+        raise ValueError(f"ports {self.port + 1} to {self.port + 10} of {self.master} are taken: set --master-port")
 
     def pretrain(
         self, name: str, config: Config, *words: str, processes: int | None = None, fresh: bool = True
@@ -120,9 +141,8 @@ class Machines:
         if processes or self.nodes == 1:
             command.append("--standalone")
         else:
-            self.port += 1  # that of the run before may still be taken
             command += ["--nnodes", str(self.nodes), "--node-rank", str(self.node_rank), "--rdzv-backend", "static"]
-            command += ["--master-addr", self.master, "--master-port", str(self.port)]
+            command += ["--master-addr", self.master, "--master-port", str(self._agreed_port())]
         command += ["pretrain_multimodal.py", "--config", str(recipe), *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not self.cuda else dict(os.environ)
         if config.training.precision == "fp32":
@@ -130,9 +150,7 @@ class Machines:
         with log.open("w") as file:
             status = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False).returncode
         if status:
-            lines = log.read_text().splitlines()
-            said = [line for line in lines if line.startswith(("error", "  ")) and not line.startswith("  File")]
-            raise ValueError(f"{name} failed: {' '.join(' '.join(said[:4] or lines[-3:]).split())} ({log})")
+            raise ValueError(f"{name} failed: {_reason(log)} ({log})")
         metrics = self.output / name / "metrics.jsonl"
         if self.node_rank or "--check" in words:
             return []
@@ -143,6 +161,24 @@ class Machines:
         recipe = self.output / "second.yaml"
         dump_config(config, recipe)
         return parse_command_line(["--config", str(recipe), *self.second])
+
+
+def _is_free(port: int) -> bool:
+    """Whether a server could listen on the port of this machine now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's stores do
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _reason(log: Path) -> str:
+    """The errors in a run's output, or else its end, on one line."""
+    lines = log.read_text().splitlines()
+    first = next((number for number, line in enumerate(lines) if line.startswith("error")), len(lines) - 3)
+    return " ".join(" ".join(lines[max(0, first) :][:4]).split())
 
 
 def prepared(recipe: Path, steps: int, precision: str, backend: str) -> Config:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_a_node_runs_here(tmp_path):
 @pytest.mark.slow
 def test_two_nodes_run_here_as_two_programs(tmp_path):
     """Two launchers of a process each on this machine: pipeline stages and data parallel between them."""
-    words = ["two-nodes", "--steps", 4, "--gpus", 1, "--output", tmp_path, "--master-port", 20000 + os.getpid() % 20000]
+    port = 20000 + os.getpid() % 10000  # below those that the system gives to others
+    taken = socket.create_server(("", port + 2))  # by something else: another of the ten is used
+    words = ["two-nodes", "--steps", 4, "--gpus", 1, "--output", tmp_path, "--master-port", port]
     second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     done = run(*words, "--node-rank", 0)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -166,9 +169,14 @@ def test_two_nodes_run_here_as_two_programs(tmp_path):
     metrics = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
     assert "resumed from" in (tmp_path / "resumed-0.log").read_text()
+    taken.close()
 
 
 def test_usage_is_refused_by_name():
     done = run("node", "--gpus", 2)
     assert done.returncode == 2 and "error: --gpus is 2; `node` needs at least 4" in done.stderr
     assert run("one", "--steps", 3).returncode == 2
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("two-nodes", "--master-port", port)
+    assert done.returncode == 2 and f"error: port {port} of this node is taken: set --master-port" in done.stderr
