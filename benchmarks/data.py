@@ -1,6 +1,6 @@
 """Speed and memory of the data path beside its peers, on the same data, cores and number of workers.
 
-    python benchmarks/data.py [--cases text memory order images loader] [--json FILE]
+    python benchmarks/data.py [--cases text memory order images loader] [--text FILE.jsonl] [--json FILE]
 
     text     tools/preprocess_data.py against Megatron-LM's script and SentencePiece's own batch encoding; same bytes
     memory   peak memory of text preprocessing on a small and a twenty times larger corpus
@@ -40,6 +40,8 @@ class Arguments:
     """Corpora, peers and what is built."""
     megatron_lm: Path | None = None
     """Checkout of Megatron-LM, core_v0.16.1."""
+    text: Path | None = None
+    """JSONL for the case of that name in place of the dictionaries; its tokenizers are trained on it."""
     workers: int = 2
     """Worker processes of every side."""
     repeats: int = 3

@@ -54,14 +54,14 @@ def text(folder: Path, smoke: bool) -> Path:
     return path
 
 
-def tokenizer(folder: Path, kind: str, smoke: bool, pieces: int = 32000) -> Path:
-    """A SentencePiece model of the documents; of at most 1,000 pieces in a smoke run."""
+def tokenizer(folder: Path, kind: str, smoke: bool, pieces: int = 32000, corpus: Path | None = None) -> Path:
+    """A SentencePiece model of the documents, or of another corpus; of at most 1,000 pieces in a smoke run."""
     from megatron_mm.data.train_tokenizer import train_tokenizer
 
     pieces = min(pieces, 1000) if smoke else pieces
-    path = folder / f"{kind}-{pieces}.model"
-    if not path.exists():
-        train_tokenizer([str(text(folder, smoke))], str(path), pieces, kind, max_sentences=100000)
+    path = folder / f"{kind}-{pieces}{'-other' if corpus else ''}.model"
+    if corpus or not path.exists():
+        train_tokenizer([str(corpus or text(folder, smoke))], str(path), pieces, kind, max_sentences=100000)
     return path
 
 

@@ -53,13 +53,13 @@ def _seconds(command: list[str], **environment: str) -> float:
 
 def run(arguments: Arguments) -> Iterator[Figure]:
     """Whole commands and encoders, for a BPE and a unigram model."""
-    path, checkout = corpora.text(arguments.folder, arguments.smoke), megatron_lm(arguments)
+    path, checkout = arguments.text or corpora.text(arguments.folder, arguments.smoke), megatron_lm(arguments)
     one = arguments.folder / "one.jsonl"  # what a command takes before its first document
     one.write_text(json.dumps({"text": "one"}) + "\n")
     workers, work = str(arguments.workers), arguments.folder / "work"
     work.mkdir(exist_ok=True)
     for kind in ("bpe", "unigram"):
-        model = str(corpora.tokenizer(arguments.folder, kind, arguments.smoke))
+        model = str(corpora.tokenizer(arguments.folder, kind, arguments.smoke, corpus=arguments.text))
         common = ["--tokenizer-model", model, "--append-eod", "--workers", workers]
         ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *common, "--overwrite"]
         sides = {"ours": (ours, {"PYTHONPATH": str(ROOT)})}

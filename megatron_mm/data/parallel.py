@@ -35,6 +35,8 @@ class LineBlock:
     first_line: int
     """Number of the first line, from 1."""
     data: bytes
+    lines: int
+    """Line ends in it."""
     end: int
     """Bytes of the file read so far, compressed bytes for compressed input; for progress bars."""
 
@@ -73,15 +75,18 @@ def line_blocks(
                     break
                 lines.append(line)
                 size += len(line)
-            data, count = b"".join(lines), len(lines)
+            data = b"".join(lines)
+            count = data.count(LINE_END)
         else:
             data = stream.read(block_bytes)
-            if data and not data.endswith(b"\n"):
-                data += read_line(stream, max_line, f"{path}, line {first + data.count(LINE_END)}")
             count = data.count(LINE_END)
+            if data and not data.endswith(LINE_END):
+                rest = read_line(stream, max_line, f"{path}, line {first + count}")
+                data += rest
+                count += rest.endswith(LINE_END)
         if not data:
             return
-        yield LineBlock(path, first, data, raw.tell())
+        yield LineBlock(path, first, data, count, raw.tell())
         first += count
 
 

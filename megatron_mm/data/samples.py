@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import orjson
 
 from megatron_mm.data.encoding import KEEP, Encoding, encode_medium
 from megatron_mm.data.errors import DataError
@@ -55,7 +56,10 @@ def parse_line(line: bytes, where: str) -> dict:
         DataError: not UTF-8, not JSON, or not an object; the message begins with `where`.
     """
     try:
-        record = json.loads(line)
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:  # Python's reader takes more (NaN, half surrogate pairs), and says where
+            record = json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:

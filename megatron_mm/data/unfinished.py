@@ -78,7 +78,7 @@ class Source:
 
     def took(self, block: LineBlock) -> None:
         """A block of its lines was built."""
-        self.line = block.first_line + block.data.count(b"\n")
+        self.line = block.first_line + block.lines
         self.offset += len(block.data)
         self.checksum = zlib.crc32(block.data, self.checksum)
 

@@ -22,11 +22,17 @@ from numba import njit
 #: bytes and ids (begin · 2²⁴ + size, or -1); and the largest score of the words before with which the ids hold, or -1.
 _KEY0, _KEY1, _KEY2, _KEY_SIZE, _KEY, _NORM, _IDS, _LIMIT = range(8)
 _INLINE = 24
-_SIZE = (1 << 24) - 1
+_LOW = (1 << 24) - 1
 #: `Words.used`: what is in use of the arrays.
 _USED_WORDS, _USED_KEYS, _USED_NORMS, _USED_IDS = range(4)
 #: What `scan` makes of a byte.
 OTHER, PLAIN, SPACE = range(3)
+#: What a word of a normalised text is.
+WHOLE = 3
+#: Words that are looked up at a time, and columns of what is held of each: where it begins in the texts, its size, its
+#: slot, its first bytes, and of which kind it is.
+_AHEAD = 64
+_BEGIN, _SIZE, _SLOT, _FIRST, _SECOND, _THIRD, _KIND = range(7)
 #: Bytes behind the texts that `scan` may read.
 PADDING = 32
 #: BPE words of more characters are SentencePiece's; unigram words of more bytes are encoded each time they come.
@@ -94,11 +100,11 @@ class Words(NamedTuple):
     def norm_sizes(self, first: int) -> np.ndarray:
         """Normalised bytes of the words from `first` on; -1 where they are not there yet."""
         norms = self.records[first : self.count, _NORM]
-        return np.where(norms < 0, -1, norms & _SIZE)
+        return np.where(norms < 0, -1, norms & _LOW)
 
     def norm(self, word: int) -> bytes:
         """Normalised bytes of a word."""
-        start, size = divmod(int(self.records[word, _NORM]), _SIZE + 1)
+        start, size = divmod(int(self.records[word, _NORM]), _LOW + 1)
         return self.norms[start : start + size].tobytes()
 
     def set_norm(self, word: int, norm: bytes) -> None:
@@ -206,6 +212,68 @@ def _eight(lines, i, size):
 
 
 @njit(cache=True)
+def _look_up(ahead, data, words, found):
+    """Words of the rows of `ahead`, into `found`; new ones are added.
+
+    Rows are first looked up side by side, so that the processor waits for many places of the table at once: most of
+    the time of `scan` would else be waiting for one after the other.
+    """
+    slots, records, keys, norms, _, used = words
+    last = slots.size - 1
+    for j in range(found.size):
+        found[j] = slots[ahead[j, _SLOT]]
+    hits = np.empty(found.size, np.bool_)
+    for j in range(found.size):
+        word = max(found[j], 0)
+        hits[j] = (
+            (found[j] >= 0)
+            & (ahead[j, _SIZE] <= _INLINE)
+            & (records[word, _KEY_SIZE] == ahead[j, _SIZE])
+            & (records[word, _KEY0] == ahead[j, _FIRST])
+            & (records[word, _KEY1] == ahead[j, _SECOND])
+            & (records[word, _KEY2] == ahead[j, _THIRD])
+        )
+    for j in range(found.size):
+        if hits[j]:
+            continue
+        begin, size, slot, kind = ahead[j, _BEGIN], ahead[j, _SIZE], ahead[j, _SLOT], ahead[j, _KIND]
+        first, second, third = ahead[j, _FIRST], ahead[j, _SECOND], ahead[j, _THIRD]
+        word = np.int32(-1)
+        while slots[slot] >= 0:
+            word = slots[slot]
+            if (
+                records[word, _KEY0] == first
+                and records[word, _KEY1] == second
+                and records[word, _KEY2] == third
+                and records[word, _KEY_SIZE] == size
+            ):
+                at = _INLINE
+                while at < size and keys[records[word, _KEY] + at] == data[begin + at]:
+                    at += 1
+                if at >= size:
+                    break
+            slot = (slot + 1) & last
+        if slots[slot] < 0:
+            word, key = np.int32(used[_USED_WORDS]), used[_USED_KEYS]
+            slots[slot] = word
+            keys[key : key + size] = data[begin : begin + size]
+            used[_USED_WORDS] += 1
+            used[_USED_KEYS] += size
+            records[word, _KEY0], records[word, _KEY1], records[word, _KEY2] = first, second, third
+            records[word, _KEY_SIZE], records[word, _KEY] = size, key
+            records[word, _NORM] = records[word, _IDS] = -1
+            if kind != OTHER:
+                at = start = used[_USED_NORMS]
+                if kind == PLAIN:
+                    norms[at], norms[at + 1], norms[at + 2] = 0xE2, 0x96, 0x81
+                    at += 3
+                norms[at : at + size] = data[begin : begin + size]
+                used[_USED_NORMS] = at + size
+                records[word, _NORM] = (start << 24) + (at + size - start)
+        found[j] = word
+
+
+@njit(cache=True)
 def scan(data, bounds, kinds, normalised, words):
     """Words of texts, as they stand in them.
 
@@ -221,11 +289,11 @@ def scan(data, bounds, kinds, normalised, words):
     found = np.empty(data.size // 2 + bounds.size, np.int32)
     counts = np.zeros(bounds.size - 1, np.int64)
     lines = data.view(np.uint64)
-    slots, records, keys, norms, _, used = words
-    last = slots.size - 1
+    last = words.slots.size - 1
+    ahead, held = np.empty((_AHEAD, 8), np.int64), 0
     total = 0
     for text in range(bounds.size - 1):
-        i, end, before, whole = bounds[text], bounds[text + 1], total, normalised[text]
+        i, end, before, whole = bounds[text], bounds[text + 1], total + held, normalised[text]
         while True:
             while i < end and not whole and kinds[data[i]] == SPACE:
                 i += 1
@@ -252,43 +320,18 @@ def scan(data, bounds, kinds, normalised, words):
                 hashed = (hashed ^ (hashed >> 32) ^ third) * -7046029254386353131
                 for at in range(begin + _INLINE, i):
                     hashed = (hashed ^ np.int64(data[at])) * 1099511628211
-            slot = (hashed ^ (hashed >> 29)) >> 8 & last
-            word = np.int32(-1)
-            while slots[slot] >= 0:
-                word = slots[slot]
-                if (
-                    records[word, _KEY0] == first
-                    and records[word, _KEY1] == second
-                    and records[word, _KEY2] == third
-                    and records[word, _KEY_SIZE] == size
-                ):
-                    at, key = begin + _INLINE, records[word, _KEY] + _INLINE
-                    while at < i and keys[key] == data[at]:
-                        at, key = at + 1, key + 1
-                    if at >= i:
-                        break
-                slot = (slot + 1) & last
-            if slots[slot] < 0:
-                word, key = np.int32(used[_USED_WORDS]), used[_USED_KEYS]
-                slots[slot] = word
-                keys[key : key + size] = data[begin:i]
-                used[_USED_WORDS] += 1
-                used[_USED_KEYS] += size
-                records[word, _KEY0], records[word, _KEY1], records[word, _KEY2] = first, second, third
-                records[word, _KEY_SIZE], records[word, _KEY] = size, key
-                records[word, _NORM] = records[word, _IDS] = -1
-                if plain or whole:
-                    at = start = used[_USED_NORMS]
-                    if not whole:
-                        norms[at], norms[at + 1], norms[at + 2] = 0xE2, 0x96, 0x81
-                        at += 3
-                    norms[at : at + size] = data[begin:i]
-                    used[_USED_NORMS] = at + size
-                    records[word, _NORM] = (start << 24) + (at + size - start)
-            found[total] = word
-            total += 1
-        counts[text] = total - before
-    return found[:total], counts
+            row = ahead[held]
+            row[_BEGIN], row[_SIZE], row[_SLOT] = begin, size, (hashed ^ (hashed >> 29)) >> 8 & last
+            row[_FIRST], row[_SECOND], row[_THIRD] = first, second, third
+            row[_KIND] = WHOLE if whole else PLAIN if plain else OTHER
+            held += 1
+            if held == _AHEAD:
+                _look_up(ahead, data, words, found[total : total + held])
+                total += held
+                held = 0
+        counts[text] = total + held - before
+    _look_up(ahead, data, words, found[total : total + held])
+    return found[: total + held], counts
 
 
 @njit(cache=True, inline="always")
@@ -523,7 +566,7 @@ def fill(words, begin, end, unigram, pieces):
     heaviest = abs(np.float64(pieces.unknown_score))
     for word in range(begin, end):
         start = records[word, _NORM] >> 24
-        stop = start + (records[word, _NORM] & _SIZE)
+        stop = start + (records[word, _NORM] & _LOW)
         first = at = used[_USED_IDS]
         margin, characters = np.inf, 0
         while start < stop and at >= 0 and margin >= 0:
@@ -565,7 +608,7 @@ def emit(found, counts, words, unigram, pieces, score, eod):
     _, records, _, norms, known, _ = words
     room = counts.size
     for word in found:
-        room += max(records[word, _NORM] & _SIZE, records[word, _IDS] & _SIZE)
+        room += max(records[word, _NORM] & _LOW, records[word, _IDS] & _LOW)
     out, sizes, scores = np.empty(room, np.int32), np.empty(counts.size, np.int64), pieces.scores
     at, number = np.int64(0), 0
     for text in range(counts.size):
@@ -575,20 +618,19 @@ def emit(found, counts, words, unigram, pieces, score, eod):
         for word in found[number : number + counts[text]]:
             if unigram and abs(score) > records[word, _LIMIT]:
                 start = records[word, _NORM] >> 24
-                stop = start + (records[word, _NORM] & _SIZE)
+                stop = start + (records[word, _NORM] & _LOW)
                 while start < stop:
                     edge = _word_end(norms, start, stop)
                     at, score = _viterbi(norms, start, edge, score, pieces, out, at)
                     start = edge
                 continue
             first = records[word, _IDS] >> 24
-            size = records[word, _IDS] & _SIZE
-            if unigram:
-                for i in range(first, first + size):
+            size = records[word, _IDS] & _LOW
+            for i in range(first, first + size):
+                out[at] = known[i]
+                at += 1
+                if unigram:
                     score = np.float32(score + scores[known[i]])
-            for i in range(size):
-                out[at + i] = known[first + i]
-            at += size
         number += counts[text]
         if at > before and eod >= 0:
             out[at] = eod

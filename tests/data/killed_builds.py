@@ -5,7 +5,8 @@
 Text: 1 GB of documentation and dictionaries from Debian's packages. Samples: every emoji of every vendor (npm), Tux
 Paint's stamps with captions and spoken descriptions, and Asterisk's prompts with transcripts. Downloads are kept in the
 folder. With --smoke, the Python library's own sources and a few drawn samples, without downloads. Each kill comes after
-a random part, up to three tenths, of the time that the undisturbed build took. Exit status 1 if a byte differs.
+a random part, up to six tenths, of the time that the undisturbed build took: of a short one too, some come after its
+journal was begun. Exit status 1 if a byte differs.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def compare(name: str, command: list[str], output: str, arguments: Arguments) ->
     while kills < arguments.kills:
         process = subprocess.Popen(cut, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            ended = process.wait(chance.uniform(0.02, 0.3) * took)
+            ended = process.wait(chance.uniform(0.02, 0.6) * took)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

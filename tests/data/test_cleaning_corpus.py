@@ -239,7 +239,7 @@ def test_blocks_of_lines_wherever_they_are_cut(cleaned, samples):
     for begin in range(0, 60, 3):
         for end in range(begin + 1, 61, 5):
             for cut in (None, -1):  # the last line of a file may have no end
-                block = LineBlock(str(samples), begin + 1, b"".join(lines[begin:end])[:cut], 0)
+                block = LineBlock(str(samples), begin + 1, b"".join(lines[begin:end])[:cut], end - begin, 0)
                 assert drops.within(block) == set(range(begin + 1, end + 1)) - set(left)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def test_every_case_runs(tmp_path):
     # Of so little text nothing remains when start-up is taken off.
     assert all(figure["value"] > 0 for figure in figures if figure["case"] != "text")
     assert sum(bool(figure["wanted"]) for figure in figures) >= 8
+
+
+def test_text_of_ones_own(tmp_path):
+    text = tmp_path / "mine.jsonl"
+    pages = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
+    text.write_text("".join(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n" for page in pages))
+    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--cases", "text", "--text", str(text)]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "unigram: our encoder / SentencePiece's batch encoding" in done.stdout
+    assert sorted(path.name for path in tmp_path.glob("*.model")) == ["bpe-1000-other.model", "unigram-1000-other.model"]
 
 
 def test_a_case_that_is_none(tmp_path):
