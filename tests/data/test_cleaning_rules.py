@@ -21,6 +21,7 @@ from megatron_mm.data.cleaning.predicate import Predicate, PredicateError
 from megatron_mm.data.cleaning.records import Record
 from megatron_mm.data.cleaning.text_rules import GOPHER, Blocklist, TextRules
 from megatron_mm.data.errors import DataError
+from tests.data.test_data_bombs import animation as oversized
 
 PROSE = (
     "The river that runs below the old mill was frozen for most of the winter, and the children of the village would "
@@ -76,6 +77,7 @@ def test_gopher_keeps_prose_and_drops_what_repeats():
     words = [f"word{i}" for i in range(60)] + ["that", "have"]
     again = words[:12] + words[20:] + words[2:12]
     assert rules.judge(" ".join(words)) is None
+    assert rules.judge(" ".join(words[:-1])).reason == "text: min_stop_words"
     assert rules.judge(" ".join(again)).reason == "text: max_duplicate_ngrams"
     assert TextRules(gopher=True, min_words=5).filled().judge(PROSE[:200]) is None
     assert set(GOPHER) <= set(TextRules.__dataclass_fields__)
@@ -189,6 +191,12 @@ def test_videos(data, expected):
                     f"videos: {bound}_{name}"
                 )
     assert VideoRules(min_seconds=1).judge([{**measured, "seconds": None}]) is None
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP"])
+def test_frames_too_large_to_be_measured(form):
+    with pytest.raises(DataError, match="a video of 11000 × 11000 pixels; the limit is"):
+        measure_video(oversized(form, 11000, 11000))
 
 
 def test_predicate(tmp_path):

@@ -84,10 +84,11 @@ def test_long_texts_are_encoded_part_by_part(model, monkeypatch):
     assert ids.tolist() == list(chain.from_iterable(expected))
 
 
-def test_long_words_that_begin_alike_are_told_apart(folder):
+@pytest.mark.parametrize("before, after", [("", "b" * 10), ("a" * 8, "b" * 10), ("a" * 16, ""), ("a" * 24, "")])
+def test_long_words_that_are_partly_alike_are_told_apart(folder, before, after):
     """So many that some meet in the table."""
     model = trained(folder, "alike", model_type="bpe")
-    text = " ".join(f"{'a' * 24}{number:06}" for number in range(40000))
+    text = " ".join(f"{before}{number:06}{after}" for number in range(40000))
     assert word_encoder(model, None)([text])[0].tolist() == model.processor.encode(text)
 
 
