@@ -25,7 +25,8 @@ def resize(image: Image.Image | np.ndarray, size: int, box: Box) -> Image.Image:
     """The box of an image, made size × size (bicubic, antialiased).
 
     Where the box has whole pixels, an array (uint8 [height, width, 3]) is cropped and resized by torch, at four to
-    seven times Pillow's speed and within two levels of 255 of it; everything else by Pillow, which also sees pixels around the box.
+    seven times Pillow's speed and within two levels of 255 of it; everything else by Pillow, which also sees pixels
+    around the box.
     """
     if isinstance(image, np.ndarray):
         if all(float(edge).is_integer() for edge in box):
