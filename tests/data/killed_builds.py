@@ -177,9 +177,11 @@ def compare(name: str, command: list[str], output: str, arguments: Arguments) ->
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            kills += 1
-            took_up += (folders[1] / "out.building" / "journal.json").exists()
-            continue
+            if (folders[1] / "out.building").exists() or not any(folders[1].iterdir()):
+                kills += 1
+                took_up += (folders[1] / "out.building" / "journal.json").exists()
+                continue
+            ended = 0  # all was built: only the process had not ended yet
         if ended:
             raise SystemExit(f"error: {' '.join(cut)} ended with {ended}")
         for path in folders[1].iterdir():  # it ended before the kills did: from the start again
