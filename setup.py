@@ -20,7 +20,7 @@ setup(
         "tyro>=1.0",  # command lines from the typed tree
         "pyyaml",  # recipes
         "sentencepiece",  # tokenizers, in training and in exported models
-        "orjson",  # JSON lines in half of the time of Python's reader
+        "orjson",  # JSON lines of texts in half of the time of Python's reader
         "numba",  # the text builder's encoder, compiled (data/word_kernels.py)
         "safetensors",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
         "transformers>=5.0,<6",  # configuration, tokenizer and generation of exported models

@@ -69,7 +69,7 @@ def main() -> None:
             arguments.master_port,
             [f"--{option}" for option in arguments.second],
         )
-    except ValueError as error:
+    except (ValueError, torch.distributed.DistError) as error:  # the latter: the first node is not to be reached
         fail(str(error), status=2)
     first = arguments.node_rank == 0
     if first:

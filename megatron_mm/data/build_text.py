@@ -108,7 +108,7 @@ def _encode_block(block: LineBlock) -> tuple[list[TextBlock], list[SkippedLine]]
             continue
         where = f"{block.path}, line {number}"
         try:
-            record = parse_line(line, where)
+            record = parse_line(line, where, exact=False)  # its texts are strings
             fields = [text_field(record, key, where) for key in _Worker.keys]
         except DataError as error:
             if _Worker.on_error == "stop":

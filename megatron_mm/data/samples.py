@@ -49,17 +49,19 @@ class Sample:
     """Encoded files of each kind, in order."""
 
 
-def parse_line(line: bytes, where: str) -> dict:
+def parse_line(line: bytes, where: str, exact: bool = True) -> dict:
     """Parses one JSONL line to a dict.
+
+    Args:
+        line: with or without its end.
+        where: file and line, for messages.
+        exact: integers beyond 64 bits keep all their digits; otherwise they become floats, in half the time.
 
     Raises:
         DataError: not UTF-8, not JSON, or not an object; the message begins with `where`.
     """
     try:
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError:  # Python's reader takes more (NaN, half surrogate pairs), and says where
-            record = json.loads(line)
+        record = json.loads(line) if exact else _loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -69,6 +71,13 @@ def parse_line(line: bytes, where: str) -> dict:
     if not isinstance(record, dict):
         raise DataError(f"{where}: a line must be a JSON object, not {type(record).__name__}")
     return record
+
+
+def _loads(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:  # Python's reader takes more (NaN, a byte order mark), and says what is wrong
+        return json.loads(line)
 
 
 def text_field(record: dict, key: str, where: str) -> str:

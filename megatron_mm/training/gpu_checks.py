@@ -101,7 +101,7 @@ class Machines:
 
     def __post_init__(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        self._runs = 0
+        self._runs, self._last_port = 0, self.port
         if self.nodes > 1:
             first, patience = self.node_rank == 0, timedelta(minutes=30)
             if first and not _is_free(self.port):
@@ -111,9 +111,10 @@ class Machines:
     def _agreed_port(self) -> int:
         """A free port of the first node for the next run of all nodes: the first chooses, the others are told."""
         self._runs += 1
-        if self.node_rank == 0:  # begins one further each time: what ran last may still be leaving
-            candidates = [self.port + 1 + (self._runs + offset) % 10 for offset in range(10)]
-            self._store.set(f"port {self._runs}", str(next(filter(_is_free, candidates), 0)))
+        if self.node_rank == 0:  # from the last one on: who had it may still be leaving
+            candidates = [self.port + 1 + (self._last_port - self.port + offset) % 10 for offset in range(10)]
+            self._last_port = next(filter(_is_free, candidates), 0)
+            self._store.set(f"port {self._runs}", str(self._last_port))
         if port := int(self._store.get(f"port {self._runs}")):
             return port
         raise ValueError(f"ports {self.port + 1} to {self.port + 10} of {self.master} are taken: set --master-port")

@@ -54,6 +54,14 @@ def test_everything_is_stored(samples, folder, tokenizer_path):
     assert verify(shard, tokenizer, progress=False) == []
 
 
+def test_ids_that_are_numbers_keep_all_digits(tmp_path, tokenizer_path):
+    source = tmp_path / "numbers.jsonl"
+    source.write_text("".join(json.dumps({"text": "a ball", "id": 7**n}) + "\n" for n in (1, 40)))
+    build_multimodal([str(source)], str(tmp_path / "out"), tokenizer_path, workers=0, progress=False)
+    shard = Shard(tmp_path / "out", Tokenizer(tokenizer_path))
+    assert [shard.document_id(number) for number in range(2)] == ["7", str(7**40)]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_bytes_do_not_depend_on_workers(tmp_path, samples, folder, tokenizer_path, workers):
     output = tmp_path / "balls"

@@ -73,6 +73,17 @@ def test_several_keys_no_eod_and_merge(tmp_path, corpus, model):
     assert both.document_lengths().tolist() == [*text.document_lengths(), *title.document_lengths()]
 
 
+def test_lines_are_what_python_takes_for_json(tmp_path, model):
+    lines = [b'\xef\xbb\xbf{"text": "first"}', b'{"score": NaN, "text": "second"}', b'{"id": 1e400, "text": "third"}']
+    lines += [b'{"text": "left out", "text": "fourth", "id": %d}' % 2**80, b'{"text": "\\ud83d\\ude00"}\r']
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    build_text([str(path)], str(tmp_path / "p"), model, workers=0, progress=False)
+    made, tokenizer = IndexedReader(tmp_path / "p_text_document"), Tokenizer(model)
+    for number, text in enumerate(["first", "second", "third", "fourth", "😀"]):
+        assert made.document(number).tolist() == tokenizer.encode(text)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -1,5 +1,6 @@
 """The checks for owners of GPUs, in the form that a CPU can run: they pass where nothing is wrong, and can fail."""
 
+import itertools
 import json
 import os
 import re
@@ -159,17 +160,44 @@ def test_a_node_runs_here(tmp_path):
 def test_two_nodes_run_here_as_two_programs(tmp_path):
     """Two launchers of a process each on this machine: pipeline stages and data parallel between them."""
     port = 20000 + os.getpid() % 10000  # below those that the system gives to others
-    taken = socket.create_server(("", port + 2))  # by something else: another of the ten is used
     words = ["two-nodes", "--steps", 4, "--gpus", 1, "--output", tmp_path, "--master-port", port]
-    second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    done = run(*words, "--node-rank", 0)
+    with socket.create_server(("", port + 2)):  # something else has it: another of the ten is used
+        second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        done = run(*words, "--node-rank", 0)
     assert done.returncode == 0, done.stdout + done.stderr
     assert second.wait(timeout=120) == 0 and second.stdout.read() == ""
     assert "PASS  TP1xPP2+distopt saved in the middle, resumed as TP1+distopt, loss: " in done.stdout
     metrics = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
     assert "resumed from" in (tmp_path / "resumed-0.log").read_text()
-    taken.close()
+
+
+def test_ports_of_two_nodes():
+    """The first node chooses a free one for each run, another than the last, and the second is told."""
+    base = 20000 + os.getpid() % 10000
+    first = Machines(Path(), cuda=False, gpus=1, nodes=2, port=base)
+    second = Machines(Path(), cuda=False, gpus=1, nodes=2, node_rank=1, port=base)
+    with socket.create_server(("", base + 3)):
+        chosen = [first._agreed_port() for _ in range(12)]
+    assert chosen == [second._agreed_port() for _ in range(12)]
+    assert set(chosen) <= set(range(base + 1, base + 11)) - {base + 3}
+    assert all(one != other for one, other in itertools.pairwise(chosen))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_checks, "_is_free", lambda port: False)
+        with pytest.raises(ValueError, match=f"ports {base + 1} to {base + 10} of localhost are taken"):
+            first._agreed_port()
+    with pytest.raises(ValueError, match=f"ports {base + 1} to {base + 10} of localhost are taken"):
+        second._agreed_port()
+
+
+def test_a_run_that_fails_is_quoted(tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text("begun\nerror: no data\n  in a.bin\nTraceback\n  File x\nend\n")
+    assert gpu_checks._reason(log) == "error: no data in a.bin Traceback File x"
+    log.write_text("Traceback\n  File x\n    main()\nDistNetworkError: EADDRINUSE\n")
+    assert gpu_checks._reason(log) == "File x main() DistNetworkError: EADDRINUSE"
+    log.write_text("Killed\n")
+    assert gpu_checks._reason(log) == "Killed"
 
 
 def test_usage_is_refused_by_name():
