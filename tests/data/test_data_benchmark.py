@@ -35,6 +35,8 @@ def test_text_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "unigram: our encoder / SentencePiece's batch encoding" in done.stdout
     assert {path.name for path in tmp_path.glob("*.model")} == {"bpe-1000-other.model", "unigram-1000-other.model"}
+    assert (tmp_path / "work" / "ours-mine_text_document.bin").stat().st_size > 1000
+    assert not (tmp_path / "text-smoke.jsonl").exists()  # nothing was asked of the dictionaries
 
 
 def test_a_case_that_is_none(tmp_path):

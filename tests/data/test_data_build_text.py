@@ -96,7 +96,8 @@ def test_lines_are_what_python_takes_for_json(tmp_path, model):
     ],
 )
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_line_is_named_and_nothing_is_left(tmp_path, model, line, message, workers):
+def test_bad_line_is_named_and_nothing_is_left(tmp_path, model, line, message, workers, monkeypatch):
+    monkeypatch.setattr("megatron_mm.data.build_text._BLOCK_BYTES", 1 << 12)  # it is in the seventeenth block
     path = tmp_path / "in" / "bad.jsonl"
     path.parent.mkdir()
     path.write_bytes(b'{"text": "fine"}\n' * 4000 + b"\n" + line + b'\n{"text": "fine"}\n{no')

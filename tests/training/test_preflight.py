@@ -112,6 +112,14 @@ def test_settings_of_a_node_may_differ_and_those_of_a_collective_may_not(monkeyp
     assert found == set(names)
 
 
+def test_a_dataset_that_cannot_be_listed_is_a_fact_too(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    assert identity._dataset(str(tmp_path), None) == {str(tmp_path): "Permission denied"}
+
+
 # Four processes
 
 
@@ -144,7 +152,8 @@ def test_what_one_rank_has_otherwise_is_named_before_training(corpus, tmp_path):
     edited.write_text(edited.read_text().replace("The training run", "The Training run", 1))
     (tmp_path / "3" / "discs" / "text.idx").write_bytes(b"another shard")
     launch = (
-        f'cd {tmp_path}/$RANK; code={ROOT}; [ "$RANK" = 2 ] && code={tmp_path}/code && export NCCL_ALGO=Ring; '
+        f'cd {tmp_path}/$RANK; code={ROOT} NCCL_ALGO=Tree; [ "$RANK" = 2 ] && code={tmp_path}/code NCCL_ALGO=Ring; '
+        "export NCCL_ALGO; "  # by every rank: what differs are values alone
         f"exec {sys.executable} $code/pretrain_multimodal.py --config recipe.yaml"
     )
     done = run(*LAUNCHER, "--no-python", "bash", "-c", launch, PYTHONPATH="")
