@@ -253,7 +253,7 @@ def build_multimodal(
             cleaned.
     """
     model = Tokenizer(tokenizer)
-    refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
+    refuse_existing(output, [output], overwrite, "remove it, choose another name or pass --overwrite")
     root = os.path.abspath(media_root) if media_root is not None else None
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
     how = {"check": check, "on_error": on_error, "encoding": asdict(encoding), **drop_options(drop, inputs)}

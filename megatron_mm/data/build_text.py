@@ -168,7 +168,7 @@ def build_text(
     prefixes = [f"{output_prefix}_{key}_{level}" for key in json_keys]
     listed = f"{output_prefix}_{LIST}"
     finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES] + [listed]
-    refuse_existing(finals, overwrite, "choose another --output-prefix or pass --overwrite")
+    refuse_existing(output_prefix, finals, overwrite, "choose another --output-prefix or pass --overwrite")
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}

@@ -73,7 +73,7 @@ def copy_datasets(
     """
     is_folder = targets[0].selections[0].shard.is_multimodal
     suffixes = ("",) if is_folder else SUFFIXES  # the index last: a shard without it does not open
-    refuse_existing([target.path + suffix for target in targets for suffix in suffixes], overwrite, advice)
+    refuse_existing(output, [target.path + suffix for target in targets for suffix in suffixes], overwrite, advice)
     build, counts = UnfinishedBuild(output, options), []
     make = _make_folder if is_folder else _make_text
     try:

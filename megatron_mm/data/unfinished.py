@@ -5,6 +5,7 @@
         options.json   what is built, and how
         journal.json   written anew every few seconds: how far the sources were read, sizes of the files at that moment
         data/          the files: what the journal says, and perhaps more, which is cut off
+        names.json     the final names, once all files are complete: who is killed while files get them is finished next
 
 The same command takes a build up where the journal is. What follows depends on nothing else, so the result is
 byte for byte that of a build that nobody interrupted, for any number of workers. With other options, or if what was
@@ -122,6 +123,7 @@ class UnfinishedBuild:
         self.folder = f"{self.output}.building"
         self.data = os.path.join(self.folder, "data")
         self._journal = os.path.join(self.folder, "journal.json")
+        self._names = os.path.join(self.folder, "names.json")
         self._options = options
         self._lock: TextIO | None = None
         self._last: dict | None = None
@@ -188,11 +190,7 @@ class UnfinishedBuild:
 
     def _record(self, sources: Sequence[Source], sink: Sink) -> None:
         state = {"files": sink.state(), "sources": [asdict(source) for source in sources]}
-        with open(self._journal + ".new", "w", encoding="utf-8") as stream:
-            json.dump(state, stream, ensure_ascii=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(stream.name, self._journal)
+        _write(self._journal, state)
 
     def _taken_up(self, inputs: Sequence[str], sink: Sink) -> list[Source]:
         """The sources that were begun, and the sink opened where they left it."""
@@ -257,17 +255,32 @@ class UnfinishedBuild:
         Args:
             names: (path within `data`, "" for all of it; final path).
         """
+        _write(self._names, [(name, os.path.abspath(final)) for name, final in names])
+        self._rename()
+
+    def _rename(self) -> None:
+        with open(self._names, encoding="utf-8") as stream:
+            names = json.load(stream)
         for number, (name, final) in enumerate(names):
+            made = os.path.join(self.data, name) if name else self.data
+            if not os.path.exists(made):  # it has its name
+                continue
             if os.path.isdir(final):
                 os.rename(final, os.path.join(self.folder, f"old-{number}"))
-            os.replace(os.path.join(self.data, name) if name else self.data, final)
+            os.replace(made, final)
         self._remove()
+
+    def complete(self) -> None:
+        """Gives the names that a killed process had no time to give, if its build was complete but for them."""
+        if os.path.exists(self._names) and self._locked():
+            self._rename()
+            self._say("was complete but for its names, which it has now")
 
     def explain(self, error: BaseException) -> None:
         """Ends an unfinished build: its folder is kept if a journal was begun, and the user told so."""
         if not os.path.exists(self.folder) or not self._locked():
             return
-        if not os.path.exists(self._journal):
+        if not (os.path.exists(self._journal) or os.path.exists(self._names)):
             self._remove()
             return
         self._lock.close()
@@ -282,8 +295,18 @@ class UnfinishedBuild:
         self._lock.close()
 
 
-def refuse_existing(paths: Sequence[str], overwrite: bool, advice: str) -> None:
-    """Raises DataError if an output exists and may not be replaced."""
+def _write(path: str, value: object) -> None:
+    """Writes JSON that is whole or as it was before, whatever happens."""
+    with open(path + ".new", "w", encoding="utf-8") as stream:
+        json.dump(value, stream, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(stream.name, path)
+
+
+def refuse_existing(output: str, paths: Sequence[str], overwrite: bool, advice: str) -> None:
+    """Raises DataError if a path exists and may not be replaced; an output that lacks but names is completed first."""
+    UnfinishedBuild(output, {}).complete()
     for path in paths:
         if os.path.exists(path) and not overwrite:
             raise DataError(f"{path}: exists already; {advice}")

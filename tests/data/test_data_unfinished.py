@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +169,42 @@ def test_what_fails_at_the_very_end_continues(
     continued = build("x")
     assert "continues an unfinished build" in capsys.readouterr().err
     assert continued == build("whole") and not any("ids" in name for name in continued)
+
+
+@pytest.mark.parametrize("named", range(5))
+def test_killed_while_files_get_their_names(named, many, tmp_path, tokenizer_path, capfd):
+    """The next command gives the rest, and says so; nothing is built again."""
+    build_text([str(many)], str(tmp_path / "whole"), tokenizer_path, workers=0, progress=False)
+    replace, rmtree, done = os.replace, shutil.rmtree, []
+
+    def end_after(count: int) -> None:
+        if len(done) == count == named:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def renamed(source: str, target: str) -> None:
+        if not source.endswith(".new"):
+            end_after(len(done))
+            done.append(target)
+        replace(source, target)
+
+    def removed(folder: str, **options: bool) -> None:
+        end_after(4)  # all have their names, and the folder is there
+        rmtree(folder, **options)
+
+    def build() -> None:
+        os.replace, shutil.rmtree = renamed, removed
+        build_text([str(many)], str(tmp_path / "x"), tokenizer_path, workers=0, progress=False)
+
+    process = multiprocessing.get_context("fork").Process(target=build)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "x.building").exists()
+    with pytest.raises(DataError, match="exists already"):
+        build_text([str(many)], str(tmp_path / "x"), tokenizer_path, workers=0, progress=False)
+    assert "complete but for its names" in capfd.readouterr().err and not (tmp_path / "x.building").exists()
+    for suffix in (".bin", ".crc", ".idx", ".json"):
+        whole, made = (tmp_path / f"{name}_text_document{suffix}" for name in ("whole", "x"))
+        assert made.read_bytes() == whole.read_bytes()
 
 
 def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):

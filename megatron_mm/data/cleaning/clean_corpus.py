@@ -88,7 +88,7 @@ def clean_corpus(
             run was long), a rule cannot be, or the output exists.
     """
     rules, duplicates = rules or Rules(), duplicates or DuplicateRules()
-    refuse_existing([output], overwrite, "remove it, choose another name or pass --overwrite")
+    refuse_existing(output, [output], overwrite, "remove it, choose another name or pass --overwrite")
     sizes = _check(inputs, text_keys, rules, duplicates)
     options = _options(text_keys, rules, duplicates)
     root = os.path.abspath(media_root) if media_root is not None else None
