@@ -1,11 +1,14 @@
 """Checkpoints to and from Hugging Face.
 
     python tools/convert_checkpoint.py export --checkpoint outputs/run --output exported
+    python tools/convert_checkpoint.py refresh --hf exported        # a folder of before: today's code, the same weights
     python tools/convert_checkpoint.py restore --hf exported --output checkpoints
     python tools/convert_checkpoint.py import-pretrained --config RECIPE.yaml --clip clip-vit-large-patch14 \\
         --output pretrained            # then: pretrain_multimodal.py … --init-from pretrained
 
-Weights stream through one tensor at a time, so memory stays under twice the largest tensor.
+Weights stream through one tensor at a time, so memory stays under twice the largest tensor. An exported folder ends
+with a proof, which loads it where memory allows: a few tokens generated with its cache, without it and by the training
+model must be the same, or no folder is left.
 """
 
 from __future__ import annotations
@@ -33,16 +36,37 @@ class Export:
     tokenizer: Path | None = None
     """SentencePiece model; default: the checkpoint's."""
     overwrite: bool = False
-    """Replace what the output folder holds."""
+    """Replace an exported folder that is there; nothing else is ever replaced."""
+    prove: bool = True
+    """Run the folder and compare it with the checkpoint before it gets its name."""
 
-    def run(self) -> Path:
+    def run(self) -> str:
+        from megatron_mm.evaluation.export_proof import proof
         from megatron_mm.inference.convert import export
 
-        if self.max_shard_gb <= 0:
+        if not self.max_shard_gb > 0:
             raise ValueError(f"--max-shard-gb is {self.max_shard_gb}; it must be above 0")
-        return export(
-            self.checkpoint, self.output, self.dtype, int(self.max_shard_gb * 1e9), self.tokenizer, self.overwrite
-        )
+        shard = int(self.max_shard_gb * 1e9)
+        check = proof(self.checkpoint) if self.prove else None
+        words = (self.checkpoint, self.output, self.dtype, shard, self.tokenizer, self.overwrite)
+        return f"wrote {export(*words, check=check)}"
+
+
+@dataclass
+class Refresh:
+    """Today's code into a folder that was exported before; its weights stay as they are."""
+
+    hf: Path
+    """Folder that export wrote."""
+    prove: bool = True
+    """Run the folder with its new code before anything is replaced."""
+
+    def run(self) -> str:
+        from megatron_mm.evaluation.export_proof import proof
+        from megatron_mm.inference.convert import refresh
+
+        changed = refresh(self.hf, proof() if self.prove else None)
+        return f"renewed {', '.join(changed)} in {self.hf}" if changed else f"{self.hf} is up to date"
 
 
 @dataclass
@@ -60,10 +84,10 @@ class Restore:
     overwrite: bool = False
     """Replace an iter_0000000 that is there."""
 
-    def run(self) -> Path:
+    def run(self) -> str:
         from megatron_mm.inference.convert import restore
 
-        return restore(self.hf, self.output, self.config, self.dtype, self.overwrite)
+        return f"wrote {restore(self.hf, self.output, self.config, self.dtype, self.overwrite)}"
 
 
 @dataclass
@@ -93,10 +117,10 @@ class ImportPretrained:
     overwrite: bool = False
     """Replace an iter_0000000 that is there."""
 
-    def run(self) -> Path:
+    def run(self) -> str:
         from megatron_mm.inference.pretrained import import_pretrained
 
-        return import_pretrained(
+        written = import_pretrained(
             self.config,
             self.output,
             resize_vocab=self.resize_vocab,
@@ -109,10 +133,12 @@ class ImportPretrained:
             opt=self.opt,
             vit_mae=self.vit_mae,
         )
+        return f"wrote {written}"
 
 
 Command = (
     Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Refresh, tyro.conf.subcommand("refresh")]
     | Annotated[Restore, tyro.conf.subcommand("restore")]
     | Annotated[ImportPretrained, tyro.conf.subcommand("import-pretrained")]
 )
@@ -122,7 +148,7 @@ def main() -> int:
     """Run one subcommand; 0, or 1 with the reason on stderr."""
     command = tyro.cli(Command, description=__doc__)
     try:
-        print(f"wrote {command.run()}")
+        print(command.run())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,17 +1,14 @@
 """Training checkpoints to Hugging Face folders and back.
 
 Both walk the list of entries of the system's adapter (systems/) and hold one training tensor and one of its parts at a
-time, so that memory stays under twice the largest tensor. Everything is written to a temporary folder beside the
-destination and renamed at the end: a folder that exists is whole. `pretrained.py` adds the import of others' weights.
+time, so that memory stays under twice the largest tensor. `hf_folder.py` has the other files of an exported folder,
+`pretrained.py` the import of others' weights.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,38 +19,23 @@ from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import SystemConfig
 from megatron_mm.data.tokenizer import MASK
 from megatron_mm.inference.checkpoint_stream import CheckpointReader, write_checkpoint_weights
+from megatron_mm.inference.hf_folder import (
+    TOKENIZER,
+    adapter_of_folder,
+    new_folder,
+    read_json,
+    release_fields,
+    renew,
+    write_hf_files,
+)
 from megatron_mm.inference.names import Entry, Part
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder, SafetensorsWriter
-from megatron_mm.inference.systems import SYSTEMS, Adapter, adapter_of, differences
+from megatron_mm.inference.systems import Adapter, adapter_of, differences
 from megatron_mm.training import checkpoint_folder
 
-HF_FILES = Path(__file__).parent / "hf"
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
 ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-README = """# {name}
-
-Exported by megatron_mm (tools/convert_checkpoint.py export). Needs transformers, sentencepiece and Pillow.
-
-    model = {auto}.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor([{{"prompt": "<image>", "images": ["picture.png"]}}])
-    {use}
-"""
-GENERATES = 'print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]))'
-EMBEDS = "print(model(**inputs))"
-
-
-def adapter_of_folder(fields: dict, source: Path) -> Adapter:
-    """The adapter of an exported folder, from its config.json; ValueError if nothing here exported it."""
-    name = fields.get("model_type")
-    if name not in SYSTEMS:
-        raise ValueError(
-            f"{source}: model_type is {name!r}, not one of {', '.join(SYSTEMS)}; restore takes a folder that export "
-            "wrote (import-pretrained takes others' models)"
-        )
-    return adapter_of(name, source)
 
 
 def config_from_hf(fields: dict, source: Path) -> Config:
@@ -81,49 +63,20 @@ def find_checkpoint(path: str | Path) -> Path:
     return checkpoint_folder.resolve(inner if inner.is_dir() else path)
 
 
-def is_hf_folder(path: str | Path) -> bool:
-    """Whether a folder looks like an exported model."""
-    return (Path(path) / "config.json").exists()
-
-
-@contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Only an exported model is ever replaced.
-
-    Raises:
-        ValueError: `path` exists and holds something.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (overwrite and is_hf_folder(path)):
-        raise ValueError(
-            f"{path}: exists and is not empty; choose another folder (--overwrite replaces an exported model only)"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ValueError(f"{path}: not written: {error.strerror or error} (nothing was left behind)") from error
-        raise
-
-
 def tokenizer_of(config: Config, folder: Path) -> Path | None:
     """The SentencePiece model of a checkpoint: its copy, or the file that its config names; None if neither exists."""
-    for candidate in (folder / "tokenizer.model", config.data.tokenizer and Path(config.data.tokenizer)):
+    for candidate in (folder / TOKENIZER, config.data.tokenizer and Path(config.data.tokenizer)):
         if candidate and Path(candidate).exists():
             return Path(candidate)
     return None
 
 
 def check_vocabulary(tokenizer: Path, vocab_size: int) -> dict[str, int]:
-    """Ids of the tokenizer's special pieces; ValueError if the model's vocabulary cannot hold the tokenizer's."""
+    """Ids of the tokenizer's special pieces, and how many pieces it has: further rows of the vocabulary are padding.
+
+    Raises:
+        ValueError: the model's vocabulary cannot hold the tokenizer's, or it lacks a special piece.
+    """
     import sentencepiece
 
     try:
@@ -139,6 +92,7 @@ def check_vocabulary(tokenizer: Path, vocab_size: int) -> dict[str, int]:
     missing = [name for name, value in names.items() if value < 0]
     if missing:
         raise ValueError(f"{tokenizer}: has no {', '.join(missing)}; train it with tools/train_tokenizer.py")
+    names["tokenizer_size"] = pieces.get_piece_size()
     mask = pieces.piece_to_id(MASK)
     return names | ({"mask_token_id": mask} if pieces.id_to_piece(mask) == MASK else {})
 
@@ -181,6 +135,7 @@ def export(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Training checkpoint -> Hugging Face folder.
 
@@ -190,8 +145,10 @@ def export(
         dtype: "fp32" or "bf16"; None keeps the stored type.
         max_shard_bytes: most bytes of one safetensors file.
         tokenizer: SentencePiece model; None: the checkpoint's.
-        overwrite: replace what `output` holds.
+        overwrite: replace an exported folder that is there.
         quiet: no progress bar.
+        check: is given the folder before it gets its name; what it raises leaves nothing behind, and a folder that is
+            to be replaced stays.
 
     Raises:
         ValueError: the checkpoint is not whole, or does not fit its configuration, or has no tokenizer.
@@ -202,11 +159,11 @@ def export(
     entries = adapter.entries(config.model)
     check_checkpoint(entries, reader)
     tokenizer_file = Path(tokenizer) if tokenizer else tokenizer_of(config, folder)
-    ids = special_ids(adapter, config.model, tokenizer_file, folder)
+    text = text_fields(adapter, config.model, tokenizer_file, folder)
     torch_dtype = DTYPES[dtype] if dtype else reader.dtype(entries[-1].training)
 
     with new_folder(Path(output), overwrite) as temporary:
-        write_hf_files(temporary, adapter, config, ids, torch_dtype, tokenizer_file)
+        write_hf_files(temporary, adapter, config, text, torch_dtype, tokenizer_file)
         plan = [(p.name, e.part_shape(p)) for e in entries for p in e.parts if p.name is not None]
         writer = SafetensorsWriter(temporary, plan, torch_dtype, max_shard_bytes)
         for entry in tqdm(entries, desc="export", unit="tensor", disable=quiet):
@@ -214,11 +171,36 @@ def export(
                 writer.write(name, tensor)
                 del tensor
         writer.close()
+        if check is not None:
+            check(temporary)
     return Path(output)
 
 
-def special_ids(adapter: Adapter, model: SystemConfig, tokenizer: Path | None, folder: Path) -> dict[str, int]:
-    """Ids of special pieces; none of a model without text.
+def refresh(hf_folder: str | Path, check: Callable[[Path], None] | None = None) -> list[str]:
+    """Renews the code of a folder that was exported before, and what its config.json says of releases and tokenizer.
+
+    Weights, tokenizer and all else stay as they are; a modelling file that changes is kept under `replaced-code/`.
+
+    Args:
+        hf_folder: folder that `export` (or `save_pretrained` of its model) wrote.
+        check: is given the renewed folder before anything is replaced; what it raises leaves the folder as it was.
+
+    Returns:
+        Names of the files that were renewed.
+
+    Raises:
+        ValueError: this is no such folder, or it cannot be written.
+    """
+    hf_folder = Path(hf_folder)
+    fields = read_json(hf_folder / "config.json")
+    adapter = adapter_of_folder(fields, hf_folder / "config.json")
+    config = config_from_hf(fields, hf_folder / "config.json")
+    fields |= text_fields(adapter, config.model, hf_folder / TOKENIZER, hf_folder) | release_fields()
+    return renew(hf_folder, adapter, fields, check)
+
+
+def text_fields(adapter: Adapter, model: SystemConfig, tokenizer: Path | None, folder: Path) -> dict[str, int]:
+    """Fields of config.json that the tokenizer decides (`check_vocabulary`); none of a model without text.
 
     Raises:
         ValueError: the model has text, and there is no tokenizer, or one that does not fit.
@@ -226,32 +208,8 @@ def special_ids(adapter: Adapter, model: SystemConfig, tokenizer: Path | None, f
     if not adapter.vocab_size(model):
         return {}
     if tokenizer is None or not tokenizer.exists():
-        raise ValueError(f"{tokenizer or folder / 'tokenizer.model'}: missing; pass --tokenizer")
+        raise ValueError(f"{tokenizer or folder / TOKENIZER}: missing; pass --tokenizer")
     return check_vocabulary(tokenizer, adapter.vocab_size(model))
-
-
-def write_hf_files(
-    folder: Path, adapter: Adapter, config: Config, ids: dict[str, int], dtype: torch.dtype, tokenizer: Path | None
-) -> None:
-    """Everything of an exported folder but the weights."""
-    import transformers
-
-    architecture = adapter.model_class.partition(".")[2]
-    head = {"architectures": [architecture], "model_type": adapter.name, "auto_map": adapter.auto_map(config.model)}
-    version = {"transformers_version": transformers.__version__}
-    tail = {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": False, **version}
-    write = lambda name, tree: (folder / name).write_text(json.dumps(tree, indent=2) + "\n")  # noqa: E731
-    write("config.json", head | adapter.fields(config) | ids | tail)
-    speaks = adapter.speaks(config.model)
-    if speaks:
-        generation_ids = {name: value for name, value in ids.items() if name != "mask_token_id"}
-        write("generation_config.json", {"_from_model_config": True, **generation_ids, **version})
-    for name in adapter.files:
-        shutil.copyfile(HF_FILES / name, folder / name)
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    words = {"auto": "AutoModelForCausalLM", "use": GENERATES} if speaks else {"auto": "AutoModel", "use": EMBEDS}
-    (folder / "README.md").write_text(README.format(name=architecture, **words))
 
 
 # ------------------------------------------------------------------------------------------------------------ restore
@@ -337,7 +295,7 @@ def restore(
                     raise ValueError(f"{hf_folder}: lacks the tensor {part.name}")
                 entry.check_part(part, source.shape(part.name))
     torch_dtype = DTYPES[dtype] if dtype else source.dtype(source.names[-1])
-    tokenizer = hf_folder / "tokenizer.model"
+    tokenizer = hf_folder / TOKENIZER
     return write_training_checkpoint(
         Path(output), tree, entries, lambda entry: merge(entry, lambda part: source.read(part.name)), torch_dtype,
         tokenizer if tokenizer.exists() else None, overwrite, quiet, "restore",
@@ -360,16 +318,3 @@ def merge(entry: Entry, read: Callable[[Part], torch.Tensor]) -> torch.Tensor:
         entry.fill(out, part, tensor)
         del tensor
     return out
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; ValueError naming the file."""
-    try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; give the folder of a Hugging Face model") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return tree

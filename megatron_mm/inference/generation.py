@@ -18,16 +18,14 @@ from megatron_mm.config.load import load_config
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import (
     DTYPES,
-    adapter_of_folder,
     check_checkpoint,
     find_checkpoint,
     hf_tensors,
-    is_hf_folder,
-    read_json,
-    special_ids,
+    text_fields,
     tokenizer_of,
 )
 from megatron_mm.inference.hf.processing_mm import MultimodalProcessor
+from megatron_mm.inference.hf_folder import TOKENIZER, adapter_of_folder, is_hf_folder, read_json, release_fields
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder
 from megatron_mm.inference.systems import adapter_of
 
@@ -94,17 +92,19 @@ class Generator:
         if is_hf_folder(path):
             fields = read_json(path / "config.json")
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
-            file = Path(tokenizer) if tokenizer else path / "tokenizer.model"
+            file = Path(tokenizer) if tokenizer else path / TOKENIZER
         else:
             folder = find_checkpoint(path)
             recipe = load_config(folder / "config.yaml")
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
             check_checkpoint(adapter.entries(recipe.model), reader)
             file = Path(tokenizer) if tokenizer else tokenizer_of(recipe, folder)
-            fields = adapter.fields(recipe) | special_ids(adapter, recipe.model, file, folder)
+            fields = adapter.fields(recipe) | text_fields(adapter, recipe.model, file, folder)
             tensors = hf_tensors(recipe.model, reader)
-        config = adapter.load_class(adapter.config_class)(**fields)
+        config = adapter.load_class(adapter.config_class)(**(fields | release_fields()))
         processor = MultimodalProcessor(config, file)
+        if processor.tokenizer is not None:  # folders exported before do not say it
+            config.tokenizer_size = processor.tokenizer.get_piece_size()
         model = build_model(adapter.load_class(adapter.model_class), config, tensors, DTYPES[dtype], device)
         return cls(model, processor)
 

@@ -14,10 +14,11 @@ import torch
 
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
-from megatron_mm.inference.convert import DTYPES, merge, read_json, write_training_checkpoint
+from megatron_mm.inference.convert import DTYPES, merge, write_training_checkpoint
 from megatron_mm.inference.families import FAMILIES, VIT_MAE, WHISPER, Family, Stored, check_fits
 from megatron_mm.inference.hf.modeling_synapse import sinusoids
 from megatron_mm.inference.hf.vit import sine_cosine_positions
+from megatron_mm.inference.hf_folder import read_json
 from megatron_mm.inference.names import Entry, Part
 from megatron_mm.inference.safetensors_stream import SafetensorsFolder
 from megatron_mm.inference.systems import adapter_of

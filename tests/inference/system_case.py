@@ -127,35 +127,6 @@ def rows(config: Config, numbers: Sequence[int] = range(6), task: str = "") -> M
     return GeneratedRows(config).microbatch(numbers, task=task)
 
 
-def of_rows(values: torch.Tensor, slots_R: torch.Tensor) -> torch.Tensor:
-    """Media listed once [I, …] as a medium a row [R, …], zero where there is none."""
-    out = values.new_zeros(len(slots_R), *values.shape[1:])
-    out[slots_R >= 0] = values[slots_R[slots_R >= 0]]
-    return out
-
-
-def exported_inputs(batch: Microbatch, left: bool = True) -> dict[str, torch.Tensor]:
-    """The rows as the exported model reads them, padded on the left or (as in training) on the right."""
-    real = batch.document_ids_RT >= 0
-    ids, mask = batch.tokens_RT.clone(), real.long()
-    if left:
-        for row in range(len(ids)):
-            count = int(real[row].sum())
-            ids[row], mask[row] = ids[row].roll(-count), mask[row].roll(-count)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    images, sounds = batch.image_slots_RK[:, 0], batch.sound_slots_RJ[:, 0]
-    if batch.images_ICHW is not None:
-        inputs |= {"pixel_values": of_rows(batch.images_ICHW, images), "image_mask": images >= 0}
-    if batch.clips_VFCHW is not None:
-        clips = batch.clip_slots_R
-        inputs |= {"pixel_values_videos": of_rows(batch.clips_VFCHW, clips), "video_mask": clips >= 0}
-    if batch.waveforms_AN is not None:
-        inputs |= {"input_values": of_rows(batch.waveforms_AN, sounds), "sound_mask": sounds >= 0}
-    if batch.patch_noise_IP is not None:
-        inputs["patch_noise"] = of_rows(batch.patch_noise_IP, images)
-    return inputs
-
-
 def prefix(batch: Microbatch, lengths: torch.Tensor) -> Microbatch:
     """The first tokens of each row as one document, padded."""
     kept = torch.arange(batch.plan.row_length)[None] < lengths[:, None]
@@ -164,12 +135,13 @@ def prefix(batch: Microbatch, lengths: torch.Tensor) -> Microbatch:
     return replace(batch, tokens_RT=batch.tokens_RT * kept, document_ids_RT=documents, position_ids_RT=positions)
 
 
-def greedy(model: Trained, batch: Microbatch, lengths: torch.Tensor, steps: int) -> torch.Tensor:
-    """Tokens [R, steps] after the first `lengths` of each row, by argmax of the training model, computed anew for
-    each."""
+def greedy(model: Trained, batch: Microbatch, lengths: torch.Tensor, steps: int, pieces: int) -> torch.Tensor:
+    """Tokens [R, steps] after the first `lengths` of each row, by argmax over the tokenizer's `pieces` of the training
+    model, computed anew for each."""
     every, tokens, lengths = torch.arange(len(lengths)), batch.tokens_RT.clone(), lengths.clone()
     for _ in range(steps):
-        found = model.logits(prefix(replace(batch, tokens_RT=tokens), lengths))[every, lengths - 1].argmax(-1)
+        logits = model.logits(prefix(replace(batch, tokens_RT=tokens), lengths))
+        found = logits[every, lengths - 1, :pieces].argmax(-1)
         tokens[every, lengths] = found
         lengths += 1
     return torch.stack([tokens[row, lengths[row] - steps : lengths[row]] for row in range(len(lengths))])

@@ -126,10 +126,12 @@ def test_placeholders_are_added_only_where_missing():
         complete({"prompt": "<image><image>", "images": ["a"]})
 
 
-def test_decoding_stops_at_the_end_and_skips_what_is_no_piece(processor):
+def test_decoding_stops_at_the_end_and_refuses_what_is_no_piece(processor):
     ids = processor.tokenizer.encode("a red sun")
     assert processor.decode([*ids, 3, *ids]) == "a red sun"
-    assert processor.decode([2, *ids, 0, 319]) == "a red sun"
+    assert processor.decode([2, *ids, 0]) == "a red sun"
+    with pytest.raises(ValueError, match="319 is no id of the tokenizer, which has 300 pieces"):
+        processor.decode([2, *ids, 319])
 
 
 def test_bad_media_are_named(work, processor, tmp_path):

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from megatron_mm.config.load import RECIPES, load_config
+from megatron_mm.evaluation.export_proof import exported_inputs
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import restore
 from megatron_mm.inference.generation import Generator
+from megatron_mm.inference.hf.exported_model import CACHE
 from megatron_mm.inference.names import checkpoint_key
 from megatron_mm.inference.systems import adapter_of
 from megatron_mm.models.layers.settings import LayerSettings
@@ -91,7 +93,7 @@ def test_what_transformers_saves_again_restores_too(work, tmp_path):
 @pytest.mark.parametrize("work", ["vlm", "dual_encoder", "perceiver_fusion", "avt"], indirect=True)
 def test_bf16_follows_fp32(work):
     low = Generator.from_path(work.exported, dtype="bf16").model
-    inputs = case.exported_inputs(case.rows(work.config), left=work.config.model.system != "perceiver_fusion")
+    inputs = exported_inputs(case.rows(work.config), left=work.config.model.system != "perceiver_fusion")
     with torch.no_grad():
         wanted, found = work.model(**inputs), low(**inputs)
     for name, value in wanted.items():
@@ -108,7 +110,7 @@ def test_outputs_are_the_training_graphs(work):
     images = batch.image_slots_RK[:, 0]
     assert (images >= 0).any() and (images < 0).any()
     for left in (True, False):
-        inputs = case.exported_inputs(batch, left)
+        inputs = exported_inputs(batch, left)
         with torch.no_grad():
             out = work.model(**inputs)
         checked = set()
@@ -128,7 +130,7 @@ def test_outputs_are_the_training_graphs(work):
             wanted = streams["mae_prediction"][images[images >= 0]]
             close(out.mae_prediction[images >= 0], wanted, "mae_prediction")
             checked.add("mae_prediction")
-        assert checked | {"past_key_values"} == out.keys() | {"past_key_values"}
+        assert checked | {CACHE} == out.keys() | {CACHE}
 
 
 @pytest.mark.parametrize("work", PERCEIVER, indirect=True)
@@ -137,7 +139,7 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
     batch, model = case.rows(work.config), work.model
     streams = work.trained.streams(batch)
     images, real = batch.image_slots_RK[:, 0], batch.document_ids_RT >= 0
-    inputs = case.exported_inputs(batch, left=False)
+    inputs = exported_inputs(batch, left=False)
     with torch.no_grad():
         clean = model(**inputs)
         memory, memory_mask = model.encode_media(inputs["pixel_values"], inputs["image_mask"])
@@ -166,7 +168,7 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
             one |= {name: one[name][:, :count] for name in ("input_ids", "attention_mask")}
             close(model(**one).logits[0], wanted[short, :count], "logits of a row alone, unpadded")
         with pytest.raises(ValueError, match="padded on the right"):
-            model(**case.exported_inputs(batch))
+            model(**exported_inputs(batch))
 
 
 @pytest.mark.parametrize("work", AVT, indirect=True)
@@ -182,7 +184,7 @@ def test_tokens_of_both_tasks_are_the_training_graphs(work):
             if masked and batch.masked_tokens_RT is not None:  # a contrastive AVT alone has no text to mask
                 batch = replace(batch, tokens_RT=batch.masked_tokens_RT)
             for left in (True, False):
-                inputs = case.exported_inputs(batch, left)
+                inputs = exported_inputs(batch, left)
                 with torch.no_grad():
                     out = work.model(**inputs, bidirectional=masked)
                 if work.model.config.has_text:
@@ -199,7 +201,7 @@ def test_tokens_of_both_tasks_are_the_training_graphs(work):
 
 @pytest.mark.parametrize("work", ["avt"], indirect=True)
 def test_sights_and_sounds_are_embedded_alone(work):
-    inputs = case.exported_inputs(case.rows(work.config, range(12)))
+    inputs = exported_inputs(case.rows(work.config, range(12)))
     with torch.no_grad():
         out, model = work.model(**inputs), work.model
         close(model.get_image_features(**inputs) + model.get_video_features(**inputs), out.vision_embeds, "vision")
@@ -216,7 +218,7 @@ def test_features_alone_are_those_of_the_forward_pass(work):
         with pytest.raises(ValueError, match="trained without that objective"):
             work.model.get_image_features(torch.zeros(1, 3, 32, 32))
         return
-    inputs = case.exported_inputs(case.rows(work.config), left=work.model.config.inputs["padding_side"] == "left")
+    inputs = exported_inputs(case.rows(work.config), left=work.model.config.inputs["padding_side"] == "left")
     with torch.no_grad():
         out = work.model(**inputs)
         close(work.model.get_image_features(**inputs), out.image_embeds, "image")
@@ -230,11 +232,12 @@ def test_greedy_tokens_are_the_training_models(work):
         return
     batch = case.rows(work.config, task="generation")
     lengths = torch.tensor([2, 5, 3, 6, 4, 9])
-    inputs = case.exported_inputs(case.prefix(batch, lengths))
+    inputs = exported_inputs(case.prefix(batch, lengths))
     inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, -9:], inputs["attention_mask"][:, -9:]
     inputs.pop("patch_noise", None)
-    wanted = case.greedy(work.trained, batch, lengths, 8)
-    for arguments in ({}, {"num_beams": 2, "use_cache": True}, {"num_beams": 2, "use_cache": False}):
+    wanted = case.greedy(work.trained, batch, lengths, 8, work.model.config.tokenizer_size)
+    beams = ({"num_beams": 2, "use_cache": True}, {"num_beams": 2, "use_cache": False})
+    for arguments in ({}, {"use_cache": False}, *beams):
         found = work.model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, **arguments)
         if "num_beams" not in arguments:
             assert found[:, 9:].tolist() == wanted.tolist()

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from megatron_mm.evaluation.evaluate import token_loss
+from megatron_mm.evaluation.export_proof import exported_inputs
 from megatron_mm.evaluation.streams import all_rows, reading_jsonl
-from megatron_mm.inference.convert import adapter_of_folder, export, restore
+from megatron_mm.inference.convert import export, restore
 from megatron_mm.inference.generation import Decoding, Generator
 from megatron_mm.inference.hf.processing_mm import MultimodalProcessor
+from megatron_mm.inference.hf_folder import adapter_of_folder
 from megatron_mm.inference.prompts import read_prompts
 from megatron_mm.inference.systems import adapter_of
 from tests import recipes
@@ -72,7 +74,7 @@ def test_samples_are_read_as_training_reads_them(media, name):
     samples = {sample["id"]: sample for sample in read_prompts(file)}
     found = processor([samples[name.rpartition("/")[2]] for name in batch.sample_ids], with_text=True)
     left = processor.inputs["padding_side"] == "left"
-    wanted = case.exported_inputs(batch, left)
+    wanted = exported_inputs(batch, left)
     length = found["input_ids"].shape[1]
     for key in ("input_ids", "attention_mask"):
         wanted[key] = wanted[key][:, -length:] if left else wanted[key][:, :length]

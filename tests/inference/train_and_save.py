@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models.graph import ForwardContext, ParallelSizes
 from megatron_mm.pipeline.schedule import Pipeline, run_batch
 from megatron_mm.platform import setup
@@ -35,14 +36,14 @@ def logits_of(pipeline: Pipeline, batch: Microbatch) -> torch.Tensor:
     return streams["logits"].reshape(*batch.tokens_RT.shape, -1)
 
 
-def greedy(pipeline: Pipeline, inputs: dict[str, torch.Tensor], steps: int) -> torch.Tensor:
-    """Tokens [R, steps] by argmax, the whole row computed anew for each."""
+def greedy(pipeline: Pipeline, inputs: dict[str, torch.Tensor], steps: int, pieces: int) -> torch.Tensor:
+    """Tokens [R, steps] by argmax over the tokenizer's `pieces`, the whole row computed anew for each."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(steps):
         batch = training_microbatch(dict(inputs, input_ids=ids, attention_mask=mask))
         lengths = mask.sum(1)
         last = logits_of(pipeline, batch)[torch.arange(len(ids)), lengths - 1]
-        ids = torch.cat([ids, last.argmax(-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, last[:, :pieces].argmax(-1, keepdim=True)], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return ids[:, -steps:]
 
@@ -63,7 +64,8 @@ def main() -> None:
         optimizer.zero_grad()
         run_batch(pipeline, [batch])
         optimizer.step(optimizer.gradient_norm(), samples=4)
-        said = {"logits": logits_of(pipeline, batch), "tokens": greedy(pipeline, inputs, 8)}
+        pieces = Tokenizer(str(Path(folder) / "spm.model")).vocab_size
+        said = {"logits": logits_of(pipeline, batch), "tokens": greedy(pipeline, inputs, 8, pieces)}
         torch.save(said, Path(folder) / "said.pt")
     config.data.tokenizer = str(Path(folder) / "spm.model")
     checkpoint.save(config, Path(folder) / "checkpoints", pipeline, optimizer, Position(1, 4))

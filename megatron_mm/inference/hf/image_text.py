@@ -10,13 +10,13 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from .exported_model import ExportedModel
 from .text_layers import contrastive_logits, initialize, media_mask, spread_rows
 from .vit import MAEDecoder, ViTTower
 
 
-class ImageTextModel(PreTrainedModel):
+class ImageTextModel(ExportedModel):
     """The image side, and the comparison of both.
 
     A model has `image_projection`, `text_projection` and `logit_scale` where its configuration contrasts, `mae_decoder`
@@ -27,7 +27,7 @@ class ImageTextModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("text", "image")
     media_inputs = ("pixel_values", "image_mask")
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     def __init__(self, config, text_size):
@@ -76,6 +76,7 @@ class ImageTextModel(PreTrainedModel):
 
     def get_image_features(self, pixel_values, image_mask=None, **kwargs):
         """Embeddings [B, E] of images; zero in rows without one."""
+        self.check_features(kwargs)
         self._needs(self.config.contrasts, "embeds no images for comparison")
         memory, _ = self.encode_media(pixel_values, image_mask)
         if memory is None:

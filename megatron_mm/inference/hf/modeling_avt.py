@@ -14,20 +14,18 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 
 from .configuration_avt import AVTConfig
 from .conformer import ConformerModel
+from .exported_model import CACHE, ExportedModel, MemoryGeneration, begin
 from .swin import SwinTower
 from .text_layers import (
     DecoderLayer,
     MemoryAttention,
-    MemoryGeneration,
-    MultimodalOutput,
     RMSNorm,
     RotaryAttention,
     SwiGLU,
-    begin,
     cached_memory,
     contrastive_logits,
     initialize,
@@ -38,6 +36,7 @@ from .text_layers import (
     positions_and_mask,
     rotary_tables,
     spread_rows,
+    token_loss,
 )
 
 
@@ -139,7 +138,7 @@ class AVTDecoder(nn.Module):
         return self.norm(x)
 
 
-class AVTModel(PreTrainedModel, MemoryGeneration, GenerationMixin):
+class AVTModel(ExportedModel, MemoryGeneration, GenerationMixin):
     """Descriptions and answers (`generate`), masked tokens found, embeddings of sight and sound."""
 
     config_class = AVTConfig
@@ -148,7 +147,7 @@ class AVTModel(PreTrainedModel, MemoryGeneration, GenerationMixin):
     input_modalities = ("text", "image", "video", "audio")
     media_inputs = ("pixel_values", "image_mask", "pixel_values_videos", "video_mask", "input_values", "sound_mask")
     _no_split_modules = ["AVTDecoderLayer", "AVTFusionLayer", "SwinLayer", "ConformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     def __init__(self, config):
@@ -254,15 +253,18 @@ class AVTModel(PreTrainedModel, MemoryGeneration, GenerationMixin):
 
     def get_image_features(self, pixel_values, image_mask=None, **kwargs):
         """Embeddings [B, E] of images; zero in rows without one."""
+        self.check_features(kwargs)
         return self._features(self.see(pixel_values, image_mask), pixel_values)
 
     def get_video_features(self, pixel_values_videos, video_mask=None, **kwargs):
         """Embeddings [B, E] of clips; zero in rows without one."""
+        self.check_features(kwargs)
         vision = self.see(pixel_values_videos=pixel_values_videos, video_mask=video_mask)
         return self._features(vision, pixel_values_videos)
 
     def get_audio_features(self, input_values, sound_mask=None, **kwargs):
         """Embeddings [B, E] of sounds; zero in rows without one."""
+        self.check_features(kwargs)
         return self._features(self.hear(input_values, sound_mask), input_values, audio=True)
 
     def _features(self, tower, values, audio=False):
@@ -297,6 +299,8 @@ class AVTModel(PreTrainedModel, MemoryGeneration, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         return_dict=True,
+        cache=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """What the model has of: embeddings of sight and sound, and logits [B, T, vocabulary].
@@ -306,33 +310,40 @@ class AVTModel(PreTrainedModel, MemoryGeneration, GenerationMixin):
             bidirectional: tokens see both sides, and logits are of the tokens themselves, where some are the mask
                 (`config.mask_token_id`); otherwise of the next tokens.
             labels: [B, T] tokens, -100 is not counted; they are shifted here unless `bidirectional`.
+            past_key_values, cache: two names of one argument.
+            num_items_in_batch: as Trainer gives it; the loss is the sum over that number.
+
+        Raises:
+            TypeError: an argument that would be ignored.
+            ValueError: a cache of another kind, or tokens that it should hold and does not.
         """
-        out = MultimodalOutput()
+        self.check_arguments(kwargs)
+        found = {}
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache, past = begin(past_key_values, use_cache and not bidirectional, self.config.num_hidden_layers)
+        cache, past = begin(past_key_values, cache, use_cache and not bidirectional, self.config.num_hidden_layers)
         if past == 0 and media_memory is None:
             vision = self.see(pixel_values, image_mask, pixel_values_videos, video_mask)
             audio = self.hear(input_values, sound_mask)
             if self.config.contrasts:
-                out.vision_embeds = None if vision[0] is None else self.embed_vision(*vision)
-                out.audio_embeds = None if audio[0] is None else self.embed_audio(audio[0])
+                found["vision_embeds"] = None if vision[0] is None else self.embed_vision(*vision)
+                found["audio_embeds"] = None if audio[0] is None else self.embed_audio(audio[0])
             if self.config.has_text:
                 media_memory = self.fusion(*vision, *audio)
         if not self.config.has_text:
-            return out if return_dict else out.to_tuple()
+            return self.output(found, return_dict)
         memory, memory_mask = (None, cache.memory_mask) if past > 0 else media_memory
         if cache is not None and past == 0:
             cache.memory_mask = memory_mask
-        position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past, not bidirectional)
+        position_ids, mask = positions_and_mask(
+            input_ids, attention_mask, position_ids, past, not bidirectional, kwargs.get("cache_position")
+        )
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, self.dtype)
         states = self.model(input_ids, rotary, mask, cache, past, memory, memory_mask)
-        out.logits = self.lm_head(kept_states(states, logits_to_keep))
-        if labels is not None and bidirectional:
-            out.loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        elif labels is not None:
-            out.loss = next_token_loss(out.logits, labels)
-        out.past_key_values = cache
-        return out if return_dict else out.to_tuple()
+        logits = found["logits"] = self.lm_head(kept_states(states, logits_to_keep))
+        if labels is not None:
+            loss = token_loss if bidirectional else next_token_loss
+            found["loss"] = loss(logits, labels, num_items_in_batch)
+        return self.output(found | {CACHE: cache}, return_dict)
 
 
 __all__ = ["AVTConfig", "AVTModel"]

@@ -15,13 +15,11 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .configuration_dual_encoder import DualEncoderConfig
+from .exported_model import CACHE, MemoryGeneration, begin
 from .image_text import ImageTextModel
 from .text_layers import (
     MemoryAttention,
-    MemoryGeneration,
-    MultimodalOutput,
     attend,
-    begin,
     cached_memory,
     join_heads,
     kept_states,
@@ -31,6 +29,7 @@ from .text_layers import (
     positions_and_mask,
     split_heads,
 )
+from .vit import ViTTower  # noqa: F401 # transformers before 5.6 copies only what this file itself imports
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
@@ -163,6 +162,7 @@ class DualEncoderModel(ImageTextModel, MemoryGeneration, GenerationMixin):
 
     def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
         """Embeddings [B, E] of whole texts, which end with the end of the document."""
+        self.check_features(kwargs)
         self._needs(self.config.contrasts, "embeds no texts for comparison")
         position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past=0)
         return self.embed_texts(self.text_encoder(input_ids, position_ids, mask, None), attention_mask)
@@ -181,21 +181,32 @@ class DualEncoderModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         return_dict=True,
+        cache=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """What the model has of: logits [B, T, vocabulary] (and with `labels` [B, T] the mean next-token loss),
         embeddings of images and texts, and, with `patch_noise` [B, P], the prediction of masked autoencoding.
 
         `media_memory`, the output of `encode_media`, may take the place of the images. A phase `mae` reads no text.
+        The cache comes as `past_key_values` or `cache`, two names of one argument. With Trainer's `num_items_in_batch`
+        the loss is the sum over that number.
+
+        Raises:
+            TypeError: an argument that would be ignored.
+            ValueError: a cache of another kind, or tokens that it should hold and does not.
         """
-        out = MultimodalOutput()
+        self.check_arguments(kwargs)
+        found = {}
         if patch_noise is not None:
-            out.mae_prediction = self.reconstruct(pixel_values, patch_noise)
+            found["mae_prediction"] = self.reconstruct(pixel_values, patch_noise)
         if not self.config.has_text:
-            return out if return_dict else out.to_tuple()
+            return self.output(found, return_dict)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache, past = begin(past_key_values, use_cache, self.config.fusion["num_layers"])
-        position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past)
+        cache, past = begin(past_key_values, cache, use_cache, self.config.fusion["num_layers"])
+        position_ids, mask = positions_and_mask(
+            input_ids, attention_mask, position_ids, past, cache_position=kwargs.get("cache_position")
+        )
         memory, memory_mask = None, cache.memory_mask if past > 0 else None
         if past == 0:
             memory, memory_mask = media_memory or self.encode_media(pixel_values, image_mask)
@@ -203,14 +214,15 @@ class DualEncoderModel(ImageTextModel, MemoryGeneration, GenerationMixin):
                 cache.memory_mask = memory_mask
         states = self.text_encoder(input_ids, position_ids, mask, cache)
         if self.config.contrasts and past == 0:
-            out.text_embeds = self.embed_texts(states, attention_mask)
-            out.image_embeds = None if memory is None else self.embed_images(memory)
+            found["text_embeds"] = self.embed_texts(states, attention_mask)
+            found["image_embeds"] = None if memory is None else self.embed_images(memory)
         if self.config.speaks:
             states = self.fusion(states, mask, cache, past, memory, memory_mask)
-            out.logits = F.linear(kept_states(states, logits_to_keep), self.text_encoder.embed_tokens.weight)
-            out.loss = None if labels is None else next_token_loss(out.logits, labels)
-        out.past_key_values = cache
-        return out if return_dict else out.to_tuple()
+            states = kept_states(states, logits_to_keep)
+            logits = found["logits"] = F.linear(states, self.text_encoder.embed_tokens.weight)
+            if labels is not None:
+                found["loss"] = next_token_loss(logits, labels, num_items_in_batch)
+        return self.output(found | {CACHE: cache}, return_dict)
 
 
 __all__ = ["DualEncoderConfig", "DualEncoderModel"]

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_perceiver_fusion import PerceiverFusionConfig
+from .exported_model import ExportedModel  # noqa: F401 # transformers before 5.6 copies only what this file itself imports
 from .image_text import ImageTextModel
 from .perceiver import PerceiverQueries, PerceiverTower
-from .text_layers import MultimodalOutput
+from .text_layers import token_loss
 from .transformer_xl import TransformerXLTower
+from .vit import ViTTower  # noqa: F401 # transformers before 5.6 copies only what this file itself imports
 
 
 class PerceiverFusionModel(ImageTextModel):
@@ -86,6 +88,7 @@ class PerceiverFusionModel(ImageTextModel):
 
     def get_text_features(self, input_ids, attention_mask=None, **kwargs):
         """Embeddings [B, E] of texts."""
+        self.check_features(kwargs)
         self._needs(self.config.contrasts, "embeds no texts for comparison")
         return self.embed_texts(*self.encode_text(input_ids, attention_mask))
 
@@ -104,30 +107,35 @@ class PerceiverFusionModel(ImageTextModel):
         media_memory=None,
         labels=None,
         return_dict=True,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """What the model has of: embeddings of images and texts and match_logits, of texts as they are, and logits
         [B, T, vocabulary] of every token, of texts in which some are the mask (`config.mask_token_id`).
 
         `labels` [B, T] holds the hidden tokens, -100 elsewhere. `media_memory`, the output of `encode_media`, may take
-        the place of the images.
+        the place of the images. With Trainer's `num_items_in_batch` the loss is the sum over that number.
+
+        Raises:
+            TypeError: an argument that would be ignored.
         """
-        out = MultimodalOutput()
+        self.check_arguments(kwargs)
+        found = {}
         memory, memory_mask = media_memory or self.encode_media(pixel_values, image_mask)
         states, mask = self.encode_text(input_ids, attention_mask)
         if self.config.contrasts:
-            out.text_embeds = self.embed_texts(states, mask)
-            out.image_embeds = None if memory is None else self.embed_images(memory)
+            found["text_embeds"] = self.embed_texts(states, mask)
+            found["image_embeds"] = None if memory is None else self.embed_images(memory)
         if self.matches or self.predicts:
             latents = self.fuse(memory, memory_mask, states, mask)
         if self.matches:
-            out.match_logits = self.match_projection(self.match_norm(latents.mean(dim=1))).float()
+            found["match_logits"] = self.match_projection(self.match_norm(latents.mean(dim=1))).float()
         if self.predicts:
             read = self.lm_norm(self.queries(latents))[:, : input_ids.shape[1]]
-            out.logits = F.linear(self.lm_projection(read), self.text_tower.embed_tokens.weight)
+            logits = found["logits"] = F.linear(self.lm_projection(read), self.text_tower.embed_tokens.weight)
             if labels is not None:
-                out.loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        return out if return_dict else out.to_tuple()
+                found["loss"] = token_loss(logits, labels, num_items_in_batch)
+        return self.output(found, return_dict)
 
 
 __all__ = ["PerceiverFusionConfig", "PerceiverFusionModel"]

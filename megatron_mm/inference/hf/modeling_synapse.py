@@ -14,17 +14,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_synapse import SynapseConfig
+from .exported_model import CACHE, ExportedModel, MemoryCache, MemoryGeneration, begin
 from .text_layers import (
     DecoderLayer,
-    MemoryCache,
-    MemoryGeneration,
     RMSNorm,
     attend,
-    begin,
     cached_memory,
     initialize,
     join_heads,
@@ -223,13 +221,13 @@ class SynapseCrossLayer(nn.Module):
         return x + self.gate.tanh() * reads * self.cross_attn(self.input_layernorm(x), keys, values, mask)
 
 
-class SynapsePreTrainedModel(PreTrainedModel):
+class SynapsePreTrainedModel(ExportedModel):
     config_class = SynapseConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("text", "image", "audio")
     _no_split_modules = ["DecoderLayer", "SynapseCrossLayer", "SynapseVisionLayer", "SynapseAudioLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -314,12 +312,17 @@ class SynapseModel(SynapsePreTrainedModel):
         sound_mask=None,
         media_memory=None,
         use_cache=None,
+        cache=None,
         **kwargs,
     ):
+        """The last states [B, T, H] and the cache. Arguments as of SynapseForCausalLM."""
+        self.check_arguments(kwargs)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         batch, length = input_ids.shape
-        cache, past = begin(past_key_values, use_cache, self.config.num_cross_layers)
-        position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past)
+        cache, past = begin(past_key_values, cache, use_cache, self.config.num_cross_layers)
+        position_ids, mask = positions_and_mask(
+            input_ids, attention_mask, position_ids, past, cache_position=kwargs.get("cache_position")
+        )
 
         if cache is not None and past > 0:
             memory_mask = cache.memory_mask
@@ -352,7 +355,7 @@ class SynapseModel(SynapsePreTrainedModel):
                 keys, values = cached_memory(cache, number, past, project, image_memory, audio_memory)
                 hidden = cross(hidden, keys, values, cross_mask, reads)
             hidden = layer(hidden, rotary, mask, cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
 
 class SynapseForCausalLM(SynapsePreTrainedModel, MemoryGeneration, GenerationMixin):
@@ -398,12 +401,19 @@ class SynapseForCausalLM(SynapsePreTrainedModel, MemoryGeneration, GenerationMix
         use_cache=None,
         logits_to_keep=0,
         return_dict=True,
+        cache=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 is not counted), the mean next-token loss.
 
         Labels are the tokens themselves, shifted here. `media_memory`, the output of `encode_media`, may take the
-        place of the media.
+        place of the media. The cache comes as `past_key_values` or `cache`, two names of one argument. With Trainer's
+        `num_items_in_batch` the loss is the sum over that number.
+
+        Raises:
+            TypeError: an argument that would be ignored.
+            ValueError: a cache of another kind, or tokens that it should hold and does not.
         """
         outputs = self.model(
             input_ids,
@@ -417,10 +427,12 @@ class SynapseForCausalLM(SynapsePreTrainedModel, MemoryGeneration, GenerationMix
             sound_mask=sound_mask,
             media_memory=media_memory,
             use_cache=use_cache,
+            cache=cache,
+            **kwargs,
         )
         logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else next_token_loss(logits, labels)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(outputs, CACHE)})
         return result if return_dict else result.to_tuple()
 
 

@@ -13,15 +13,13 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .configuration_vlm import VLMConfig
+from .exported_model import CACHE, MemoryGeneration, begin
 from .image_text import ImageTextModel
 from .text_layers import (
     DecoderLayer,
     MemoryAttention,
-    MemoryGeneration,
-    MultimodalOutput,
     RMSNorm,
     SwiGLU,
-    begin,
     cached_memory,
     kept_states,
     last_token,
@@ -30,6 +28,7 @@ from .text_layers import (
     positions_and_mask,
     rotary_tables,
 )
+from .vit import ViTTower  # noqa: F401 # transformers before 5.6 copies only what this file itself imports
 
 
 class VLMGatedBlock(nn.Module):
@@ -130,6 +129,7 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
 
     def get_text_features(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
         """Embeddings [B, E] of whole texts, which end with the end of the document."""
+        self.check_features(kwargs)
         self._needs(self.config.contrasts, "embeds no texts for comparison")
         position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past=0)
         rotary = self._rotary(position_ids, self.dtype)
@@ -149,21 +149,32 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         return_dict=True,
+        cache=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
         """What the model has of: logits [B, T, vocabulary] (and with `labels` [B, T] the mean next-token loss),
         embeddings of images and texts, and, with `patch_noise` [B, P], the prediction of masked autoencoding.
 
         `media_memory`, the output of `encode_media`, may take the place of the images. A phase `mae` reads no text.
+        The cache comes as `past_key_values` or `cache`, two names of one argument. With Trainer's `num_items_in_batch`
+        the loss is the sum over that number.
+
+        Raises:
+            TypeError: an argument that would be ignored.
+            ValueError: a cache of another kind, or tokens that it should hold and does not.
         """
-        out = MultimodalOutput()
+        self.check_arguments(kwargs)
+        found = {}
         if patch_noise is not None:
-            out.mae_prediction = self.reconstruct(pixel_values, patch_noise)
+            found["mae_prediction"] = self.reconstruct(pixel_values, patch_noise)
         if not self.config.has_text:
-            return out if return_dict else out.to_tuple()
+            return self.output(found, return_dict)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache, past = begin(past_key_values, use_cache, len(self.model.cross_layers))
-        position_ids, mask = positions_and_mask(input_ids, attention_mask, position_ids, past)
+        cache, past = begin(past_key_values, cache, use_cache, len(self.model.cross_layers))
+        position_ids, mask = positions_and_mask(
+            input_ids, attention_mask, position_ids, past, cache_position=kwargs.get("cache_position")
+        )
         memory, memory_mask = None, cache.memory_mask if past > 0 else None
         if past == 0:
             memory, memory_mask = media_memory or self.encode_media(pixel_values, image_mask)
@@ -172,14 +183,14 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         rotary = self._rotary(position_ids, self.dtype)
         states = self.model.lower(input_ids, rotary, mask, cache)
         if self.config.contrasts and past == 0:
-            out.text_embeds = self.embed_texts(states, attention_mask)
-            out.image_embeds = None if memory is None else self.embed_images(memory)
+            found["text_embeds"] = self.embed_texts(states, attention_mask)
+            found["image_embeds"] = None if memory is None else self.embed_images(memory)
         if self.config.speaks:
             states = self.model.upper(states, rotary, mask, cache, past, memory, memory_mask)
-            out.logits = self.lm_head(kept_states(states, logits_to_keep))
-            out.loss = None if labels is None else next_token_loss(out.logits, labels)
-        out.past_key_values = cache
-        return out if return_dict else out.to_tuple()
+            logits = found["logits"] = self.lm_head(kept_states(states, logits_to_keep))
+            if labels is not None:
+                found["loss"] = next_token_loss(logits, labels, num_items_in_batch)
+        return self.output(found | {CACHE: cache}, return_dict)
 
 
 __all__ = ["VLMConfig", "VLMModel"]

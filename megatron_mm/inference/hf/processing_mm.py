@@ -321,13 +321,19 @@ class MultimodalProcessor:
         return inputs
 
     def decode(self, ids):
-        """Text of generated ids, up to the first end-of-document token."""
+        """Text of generated ids, up to the first end-of-document token.
+
+        Raises:
+            ValueError: an id that the tokenizer does not have, such as a padded row of the vocabulary.
+        """
         ids = [int(i) for i in ids]
         if self.config.eos_token_id in ids:
             ids = ids[: ids.index(self.config.eos_token_id)]
         special = {self.config.pad_token_id, self.config.bos_token_id}
         size = self.tokenizer.get_piece_size()
-        return self.tokenizer.decode([i for i in ids if i < size and i not in special])
+        if ids and max(ids) >= size:
+            raise ValueError(f"{max(ids)} is no id of the tokenizer, which has {size} pieces")
+        return self.tokenizer.decode([i for i in ids if i not in special])
 
     def batch_decode(self, sequences):
         """Texts of several sequences of ids."""

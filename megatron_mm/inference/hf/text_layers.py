@@ -1,51 +1,18 @@
-"""What the exported models of all systems share: decoder layers, attention to a memory, their cache, generation.
+"""What the exported models of all systems share: decoder layers, and attention to a memory.
 
 The decoder is Llama's (RMSNorm, rotary positions, grouped queries, SwiGLU). A memory is what media have become: its
-keys and values are computed once and kept in a `MemoryCache` beside the growing ones of the text, under a mask of the
-positions that exist. One row of a batch is one document with its own media, padded on either side. It needs torch and
-transformers only.
+keys and values are computed once and kept in a `MemoryCache` (exported_model.py) beside the growing ones of the text,
+under a mask of the positions that exist. One row of a batch is one document with its own media, padded on either side.
+It needs torch and transformers only.
 
 Shapes: B rows, T tokens, M memory positions of a row, C width, d width of a head.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
-from transformers.modeling_outputs import ModelOutput
 
-
-class MemoryCache(DynamicCache):
-    """Growing self-attention keys and values, and the keys and values of a memory, computed once."""
-
-    def __init__(self, num_memory_layers):
-        super().__init__()
-        self.memory = [None] * num_memory_layers
-        self.memory_mask = None
-
-    def _map_memory(self, function):
-        self.memory = [pair if pair is None else (function(pair[0]), function(pair[1])) for pair in self.memory]
-        if self.memory_mask is not None:
-            self.memory_mask = function(self.memory_mask)
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self._map_memory(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self._map_memory(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self._map_memory(lambda x: x[indices])
-
-    def reset(self):
-        super().reset()
-        self.memory, self.memory_mask = [None] * len(self.memory), None
-
+from .exported_model import check_positions
 
 # --------------------------------------------------------------------------------------------------------- attention
 
@@ -66,30 +33,21 @@ def attend(q, k, v, mask=None, is_causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
-def begin(cache, use_cache, num_memory_layers):
-    """The cache to work with (None: none), and how many tokens it holds.
-
-    Raises:
-        ValueError: `cache` is of another kind and holds tokens already.
-    """
-    if cache is not None and not isinstance(cache, MemoryCache):
-        if cache.get_seq_length() > 0:
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; this model continues from a MemoryCache")
-        cache = None
-    if cache is None and use_cache:
-        cache = MemoryCache(num_memory_layers)
-    return cache, cache.get_seq_length() if cache is not None else 0
-
-
-def positions_and_mask(input_ids, attention_mask, position_ids, past, causal=True):
+def positions_and_mask(input_ids, attention_mask, position_ids, past, causal=True, cache_position=None):
     """Positions [B or 1, T] that count real tokens, and the mask of self-attention (None: causal, nothing padded).
 
     Args:
         attention_mask: [B, past + T], 1 for real tokens; None: all are.
+        position_ids: [B or 1, T]; None: they are counted here.
         past: tokens in the cache.
         causal: tokens see earlier ones only; otherwise both sides.
+        cache_position: [T], places in cache and input, where the caller says them.
+
+    Raises:
+        ValueError: mask or positions speak of tokens that cache and input do not hold.
     """
     batch, length = input_ids.shape
+    check_positions(position_ids, past, length, cache_position)
     if attention_mask is None and ((past > 0 and length > 1) or not causal):
         attention_mask = input_ids.new_ones(batch, past + length)
     if position_ids is None:
@@ -273,48 +231,6 @@ def last_token(hidden, attention_mask):
 # ------------------------------------------------------------------------------------------------------------ models
 
 
-@dataclass
-class MultimodalOutput(ModelOutput):
-    """What a forward pass gives; fields that a model or an input does not have are None.
-
-    Embeddings [B, E] are float32 and of any length (a cosine is compared); rows without the medium are zero.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: MemoryCache | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    vision_embeds: torch.FloatTensor | None = None
-    """Of images or clips."""
-    audio_embeds: torch.FloatTensor | None = None
-    match_logits: torch.FloatTensor | None = None
-    """[B, 2]: that image and text belong together, and that they do not."""
-    mae_prediction: torch.FloatTensor | None = None
-    """[B, patches, pixels of a patch]."""
-
-
-class MemoryGeneration:
-    """Before GenerationMixin: generation of a model whose `encode_media(**media)` gives a tuple of tensors, which the
-    argument `media_memory` takes in place of the media."""
-
-    #: Names of the arguments of encode_media.
-    media_inputs = ()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False  # generate() leaves the cache to forward(), which makes a MemoryCache
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Run the towers before beams multiply the rows, so that each picture is encoded once."""
-        if expand_size > 1 and model_kwargs.get("media_memory") is None:
-            media = {name: model_kwargs.pop(name, None) for name in self.media_inputs}
-            model_kwargs["media_memory"] = tuple(
-                x if x is None else x.repeat_interleave(expand_size, dim=0) for x in self.encode_media(**media)
-            )
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-
 def kept_states(hidden, logits_to_keep):
     """The states of which logits are wanted: the last so many (0: all), or those at given places."""
     if isinstance(logits_to_keep, int):
@@ -322,9 +238,17 @@ def kept_states(hidden, logits_to_keep):
     return hidden[:, logits_to_keep]
 
 
-def next_token_loss(logits, labels):
-    """Mean loss of the next tokens; labels [B, T] are the tokens themselves, -100 is not counted."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+def token_loss(logits, labels, num_items=None):
+    """Loss of logits [B, T, V] against tokens [B, T], of which -100 is not counted: the mean, or, where Trainer says
+    how many tokens its accumulated batches have (`num_items`), the sum over that number."""
+    reduction = "mean" if num_items is None else "sum"
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction=reduction)
+    return loss if num_items is None else loss / num_items
+
+
+def next_token_loss(logits, labels, num_items=None):
+    """`token_loss` of the next tokens; labels [B, T] are the tokens themselves."""
+    return token_loss(logits[:, :-1], labels[:, 1:], num_items)
 
 
 def contrastive_logits(first, second, log_scale, max_scale):

@@ -82,6 +82,6 @@ ADAPTER = Adapter(
     vocab_size=lambda model: model.decoder.vocab_size if decodes(model) else 0,
     config_class="configuration_avt.AVTConfig",
     model_class="modeling_avt.AVTModel",
-    modules=("configuration_mm", "conformer", "swin", "text_layers"),
+    modules=("configuration_mm", "conformer", "exported_model", "swin", "text_layers"),
     speaks=speaks,
 )

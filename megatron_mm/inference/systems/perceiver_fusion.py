@@ -51,6 +51,14 @@ ADAPTER = Adapter(
     vocab_size=lambda model: model.text.vocab_size,
     config_class="configuration_perceiver_fusion.PerceiverFusionConfig",
     model_class="modeling_perceiver_fusion.PerceiverFusionModel",
-    modules=("configuration_mm", "image_text", "perceiver", "text_layers", "transformer_xl", "vit"),
+    modules=(
+        "configuration_mm",
+        "exported_model",
+        "image_text",
+        "perceiver",
+        "text_layers",
+        "transformer_xl",
+        "vit",
+    ),
     speaks=lambda model: False,
 )

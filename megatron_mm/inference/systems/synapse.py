@@ -143,6 +143,6 @@ ADAPTER = Adapter(
     config_class="configuration_synapse.SynapseConfig",
     model_class="modeling_synapse.SynapseForCausalLM",
     bare_class="modeling_synapse.SynapseModel",
-    modules=("text_layers",),
+    modules=("exported_model", "text_layers"),
     speaks=lambda model: True,
 )

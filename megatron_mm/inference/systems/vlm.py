@@ -62,6 +62,6 @@ ADAPTER = Adapter(
     vocab_size=lambda model: 0 if model.phase == "mae" else model.decoder.vocab_size,
     config_class="configuration_vlm.VLMConfig",
     model_class="modeling_vlm.VLMModel",
-    modules=("configuration_mm", "image_text", "text_layers", "vit"),
+    modules=("configuration_mm", "exported_model", "image_text", "text_layers", "vit"),
     speaks=lambda model: model.phase == "joint" and model.causal_lm_weight > 0,
 )

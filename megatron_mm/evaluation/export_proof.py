@@ -1,0 +1,319 @@
+"""Proof of an exported folder: it says the same with its cache, without it, and as the training model does.
+
+    generated rows ─┬─ the folder's own code, in a process of its own ─ tokens, logits, embeddings ─┬─ equal, or refused
+                    └─ training graph with the checkpoint's weights ─ streams ──────────────────────┘
+
+A folder that transformers reads otherwise than it was meant answers all the same; here is where it is noticed. Inputs
+are random rows in the format of the system (data/generated.py), with and without media, of different lengths.
+
+Shapes: R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatron_mm.config.load import load_config
+from megatron_mm.config.schema import Config
+from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.evaluation.streams import GraphReader
+from megatron_mm.inference.checkpoint_stream import CheckpointReader
+from megatron_mm.inference.convert import config_from_hf, find_checkpoint
+from megatron_mm.inference.hf_folder import adapter_of_folder, read_json
+from megatron_mm.inference.safetensors_stream import SafetensorsFolder
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.systems import build_graph
+
+#: Largest difference of values, as a share of the largest of them, where both sides have the same weights: fp32 sums in
+#: other orders, through all layers.
+SAME = 1e-4
+#: The same where the folder's weights were rounded to bf16, or are an optimizer's fp32 where training computed in bf16.
+ROUNDED = 0.1
+NEW_TOKENS = 6
+PROMPTS = (5, 2, 9, 4)
+#: Fields of the exported model's output and the streams of the training graph that they are.
+FIELDS = {
+    "logits": "logits",
+    "text_embeds": "text_embedding",
+    "image_embeds": "image_embedding",
+    "vision_embeds": "vision_embedding",
+    "audio_embeds": "audio_embedding",
+    "match_logits": "match_logits",
+    "mae_prediction": "mae_prediction",
+}
+
+
+class NoRoom(Exception):
+    """Not enough memory is free; says how much is needed."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Generated rows, as both sides read them."""
+
+    batch: Microbatch
+    lengths: torch.Tensor
+    """Tokens of each row, [R]; of a prompt, where the model generates text."""
+    generates: bool
+    task: str
+
+    @classmethod
+    def of(cls, config: Config, generates: bool) -> Rows:
+        """Rows of a recipe, of one document each.
+
+        Args:
+            generates: the model generates text; rows are short and leave room for NEW_TOKENS.
+        """
+        length = config.data.seq_length
+        data = replace(
+            config.data,
+            seq_length=min(max(PROMPTS) + NEW_TOKENS, length) if generates else length,
+            max_images_per_sample=min(2, config.data.max_images_per_sample),
+            max_sounds_per_sample=min(1, config.data.max_sounds_per_sample),
+        )
+        inputs = config.model.inputs
+        tasks = [name for name, _ in inputs.tasks]
+        task = "generation" if "generation" in tasks else (tasks[0] if tasks else "")
+        batch = GeneratedRows(replace(config, data=data), documents=1).microbatch(range(len(PROMPTS)), task=task)
+        if not generates:
+            return cls(batch, (batch.document_ids_RT >= 0).sum(dim=1), False, task)
+        lengths = torch.tensor(PROMPTS).clamp(max=data.seq_length - NEW_TOKENS)
+        return cls(batch, lengths, True, task)
+
+    @property
+    def prompts(self) -> Microbatch:
+        """The beginnings of the rows."""
+        return self._begun(self.lengths, self.batch.tokens_RT)
+
+    def answered(self, generated: torch.Tensor) -> Microbatch:
+        """The beginnings, each followed by its generated tokens [R, NEW_TOKENS]."""
+        tokens_RT = self.batch.tokens_RT.clone()
+        for row, (first, answer) in enumerate(zip(self.lengths.tolist(), generated)):
+            tokens_RT[row, first : first + NEW_TOKENS] = answer
+        return self._begun(self.lengths + NEW_TOKENS, tokens_RT)
+
+    def _begun(self, lengths: torch.Tensor, tokens_RT: torch.Tensor) -> Microbatch:
+        at_T = torch.arange(tokens_RT.shape[1])
+        real_RT = at_T < lengths[:, None]
+        return replace(
+            self.batch,
+            plan=replace(self.batch.plan, one_document_per_row=True, max_document_length=len(at_T)),
+            tokens_RT=tokens_RT * real_RT,
+            document_ids_RT=torch.where(real_RT, 0, -1),
+            position_ids_RT=at_T.expand_as(real_RT),
+        )
+
+
+def exported_inputs(batch: Microbatch, left: bool = True) -> dict[str, torch.Tensor]:
+    """Rows of one document as the exported model reads them.
+
+    Args:
+        batch: as training reads them, padded on the right.
+        left: pad on the left.
+    """
+    inputs = {}
+    if batch.tokens_RT is not None:
+        real = batch.document_ids_RT >= 0
+        ids, mask = batch.tokens_RT.clone(), real.long()
+        if left:
+            for row, count in enumerate(real.sum(dim=1).tolist()):
+                ids[row], mask[row] = ids[row].roll(-count), mask[row].roll(-count)
+        kept = slice(-int(mask.sum(dim=1).max()), None) if left else slice(0, None)
+        inputs = {"input_ids": ids[:, kept], "attention_mask": mask[:, kept]}
+    if batch.sounds_AMF is not None:  # packed rows have slots
+        slots = batch.image_slots_RK
+        frames = batch.image_frames_I[slots.clamp(min=0)].masked_fill(slots < 0, -1)
+        return inputs | {
+            "pixel_values": _in_slots(batch.images_ICHW, slots),
+            "image_mask": slots >= 0,
+            "image_frames": frames,
+            "input_features": _in_slots(batch.sounds_AMF, batch.sound_slots_RJ),
+            "sound_mask": batch.sound_slots_RJ >= 0,
+        }
+    images, sounds = batch.image_slots_RK[:, 0], batch.sound_slots_RJ[:, 0]
+    if batch.images_ICHW is not None:
+        inputs |= {"pixel_values": _in_slots(batch.images_ICHW, images), "image_mask": images >= 0}
+    if batch.clips_VFCHW is not None:
+        clips = batch.clip_slots_R
+        inputs |= {"pixel_values_videos": _in_slots(batch.clips_VFCHW, clips), "video_mask": clips >= 0}
+    if batch.waveforms_AN is not None:
+        inputs |= {"input_values": _in_slots(batch.waveforms_AN, sounds), "sound_mask": sounds >= 0}
+    if batch.patch_noise_IP is not None:
+        inputs["patch_noise"] = _in_slots(batch.patch_noise_IP, images)
+    return inputs
+
+
+def _in_slots(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Media listed once [I, …] as rows or slots [*slots, …] have them, zero where there is none."""
+    out = values.new_zeros(*slots.shape, *values.shape[1:])
+    out[slots >= 0] = values[slots[slots >= 0]]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- the proof
+
+
+def proof(checkpoint: str | Path | None = None) -> Callable[[Path], None]:
+    """`prove` as the `check` of `convert.export` and `convert.refresh`; prints what was proved.
+
+    Args:
+        checkpoint: what is exported; None: the folder is compared with itself alone.
+    """
+
+    def check(folder: Path) -> None:
+        print(f"proof: {prove(folder, checkpoint)}", flush=True)
+
+    return check
+
+
+def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
+    """Runs an exported folder and compares what it says.
+
+    Args:
+        folder: the exported folder.
+        checkpoint: the training checkpoint that it was made of; None: the folder is compared with itself alone.
+
+    Returns:
+        A sentence on what was compared, and on what was not and why.
+
+    Raises:
+        ValueError: the folder does not load, or says something else without its cache or than the training model.
+    """
+    fields = read_json(folder / "config.json")
+    adapter = adapter_of_folder(fields, folder / "config.json")
+    recipe = load_config(find_checkpoint(checkpoint) / "config.yaml") if checkpoint is not None else None
+    config = recipe or config_from_hf(fields, folder / "config.json")
+    hf_inputs = adapter.load_class(adapter.config_class)(**fields).inputs
+    rows = Rows.of(config, adapter.speaks(config.model))
+    source = SafetensorsFolder(folder)
+    numbers = sum(torch.Size(source.shape(name)).numel() for name in source.names)
+    try:
+        _room_for(4 * numbers, "the exported model")
+    except NoRoom as error:
+        return f"the exported model was not run: {error}"
+    said = _run(folder, _questions(config, rows, hf_inputs["padding_side"] == "left"))
+    for name, value in said["fields"].items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} of the exported model is not finite")
+    ways = []
+    if rows.generates:
+        _compare_tokens(said)
+        ways = ["with its cache", "without it"]
+    if recipe is None:
+        return _sentence(said, ways)
+    try:
+        _room_for(10 * numbers, "the training model")  # weights, and buffers of gradients
+    except NoRoom as error:
+        return f"{_sentence(said, ways)}; not compared with the training model: {error}"
+    trained = find_checkpoint(checkpoint)
+    stored = CheckpointReader(trained).dtype(adapter.entries(recipe.model)[-1].training)
+    tolerance = SAME if stored == source.dtype(source.names[-1]) else ROUNDED
+    worst = _compare_streams(recipe, trained, rows, said, tolerance)
+    return f"{_sentence(said, [*ways, 'by the training model'])} (values within {worst:.1e} of the largest)"
+
+
+def _sentence(said: dict, ways: Sequence[str]) -> str:
+    if said["cached"] is None:
+        fields = ", ".join(said["fields"])
+        return f"{fields} of {len(PROMPTS)} rows agree with the training model's" if ways else f"{fields} are finite"
+    *first, last = ways
+    return f"{said['cached'].numel()} tokens, generated {', '.join(first)} and {last}, agree"
+
+
+def _room_for(needed: int, what: str) -> None:
+    free = psutil.virtual_memory().available
+    if 1.2 * needed > free:
+        raise NoRoom(f"{what} takes about {1.2 * needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+
+
+def _questions(config: Config, rows: Rows, left: bool) -> dict:
+    """INPUTS of run_exported.py."""
+    streams = build_graph(config.model, LayerSettings()).streams
+    names = [name for name, stream in FIELDS.items() if stream in streams]
+    if rows.generates:
+        prompts = exported_inputs(rows.prompts, left)
+        prompts.pop("patch_noise", None)
+        return {
+            "prompts": prompts,
+            "new_tokens": NEW_TOKENS,
+            "answered": [name for name in names if name != "mae_prediction"],
+            "calls": [],
+        }
+    calls = [(exported_inputs(rows.batch, left), [name for name in names if name != "logits"])]
+    if "logits" in names:  # of texts in which some tokens are hidden
+        masked = exported_inputs(replace(rows.batch, tokens_RT=rows.batch.masked_tokens_RT), left)
+        calls.append((masked | ({"bidirectional": True} if rows.task else {}), ["logits"]))
+    return {"prompts": None, "new_tokens": 0, "answered": [], "calls": calls}
+
+
+def _run(folder: Path, questions: dict) -> dict:
+    """OUTPUTS of run_exported.py; ValueError with the last line that it said."""
+    with tempfile.TemporaryDirectory(prefix="megatron_mm-proof-") as work:
+        given, found = Path(work) / "inputs.pt", Path(work) / "outputs.pt"
+        torch.save(questions, given)
+        # Modules of the folder are copied to a place of their own, not beside those of the user's models.
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(work) / "modules"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, Path(__file__).with_name("run_exported.py"), folder, given, found]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+            raise ValueError(f"transformers cannot use the exported model: {lines[-1]}")
+        return torch.load(found)
+
+
+def _compare_tokens(said: dict) -> None:
+    """Refuses a model that says something else without its cache; where two tokens are equally likely it may."""
+    cached, uncached = said["cached"], said["uncached"]
+    for row in (cached != uncached).any(dim=1).nonzero().flatten().tolist():
+        place = int((cached[row] != uncached[row]).nonzero()[0])
+        if said["margins"][row, place] > SAME * said["fields"]["logits"].abs().max():
+            raise ValueError(
+                f"the exported model generates {cached[row].tolist()} with its cache and {uncached[row].tolist()} "
+                f"without it (row {row}, from token {place} on)"
+            )
+
+
+def _compare_streams(recipe: Config, checkpoint: Path, rows: Rows, said: dict, tolerance: float) -> float:
+    """The largest difference of any field from training's, as a share of the field's largest value; ValueError where it
+    is above the tolerance."""
+    training = replace(recipe.training, precision="fp32")
+    model = replace(recipe.model, backend="local")
+    reader = GraphReader(replace(recipe, training=training, model=model), checkpoint)
+    batch = rows.answered(said["cached"]) if rows.generates else rows.batch
+    streams, _ = reader.run(batch, [FIELDS[name] for name in said["fields"]])
+    images, sounds = batch.image_slots_RK[:, 0] >= 0, batch.sound_slots_RJ[:, 0] >= 0
+    seen = images if batch.clip_slots_R is None else images | (batch.clip_slots_R >= 0)
+    rows_of = {"image_embeds": images, "vision_embeds": seen, "audio_embeds": sounds, "mae_prediction": images}
+    worst = 0.0
+    for name, found in said["fields"].items():
+        wanted = streams[FIELDS[name]].float().cpu()
+        if name == "logits":
+            real_RT = batch.document_ids_RT >= 0
+            wanted = wanted.view(*real_RT.shape, -1)[real_RT]
+            found = found[said["mask"].bool()]
+        elif name == "match_logits":
+            wanted = wanted.chunk(3)[0]  # a row's own pair; the others are of wrong ones
+        elif name in rows_of:
+            chosen = rows_of[name]
+            found = found[chosen]
+            wanted = wanted[batch.image_slots_RK[chosen, 0]] if name == "mae_prediction" else wanted[chosen]
+        if not wanted.numel():
+            continue
+        share = float((found.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+        if share > tolerance:
+            raise ValueError(
+                f"{name} of the exported model differ from the training model's by {share:.1e} of their largest value; "
+                f"at most {tolerance:g} is rounding"
+            )
+        worst = max(worst, share)
+    return worst
