@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -40,7 +41,8 @@ SAME = 1e-4
 #: The same where the folder's weights were rounded to bf16, or are an optimizer's fp32 where training computed in bf16.
 ROUNDED = 0.1
 NEW_TOKENS = 6
-PROMPTS = (5, 2, 9, 4)
+#: Tokens of the prompts: with and without media, every kind of row comes.
+PROMPTS = (5, 2, 9, 4, 7, 3, 6, 8)
 #: Fields of the exported model's output and the streams of the training graph that they are.
 FIELDS = {
     "logits": "logits",
@@ -87,22 +89,25 @@ class Rows:
         batch = GeneratedRows(replace(config, data=data), documents=1).microbatch(range(len(PROMPTS)), task=task)
         if not generates:
             return cls(batch, (batch.document_ids_RT >= 0).sum(dim=1), False, task)
+        tokens_RT = torch.from_numpy(np.random.default_rng(0).integers(8, inputs.vocab_size, batch.tokens_RT.shape))
+        tokens_RT[:, 0] = batch.tokens_RT[:, 0]  # the beginning of a document
         lengths = torch.tensor(PROMPTS).clamp(max=data.seq_length - NEW_TOKENS)
-        return cls(batch, lengths, True, task)
+        return cls(replace(batch, tokens_RT=tokens_RT), lengths, True, task)
 
     @property
     def prompts(self) -> Microbatch:
         """The beginnings of the rows."""
-        return self._begun(self.lengths, self.batch.tokens_RT)
+        return self.begun(self.lengths, self.batch.tokens_RT)
 
     def answered(self, generated: torch.Tensor) -> Microbatch:
         """The beginnings, each followed by its generated tokens [R, NEW_TOKENS]."""
         tokens_RT = self.batch.tokens_RT.clone()
         for row, (first, answer) in enumerate(zip(self.lengths.tolist(), generated)):
             tokens_RT[row, first : first + NEW_TOKENS] = answer
-        return self._begun(self.lengths + NEW_TOKENS, tokens_RT)
+        return self.begun(self.lengths + NEW_TOKENS, tokens_RT)
 
-    def _begun(self, lengths: torch.Tensor, tokens_RT: torch.Tensor) -> Microbatch:
+    def begun(self, lengths: torch.Tensor, tokens_RT: torch.Tensor) -> Microbatch:
+        """The rows with other tokens, of which the first `lengths` [R] are real."""
         at_T = torch.arange(tokens_RT.shape[1])
         real_RT = at_T < lengths[:, None]
         return replace(
@@ -201,7 +206,7 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
         _room_for(4 * numbers, "the exported model")
     except NoRoom as error:
         return f"the exported model was not run: {error}"
-    said = _run(folder, _questions(config, rows, hf_inputs["padding_side"] == "left"))
+    said = _run(folder, questions(config, rows, hf_inputs["padding_side"] == "left"))
     for name, value in said["fields"].items():
         if not value.isfinite().all():
             raise ValueError(f"{name} of the exported model is not finite")
@@ -236,8 +241,12 @@ def _room_for(needed: int, what: str) -> None:
         raise NoRoom(f"{what} takes about {1.2 * needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
 
 
-def _questions(config: Config, rows: Rows, left: bool) -> dict:
-    """INPUTS of run_exported.py."""
+def questions(config: Config, rows: Rows, left: bool) -> dict:
+    """INPUTS of run_exported.py.
+
+    Args:
+        left: rows are padded on the left.
+    """
     streams = build_graph(config.model, LayerSettings()).streams
     names = [name for name, stream in FIELDS.items() if stream in streams]
     if rows.generates:
@@ -284,36 +293,54 @@ def _compare_tokens(said: dict) -> None:
 
 
 def _compare_streams(recipe: Config, checkpoint: Path, rows: Rows, said: dict, tolerance: float) -> float:
-    """The largest difference of any field from training's, as a share of the field's largest value; ValueError where it
-    is above the tolerance."""
-    training = replace(recipe.training, precision="fp32")
-    model = replace(recipe.model, backend="local")
-    reader = GraphReader(replace(recipe, training=training, model=model), checkpoint)
+    """The largest difference of any field from training's, as a share of the field's largest value.
+
+    Raises:
+        ValueError: it is above the tolerance.
+    """
+    reader = exact_reader(recipe, checkpoint)
     batch = rows.answered(said["cached"]) if rows.generates else rows.batch
-    streams, _ = reader.run(batch, [FIELDS[name] for name in said["fields"]])
-    images, sounds = batch.image_slots_RK[:, 0] >= 0, batch.sound_slots_RJ[:, 0] >= 0
-    seen = images if batch.clip_slots_R is None else images | (batch.clip_slots_R >= 0)
-    rows_of = {"image_embeds": images, "vision_embeds": seen, "audio_embeds": sounds, "mae_prediction": images}
     worst = 0.0
-    for name, found in said["fields"].items():
-        wanted = streams[FIELDS[name]].float().cpu()
-        if name == "logits":
-            real_RT = batch.document_ids_RT >= 0
-            wanted = wanted.view(*real_RT.shape, -1)[real_RT]
-            found = found[said["mask"].bool()]
-        elif name == "match_logits":
-            wanted = wanted.chunk(3)[0]  # a row's own pair; the others are of wrong ones
-        elif name in rows_of:
-            chosen = rows_of[name]
-            found = found[chosen]
-            wanted = wanted[batch.image_slots_RK[chosen, 0]] if name == "mae_prediction" else wanted[chosen]
-        if not wanted.numel():
-            continue
-        share = float((found.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-        if share > tolerance:
+    for name, (wanted, chosen) in training_fields(reader, batch, list(said["fields"])).items():
+        found = said["fields"][name][said["mask"].bool() if chosen is None else chosen].float()
+        share = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)) if wanted.numel() else 0.0
+        if not share <= tolerance:
             raise ValueError(
                 f"{name} of the exported model differ from the training model's by {share:.1e} of their largest value; "
                 f"at most {tolerance:g} is rounding"
             )
         worst = max(worst, share)
     return worst
+
+
+def exact_reader(recipe: Config, checkpoint: Path) -> GraphReader:
+    """The training model of a checkpoint, computing in fp32 whatever it trained in."""
+    training, model = replace(recipe.training, precision="fp32"), replace(recipe.model, backend="local")
+    return GraphReader(replace(recipe, training=training, model=model), checkpoint)
+
+
+def training_fields(
+    reader: GraphReader, batch: Microbatch, names: Sequence[str]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """What the training model says of rows, for each of FIELDS that is named.
+
+    Returns:
+        by name: values of the rows that have what the field is of, and which rows [R] these are; None of `logits`,
+        which are of all real tokens, in the order of rows.
+    """
+    streams, _ = reader.run(batch, [FIELDS[name] for name in names])
+    images, sounds = batch.image_slots_RK[:, 0] >= 0, batch.sound_slots_RJ[:, 0] >= 0
+    seen = images if batch.clip_slots_R is None else images | (batch.clip_slots_R >= 0)
+    of_media = {"image_embeds": images, "vision_embeds": seen, "audio_embeds": sounds, "mae_prediction": images}
+    fields = {}
+    for name in names:
+        value, chosen = streams[FIELDS[name]].float().cpu(), of_media.get(name, torch.ones_like(images))
+        if name == "logits":
+            real_RT = batch.document_ids_RT >= 0
+            fields[name] = value.view(*real_RT.shape, -1)[real_RT], None
+        elif name == "match_logits":  # a row's own pair; the others are of wrong ones
+            fields[name] = value.chunk(3)[0][chosen], chosen
+        else:
+            of_images = name == "mae_prediction"  # one for each image, not for each row
+            fields[name] = value[batch.image_slots_RK[chosen, 0] if of_images else chosen], chosen
+    return fields

@@ -176,9 +176,9 @@ class ExportedModel(PreTrainedModel):
 
     @staticmethod
     def output(found, return_dict):
-        """A MultimodalOutput of the fields `found` by name, or a tuple of those that are there."""
+        """A MultimodalOutput of the fields `found` by name; where `return_dict` is False, not None, a tuple of them."""
         out = MultimodalOutput(**found)
-        return out if return_dict else out.to_tuple()
+        return out.to_tuple() if return_dict is False else out
 
 
 @dataclass

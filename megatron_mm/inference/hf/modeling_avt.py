@@ -298,7 +298,7 @@ class AVTModel(ExportedModel, MemoryGeneration, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
-        return_dict=True,
+        return_dict=None,
         cache=None,
         num_items_in_batch=None,
         **kwargs,

@@ -106,7 +106,7 @@ class PerceiverFusionModel(ImageTextModel):
         image_mask=None,
         media_memory=None,
         labels=None,
-        return_dict=True,
+        return_dict=None,
         num_items_in_batch=None,
         **kwargs,
     ):

@@ -400,7 +400,7 @@ class SynapseForCausalLM(SynapsePreTrainedModel, MemoryGeneration, GenerationMix
         labels=None,
         use_cache=None,
         logits_to_keep=0,
-        return_dict=True,
+        return_dict=None,
         cache=None,
         num_items_in_batch=None,
         **kwargs,
@@ -433,7 +433,7 @@ class SynapseForCausalLM(SynapsePreTrainedModel, MemoryGeneration, GenerationMix
         logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(outputs, CACHE)})
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
 
 
 __all__ = ["MemoryCache", "SynapseConfig", "SynapseForCausalLM", "SynapseModel", "SynapsePreTrainedModel"]

@@ -148,7 +148,7 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
-        return_dict=True,
+        return_dict=None,
         cache=None,
         num_items_in_batch=None,
         **kwargs,
