@@ -1,8 +1,13 @@
-"""The table that ends a tiny run: held-out figures beside the untrained model, a baseline and what each must reach."""
+"""The table that ends a tiny run: held-out figures beside the untrained model, a baseline and what each must reach.
+
+What is required must not depend on luck: it lies beyond what guessing reaches on so few samples, and below what each
+of three seeds reached. A figure for which no such value exists is printed and not required.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,9 +38,35 @@ class Row:
         return self.trained < self.required if self.lower else self.trained >= self.required
 
 
-def required(baseline: float) -> float:
-    """The accuracy that a model must reach: three times the baseline, or half its error where that is above 0.3."""
-    return 3 * baseline if baseline <= 0.3 else 1 - (1 - baseline) / 2
+#: Probability with which a model that guesses may reach what is required.
+LUCK = 0.001
+
+
+def required(baseline: float, samples: int) -> float:
+    """The accuracy that a model must reach: three times the baseline, or half its error where that is above 0.3, and
+    beyond what guessing reaches.
+
+    Args:
+        samples: how many are scored.
+    """
+    least = 3 * baseline if baseline <= 0.3 else 1 - (1 - baseline) / 2
+    return max(least, beyond_chance(baseline, samples))
+
+
+def beyond_chance(chance: float, samples: int) -> float:
+    """The least share of right answers that a model which is right with probability `chance` reaches with a probability
+    below LUCK (the upper tail of the binomial distribution); above 1 where so few samples decide nothing."""
+    if chance <= 0 or samples <= 0:
+        return 0.0
+
+    def probability(right: int) -> float:
+        ways = math.lgamma(samples + 1) - math.lgamma(right + 1) - math.lgamma(samples - right + 1)
+        return math.exp(ways + right * math.log(chance) + (samples - right) * math.log1p(-chance))
+
+    right, tail = samples, 0.0
+    while right >= 0 and chance < 1 and (tail := tail + probability(right)) < LUCK:
+        right -= 1
+    return (right + 1) / samples
 
 
 def required_cider(baseline: float) -> float:

@@ -98,7 +98,7 @@ def joint_rows(scorer: Scorer) -> tuple[list[Row], list[dict]]:
     for direction, figure in RECALL.items():
         chance = learned[f"contrastive/{direction}/chance"]
         values = (figures[f"contrastive/{direction}/recall_at_1"] for figures in (learned, initial))
-        rows.append(Row(ART, figure, *values, chance, required(chance)))
+        rows.append(Row(ART, figure, *values, chance, required(chance, len(scorer.pairs))))
 
     references = [[line["text"]] for line in scorer.pairs]
     unseen = [sample(line["id"], line["text"]) for line in scorer.pairs]
@@ -109,7 +109,8 @@ def joint_rows(scorer: Scorer) -> tuple[list[Row], list[dict]]:
     )
     commonest = max(references.count(texts) for texts in references) / len(references)
     guessed = max(blind.exact_match, commonest)
-    rows.append(Row(ART, "name, exact match", scores.exact_match, before.exact_match, guessed, required(guessed)))
+    least = required(guessed, len(scorer.pairs))
+    rows.append(Row(ART, "name, exact match", scores.exact_match, before.exact_match, guessed, least))
     rows.append(Row(ART, "name, CIDEr-D", scores.cider, before.cider, blind.cider, required_cider(blind.cider)))
 
     guess = BlindBaseline((_question(line), line["text"]) for line in scorer.read("questions"))
@@ -120,7 +121,7 @@ def joint_rows(scorer: Scorer) -> tuple[list[Row], list[dict]]:
         if chosen:
             values = (vqa_accuracy([texts[i] for i in chosen], truth) for texts in (answers, first))
             blindly = guess.accuracy([_question(scorer.questions[i]) for i in chosen], truth)
-            rows.append(Row(QUESTIONS, figure, *values, blindly, None if kind else required(blindly)))
+            rows.append(Row(QUESTIONS, figure, *values, blindly, None if kind else required(blindly, len(chosen))))
     lines = list(zip(scorer.pairs + scorer.questions, said + answers))
     return rows, [{"id": line["id"], "generated": text, "reference": line["text"]} for line, text in lines]
 

@@ -83,7 +83,7 @@ class Scorer:
         blind = self.figures(self.trained, [sample(line["id"], line["text"]) for line in samples])["masked_lm/accuracy"]
 
         def row(figure: str, key: str, baseline: float, promised: bool = True) -> Row:
-            least = required(baseline) if promised else None
+            least = required(baseline, len(samples)) if promised else None
             return Row(given, figure, trained[key], untrained[key], baseline, least)
 
         found, commonest = "masked_lm/accuracy", trained["masked_lm/majority"]
@@ -98,7 +98,7 @@ class Scorer:
         """Matching of pairs of which the wrong ones are random, of both kinds of samples."""
         samples = [line for kind in GIVEN for line in self.samples[kind][:RANDOM_PAIRS]]
         scores = [self.figures(reader, samples, 2)["matching/accuracy"] for reader in (self.trained, self.untrained)]
-        return Row(BOTH, "matching, random", *scores, 0.5, required(0.5))
+        return Row(BOTH, "matching, random", *scores, 0.5, required(0.5, len(samples)))
 
 
 def main(arguments: Arguments) -> int:
