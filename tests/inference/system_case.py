@@ -15,6 +15,7 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.data.generated import GeneratedRows
 from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.evaluation import export_proof
 from megatron_mm.inference.convert import export
 from megatron_mm.inference.generation import Generator
 from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
@@ -125,6 +126,10 @@ def trained(config: Config, seed: int = 0) -> Trained:
 def rows(config: Config, numbers: Sequence[int] = range(6), task: str = "") -> Microbatch:
     """Generated rows of a format, of different lengths; the first six are with and without media."""
     return GeneratedRows(config).microbatch(numbers, task=task)
+
+
+#: The rows as the exported model reads them.
+exported_inputs = export_proof.exported_inputs
 
 
 def prefix(batch: Microbatch, lengths: torch.Tensor) -> Microbatch:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from megatron_mm.config.load import RECIPES, load_config
-from megatron_mm.evaluation.export_proof import exported_inputs
 from megatron_mm.inference.checkpoint_stream import CheckpointReader
 from megatron_mm.inference.convert import restore
 from megatron_mm.inference.generation import Generator
@@ -93,7 +92,7 @@ def test_what_transformers_saves_again_restores_too(work, tmp_path):
 @pytest.mark.parametrize("work", ["vlm", "dual_encoder", "perceiver_fusion", "avt"], indirect=True)
 def test_bf16_follows_fp32(work):
     low = Generator.from_path(work.exported, dtype="bf16").model
-    inputs = exported_inputs(case.rows(work.config), left=work.config.model.system != "perceiver_fusion")
+    inputs = case.exported_inputs(case.rows(work.config), left=work.config.model.system != "perceiver_fusion")
     with torch.no_grad():
         wanted, found = work.model(**inputs), low(**inputs)
     for name, value in wanted.items():
@@ -110,7 +109,7 @@ def test_outputs_are_the_training_graphs(work):
     images = batch.image_slots_RK[:, 0]
     assert (images >= 0).any() and (images < 0).any()
     for left in (True, False):
-        inputs = exported_inputs(batch, left)
+        inputs = case.exported_inputs(batch, left)
         with torch.no_grad():
             out = work.model(**inputs)
         checked = set()
@@ -139,7 +138,7 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
     batch, model = case.rows(work.config), work.model
     streams = work.trained.streams(batch)
     images, real = batch.image_slots_RK[:, 0], batch.document_ids_RT >= 0
-    inputs = exported_inputs(batch, left=False)
+    inputs = case.exported_inputs(batch, left=False)
     with torch.no_grad():
         clean = model(**inputs)
         memory, memory_mask = model.encode_media(inputs["pixel_values"], inputs["image_mask"])
@@ -168,7 +167,7 @@ def test_pairs_and_hidden_tokens_are_the_training_graphs(work):
             one |= {name: one[name][:, :count] for name in ("input_ids", "attention_mask")}
             close(model(**one).logits[0], wanted[short, :count], "logits of a row alone, unpadded")
         with pytest.raises(ValueError, match="padded on the right"):
-            model(**exported_inputs(batch))
+            model(**case.exported_inputs(batch))
 
 
 @pytest.mark.parametrize("work", AVT, indirect=True)
@@ -184,7 +183,7 @@ def test_tokens_of_both_tasks_are_the_training_graphs(work):
             if masked and batch.masked_tokens_RT is not None:  # a contrastive AVT alone has no text to mask
                 batch = replace(batch, tokens_RT=batch.masked_tokens_RT)
             for left in (True, False):
-                inputs = exported_inputs(batch, left)
+                inputs = case.exported_inputs(batch, left)
                 with torch.no_grad():
                     out = work.model(**inputs, bidirectional=masked)
                 if work.model.config.has_text:
@@ -201,7 +200,7 @@ def test_tokens_of_both_tasks_are_the_training_graphs(work):
 
 @pytest.mark.parametrize("work", ["avt"], indirect=True)
 def test_sights_and_sounds_are_embedded_alone(work):
-    inputs = exported_inputs(case.rows(work.config, range(12)))
+    inputs = case.exported_inputs(case.rows(work.config, range(12)))
     with torch.no_grad():
         out, model = work.model(**inputs), work.model
         close(model.get_image_features(**inputs) + model.get_video_features(**inputs), out.vision_embeds, "vision")
@@ -218,7 +217,7 @@ def test_features_alone_are_those_of_the_forward_pass(work):
         with pytest.raises(ValueError, match="trained without that objective"):
             work.model.get_image_features(torch.zeros(1, 3, 32, 32))
         return
-    inputs = exported_inputs(case.rows(work.config), left=work.model.config.inputs["padding_side"] == "left")
+    inputs = case.exported_inputs(case.rows(work.config), left=work.model.config.inputs["padding_side"] == "left")
     with torch.no_grad():
         out = work.model(**inputs)
         close(work.model.get_image_features(**inputs), out.image_embeds, "image")
@@ -232,7 +231,7 @@ def test_greedy_tokens_are_the_training_models(work):
         return
     batch = case.rows(work.config, task="generation")
     lengths = torch.tensor([2, 5, 3, 6, 4, 9])
-    inputs = exported_inputs(case.prefix(batch, lengths))
+    inputs = case.exported_inputs(case.prefix(batch, lengths))
     inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, -9:], inputs["attention_mask"][:, -9:]
     inputs.pop("patch_noise", None)
     wanted = case.greedy(work.trained, batch, lengths, 8, work.model.config.tokenizer_size)

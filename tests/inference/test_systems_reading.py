@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from megatron_mm.evaluation.evaluate import token_loss
-from megatron_mm.evaluation.export_proof import exported_inputs
 from megatron_mm.evaluation.streams import all_rows, reading_jsonl
 from megatron_mm.inference.convert import export, restore
 from megatron_mm.inference.generation import Decoding, Generator
@@ -74,7 +73,7 @@ def test_samples_are_read_as_training_reads_them(media, name):
     samples = {sample["id"]: sample for sample in read_prompts(file)}
     found = processor([samples[name.rpartition("/")[2]] for name in batch.sample_ids], with_text=True)
     left = processor.inputs["padding_side"] == "left"
-    wanted = exported_inputs(batch, left)
+    wanted = case.exported_inputs(batch, left)
     length = found["input_ids"].shape[1]
     for key in ("input_ids", "attention_mask"):
         wanted[key] = wanted[key][:, -length:] if left else wanted[key][:, :length]
