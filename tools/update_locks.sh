@@ -64,10 +64,9 @@ for release in 3.10 3.11 3.12 3.13; do
     # The enumerations of Transformer Engine's compiled module change between releases: stand_in.py has those of 2.20.2.
     {
         printf '%s\n' "$torch" onnxscript einops nvdlfw-inspect triton |
-            resolve $release --constraints "$new/python-$release.txt" |
-            "$python" tools/locks.py clean --keep triton --without "$new/python-$release.txt"
+            resolve $release --constraints "$new/python-$release.txt"
         printf '%s\n' transformer-engine==2.20.2 flash-attn==2.8.3
-    } | sort >"$new/gpu-stack-$release.txt"
+    } | "$python" tools/locks.py clean --keep triton --without "$new/python-$release.txt" >"$new/gpu-stack-$release.txt"
 
     printf '%s\n' "$torch" webdataset==1.0.2 megatron-energon==7.4.1 pillow |
         resolve $release | "$python" tools/locks.py clean >"$new/peers-$release.txt"
