@@ -17,7 +17,9 @@ from pathlib import Path
 
 
 def is_complete(record: Path) -> bool:
-    """Whether a package's list of files is the one that pip writes at the end, and its files have the listed sizes.
+    """Whether a package's list of files is the one that pip writes at the end, and its files are there.
+
+    Their contents are not looked at: who added a certificate to a bundle after it was installed wants to keep it.
 
     Args:
         record: its RECORD, in `NAME-VERSION.dist-info`, relative to whose parent the files are named.
@@ -26,15 +28,10 @@ def is_complete(record: Path) -> bool:
         return False
     site = record.parent.parent
     with open(record, newline="", encoding="utf-8") as lines:
-        rows = list(csv.reader(lines))
-    if not any(row and Path(row[0]) == Path(record.parent.name, "INSTALLER") for row in rows):
+        names = [row[0] for row in csv.reader(lines) if row]
+    if not any(Path(name) == Path(record.parent.name, "INSTALLER") for name in names):
         return False
-    for name, _, size in rows:
-        if size:  # compiled modules and RECORD itself have none
-            file = site / name
-            if not file.is_file() or file.stat().st_size != int(size):
-                return False
-    return True
+    return all((site / name).is_file() for name in names if not name.endswith(".pyc"))  # those are compiled again
 
 
 def forget(site: Path) -> Iterator[str]:

@@ -12,9 +12,10 @@ if { "$python" -m pip install --quiet "$@" 2>&1 >&3 | tee "$said" >&2; } 3>&1; t
     exit 0
 fi
 lacking=$(sed -n 's/.*No matching distribution found for //p' "$said" | tail -n 1)
-if grep -qE 'Retrying \(|Max retries exceeded|Connection(Error|Timeout)|NewConnection|NameResolution|ProxyError|timed out' \
-    "$said"; then
-    reason="the package index could not be reached${lacking:+ (first needed: $lacking)}"
+if grep -qE 'Retry\(total=0,|Max retries exceeded' "$said"; then
+    reason="the package index could not be reached"
+elif grep -q 'from versions: none' "$said"; then
+    reason="the package index could not be reached, or has no $lacking for $("$python" -V)"
 elif [ -n "$lacking" ]; then
     reason="the package index has no $lacking for $("$python" -V)"
 else
