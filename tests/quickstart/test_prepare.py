@@ -12,6 +12,8 @@ from examples.data import emoji_art, speech
 from examples.quickstart import prepare, report
 from tests.examples.art import NAMES, write_packages
 
+pytestmark = pytest.mark.interface
+
 
 def test_names_are_plain_and_every_vendor_has_them(tmp_path):
     packages = write_packages(tmp_path, {**NAMES, "1f9d1-200d-1f680": "astronaut", "1f448": "HAND LEFT"})
