@@ -4,17 +4,19 @@
 # built, without a GPU. Not built where this was written (see the README's list of what nobody ran).
 FROM nvcr.io/nvidia/pytorch:25.11-py3
 
+# Ubuntu's packages are those of the day: its archive keeps no release but the newest.
 RUN apt-get update && apt-get install -y --no-install-recommends espeak-ng npm && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /workspace/megatron_mm
+# What is installed are the releases of locks/docker.txt, resolved beside the image's torch, of which it names nothing:
+# torch, triton, Transformer Engine, FlashAttention and apex stay as they are, because dependencies are not looked for.
+# What the image's own constraints file holds back (PIP_CONSTRAINT) may be newer here.
+ENV PIP_CONSTRAINT=
+COPY locks/docker.txt locks/docker.txt
+RUN pip install --no-cache-dir --no-deps --requirement locks/docker.txt
 COPY setup.py pyproject.toml README.md ./
 COPY megatron_mm megatron_mm
-# The image's torch, Transformer Engine, FlashAttention and apex stay as they are; of the rest, what its own constraints
-# file holds back (PIP_CONSTRAINT) may be newer here. On Python 3.12 pip alone would take a newer megatron-core.
-ENV PIP_CONSTRAINT=
-RUN set -e; \
-    pip list --format=freeze | grep -iE '^(torch|pytorch.triton|triton|transformer.engine|flash.attn|apex)' >/tmp/pinned.txt; \
-    pip install --no-cache-dir --constraint /tmp/pinned.txt '.[evaluation,plot]' megatron-core==0.16.1
+RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 COPY . .
 # The test, which needs no GPU: what was compiled imports beside what was installed, and 70 billion parameters are built
 # and run, one stage of 256 processes after the other.

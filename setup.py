@@ -1,6 +1,17 @@
-"""Package metadata. Each requirement says why it is there."""
+"""Package metadata. Each requirement says why it is there.
+
+These are bounds: the lowest release of each was tried (locks/lowest.txt, `tests/run.sh --lowest`), the newest is tried
+as it comes out (`tests/run.sh --newest`). What this repository's own scripts install are the exact releases of locks/,
+which `tools/update_locks.sh` renews.
+"""
 
 from setuptools import find_packages, setup
+
+PARQUET = ["pyarrow>=17.0"]  # Parquet and Hugging Face datasets as input of the builders
+SENTENCES = ["nltk>=3.9"]  # --split-sentences
+EVALUATION = ["pycocoevalcap>=1.2"]  # CIDEr
+PLOT = ["matplotlib>=3.9"]  # loss curves
+EMOJI = ["resvg-py>=0.1.5"]  # emoji drawn as SVG
 
 setup(
     name="megatron_mm",
@@ -14,38 +25,44 @@ setup(
         # Parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards. The releases that
         # platform/megatron_versions.py knows; those after 0.16 need Python 3.12, so that an older one gets 0.16.
         "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
-        "psutil",  # dist_checkpointing imports it without declaring it; ending child processes
+        "psutil>=6.0",  # dist_checkpointing imports it without declaring it; ending child processes
         "numpy>=2.0",  # shards, spectrogram filters, sample order; from 2.0 it counts bits
         "pydantic>=2.7",  # typed recipes: errors that name the field
         "tyro>=1.0",  # command lines from the typed tree
-        "pyyaml",  # recipes
-        "sentencepiece",  # tokenizers, in training and in exported models
-        "orjson",  # JSON lines of texts in half of the time of Python's reader
-        "numba",  # the text builder's encoder, compiled (data/word_kernels.py)
-        "safetensors",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
+        "pyyaml>=6.0.1",  # recipes
+        "sentencepiece>=0.2.0",  # tokenizers, in training and in exported models
+        "orjson>=3.10",  # JSON lines of texts in half of the time of Python's reader
+        "numba>=0.60",  # the text builder's encoder, compiled (data/word_kernels.py)
+        "safetensors>=0.4.5",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
         "transformers>=5.0,<6",  # configuration, tokenizer and generation of exported models
-        "pillow",  # image decoding
-        "simplejpeg",  # JPEG to pixels in two thirds of Pillow's time, the same pixels
-        "av",  # video decoding
-        "soundfile",  # sound decoding (wav, flac, ogg, mp3)
-        "soxr",  # resampling
-        "tqdm",  # progress bars
-        "fsspec",  # datasets in object stores (torch needs it too); s3fs, gcsfs and others are the user's to choose
-        "backports.zstd; python_version < '3.14'",  # .zst input; unlike zstandard's reader it notices a cut file
-        "tensorboard",  # event files
-        "jinja2",  # the page of tools/inspect_dataset.py, with everything escaped; torch needs it too
+        "pillow>=11.0",  # image decoding
+        "simplejpeg>=1.8",  # JPEG to pixels in two thirds of Pillow's time, the same pixels
+        "av>=13.0",  # video decoding
+        "soundfile>=0.12.1",  # sound decoding (wav, flac, ogg, mp3)
+        "soxr>=0.5",  # resampling
+        "tqdm>=4.66",  # progress bars
+        "fsspec>=2024.6",  # datasets in object stores; s3fs, gcsfs and others are the user's to choose
+        "backports.zstd>=1.0; python_version < '3.14'",  # .zst input; unlike zstandard's reader it notices a cut file
+        "tensorboard>=2.17",  # event files
+        "jinja2>=3.1.3",  # the page of tools/inspect_dataset.py, with everything escaped; torch needs it too
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7"],  # layers and attention on CUDA
-        "parquet": ["pyarrow"],  # Parquet and Hugging Face datasets as input of the builders
-        "sentences": ["nltk"],  # --split-sentences
-        "evaluation": ["pycocoevalcap"],  # CIDEr
-        "plot": ["matplotlib"],  # loss curves
-        "wandb": ["wandb"],  # experiment tracking
-        "quickstart": ["resvg-py", "matplotlib", "pycocoevalcap"],  # emoji drawn as SVG; the plot; CIDEr
+        # Layers and attention on CUDA, as megatron-core 0.16 asks for them. Nobody ran them yet but for their Python
+        # layers, in the releases of locks/gpu-stack-3.X.txt.
+        "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7.4"],
+        "parquet": PARQUET,
+        "sentences": SENTENCES,
+        "evaluation": EVALUATION,
+        "plot": PLOT,
+        "wandb": ["wandb>=0.18"],  # experiment tracking
+        "quickstart": [*EMOJI, *PLOT, *EVALUATION],
         "test": [
-            *["pytest", "pytest-xdist", "ruff", "scipy", "resvg-py", "pycocoevalcap", "matplotlib", "pyarrow", "nltk"],
-            "selenium",  # looks at the page of tools/inspect_dataset.py in Chromium
+            *[*PARQUET, *SENTENCES, *EVALUATION, *PLOT, *EMOJI],
+            "pytest>=8.0",
+            "pytest-xdist>=3.6.1",  # two files at a time
+            "ruff>=0.6",  # style
+            "scipy>=1.13",  # statistics of sample order and of masks
+            "selenium>=4.20",  # looks at the page of tools/inspect_dataset.py in Chromium
         ],
     },
 )

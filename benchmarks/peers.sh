@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
-# The peers of benchmarks/data.py in an environment of their own:  benchmarks/peers.sh FOLDER
+# The peers of benchmarks/data.py in an environment of their own, in the releases of locks/:  benchmarks/peers.sh FOLDER
 set -euo pipefail
-folder=$1
-wanted="torch==2.13.0 webdataset==1.0.2 megatron-energon==7.4.1 pillow"
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+release=$("$python" -c 'import sys; print(f"{sys.version_info.major}.{sys.version_info.minor}")')
+lock=locks/peers-$release.txt
+if [ ! -f "$lock" ]; then
+    echo "error: $python is Python $release, for which there is no $lock; set PYTHON to another" >&2
+    exit 1
+fi
+torch=$(cat locks/torch.txt)
+wanted="$torch $(cksum "$lock")"
 if [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing $wanted in $folder"
-    "${PYTHON:-python3}" -m venv "$folder"
-    "$folder/bin/python" -m pip install --quiet torch==2.13.0
-    # shellcheck disable=SC2086
-    "$folder/bin/python" -m pip install --quiet $wanted
+    echo "installing $torch and the releases of $lock in $folder"
+    # Anew: what another release needed, or what an interrupted installation left, would be in the way.
+    "$python" -m venv --clear "$folder"
+    tools/pip_install.sh "$folder/bin/python" "$torch ($lock)" "$torch" --constraint "$lock"
+    tools/pip_install.sh "$folder/bin/python" "the releases of $lock" --no-deps --requirement "$lock"
     echo "$wanted" >"$folder/installed"
 fi

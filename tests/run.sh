@@ -3,30 +3,58 @@
 #
 #   tests/run.sh            everything (under half an hour on two cores), with tests/gpu_stack/run.sh
 #   tests/run.sh --fast     what one runs while working: no whole runs, no layouts, no quick start
-#   tests/run.sh PATH …     any other words go to pytest
+#   tests/run.sh --newest   what touches another package's interface (marked so), with the newest releases that setup.py
+#                           allows, torch apart; in .venv-newest, brought up to date each time
+#   tests/run.sh --lowest   the same with the lowest releases (locks/lowest.txt, for Python 3.11), in .venv-lowest
+#   tests/run.sh PATH …     any other words go to pytest, after these options too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-selection=() gpu_stack=$#
-if [ "${1:-}" = --fast ]; then
-    selection=(-m "not slow")
-    shift
-fi
+mode=all selection=()
+case ${1:-} in
+--fast) mode=fast selection=(-m "not slow") ;;
+--newest | --lowest) mode=${1#--} selection=(-m interface) ;;
+*) [ $# = 0 ] || mode=chosen ;;
+esac
+case $mode in
+newest)
+    export MEGATRON_MM_VENV=${MEGATRON_MM_VENV:-.venv-newest} MEGATRON_MM_LOCK=newest
+    ;;
+lowest)
+    export MEGATRON_MM_VENV=${MEGATRON_MM_VENV:-.venv-lowest} MEGATRON_MM_LOCK=locks/lowest.txt
+    export PYTHON=${PYTHON:-python3.11}
+    if [ "$("$PYTHON" -c 'import sys; print(sys.version_info[:2])')" != "(3, 11)" ]; then
+        echo "error: $MEGATRON_MM_LOCK is for Python 3.11, which $PYTHON is not; set PYTHON to one" >&2
+        exit 1
+    fi
+    ;;
+esac
+case $mode in fast | newest | lowest) shift ;; esac
 
 echo "environment"
 . tools/setup_env.sh
 
-echo "style"
-ruff check .
-find . -name '*.sh' -not -path './.venv*' -not -path '*/node_modules/*' -print0 | xargs -0 -n1 bash -n
-for script in examples/*/*.slurm; do bash -n "$script"; done
+case $mode in
+newest)
+    lock=locks/python-$(python_release python).txt
+    [ ! -f "$lock" ] || python tools/locks.py installed "$lock"
+    ;;
+lowest) ;;
+*)
+    echo "style"
+    ruff check .
+    find . -name '*.sh' -not -path './.venv*' -not -path '*/node_modules/*' -print0 | xargs -0 -n1 bash -n
+    for script in examples/*/*.slurm; do bash -n "$script"; done
+    ;;
+esac
 
-if [ "$gpu_stack" = 0 ]; then
+if [ $mode = all ]; then
     echo "GPU stack"
     tests/gpu_stack/run.sh
 fi
 
-# Debian's Chromium, for the test of inspect_dataset's page; where it cannot be had, the test says so.
+# Debian's Chromium, for the test of inspect_dataset's page; where it cannot be had, the test says so. Debian's archive
+# keeps no release but the newest, so that it cannot be pinned.
 python -m tests.browser || true
 
 echo "tests"

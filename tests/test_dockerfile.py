@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mm.config.load import parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import megatron_versions, setup
+from tools import locks
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What only the image has.
@@ -37,16 +38,32 @@ def test_what_is_copied_exists_and_is_not_ignored():
     assert {".git", "outputs", ".venv*"} <= set(ignored)
 
 
-def test_what_is_installed_are_extras_of_this_package():
-    (found,) = (match for name, words in instructions() if (match := re.search(r"'\.\[([\w,]+)\]'", words)))
-    extras = set(found[1].split(","))
-    known = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE))
-    assert extras and extras <= known
+def pip_lines() -> list[list[str]]:
+    """Words of each pip install."""
+    lines = [shlex.split(words) for name, words in instructions() if name == "RUN"]
+    return [line for line in lines if line[:2] == ["pip", "install"]]
 
 
-def test_megatron_core_is_a_release_that_was_tested():
-    (release,) = (match[1] for _, words in instructions() if (match := re.search(r"megatron-core==(\S+)", words)))
+def test_what_is_installed_is_the_lock_and_this_package_with_nothing_looked_for():
+    lock, package = pip_lines()
+    assert all("--no-deps" in line for line in (lock, package))
+    assert lock[lock.index("--requirement") + 1] == "locks/docker.txt"
+    # Without its own environment for building, which would fetch a setuptools that nobody pinned.
+    assert package[-1] == "." and "--no-build-isolation" in package
+    assert sum("pip install" in words for name, words in instructions() if name == "RUN") == 2
+
+
+def test_the_lock_leaves_what_the_image_compiled_as_it_is():
+    pinned = locks.read_file(ROOT / "locks" / "docker.txt")
+    compiled = {name.replace("_", "-") for name in COMPILED} | {"torch", "triton", "pytorch-triton", "flash-attn"}
+    assert not compiled & pinned.keys()
+    assert "setuptools" in pinned  # builds the package
+
+
+def test_megatron_core_is_the_release_that_the_image_was_chosen_for():
+    release = locks.read_file(ROOT / "locks" / "docker.txt")["megatron-core"]
     assert release in megatron_versions.KNOWN_RELEASES.values()
+    assert f"megatron-core {release} is tested" in (ROOT / "Dockerfile").read_text()
 
 
 def test_shell_lines_parse():

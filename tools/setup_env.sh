@@ -1,19 +1,25 @@
 # The environment of this repository's scripts: `. tools/setup_env.sh` from the root of the repository.
 #
-# Makes .venv with this package and its test extras if it is missing or out of date (setup.py changed), puts it first in
-# PATH, and sets what CPU training needs. Another Python, with the megatron-core that is tested on it or one you name:
+# Makes .venv with this package and what its tests need if it is missing or out of date (the lock or setup.py changed, or
+# an installation was interrupted), puts it first in PATH, and sets what CPU training needs. What is installed are the
+# exact releases of locks/python-3.X.txt, of the Python that runs it; for one without a file, the newest that setup.py
+# allows. Another Python, another megatron-core, another torch:
 #
 #   PYTHON=python3.12 MEGATRON_MM_VENV=.venv-3.12 tests/run.sh
 #   PYTHON=python3.12 MEGATRON_MM_VENV=.venv-old MEGATRON_MM_CORE=megatron-core==0.16.1 tests/run.sh
+#   MEGATRON_MM_VENV=.venv-torch MEGATRON_MM_TORCH=torch==2.14.1 tests/run.sh
+#
+# Another lock file: MEGATRON_MM_LOCK=FILE; MEGATRON_MM_LOCK=newest for the newest releases that setup.py allows, looked
+# for at each call.
 
 MEGATRON_MM_VENV=${MEGATRON_MM_VENV:-.venv}
 # The release that this package is tested with. A CPU build, where pip is told of one, is enough and far smaller.
-MEGATRON_MM_TORCH=${MEGATRON_MM_TORCH:-torch==2.13.0}
+MEGATRON_MM_TORCH=${MEGATRON_MM_TORCH:-$(cat locks/torch.txt)}
 
 setup_env() {
-    local python=${PYTHON:-python3} venv=$MEGATRON_MM_VENV made core wanted
+    local python=${PYTHON:-python3} venv=$MEGATRON_MM_VENV made lock newest= wanted
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "$python is missing or older than 3.10; set PYTHON to a newer one" >&2
+        echo "$python is missing, does not run or is older than 3.10; set PYTHON to a newer one" >&2
         return 1
     fi
     if [ ! -x "$venv/bin/python" ]; then
@@ -25,23 +31,55 @@ setup_env() {
         echo "$venv has Python $made, not that of PYTHON=$python; name another folder: MEGATRON_MM_VENV=$venv-new" >&2
         return 1
     fi
-    # The releases that this package is tested with: from 0.17 on, megatron-core needs Python 3.12.
-    case $made in
-        3.10 | 3.11) core=megatron-core==0.16.1 ;;
-        *) core=megatron-core==0.19.2 ;;
-    esac
-    core=${MEGATRON_MM_CORE:-$core}
-    wanted="$MEGATRON_MM_TORCH $core $(cksum <setup.py)"
-    if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
-        echo "installing $MEGATRON_MM_TORCH"
-        "$venv/bin/python" -m pip install --quiet "$MEGATRON_MM_TORCH" || return 1
-        echo "installing megatron_mm and what it needs (setup.py), with $core"
-        "$venv/bin/python" -m pip install --quiet --editable '.[test]' "$core" || return 1
-        echo "$wanted" >"$venv/installed"
+    lock=${MEGATRON_MM_LOCK:-locks/python-$made.txt}
+    if [ "$lock" = newest ]; then
+        lock= newest=1
+    elif [ ! -f "$lock" ] && [ -n "${MEGATRON_MM_LOCK:-}" ]; then
+        echo "there is no $lock (MEGATRON_MM_LOCK)" >&2
+        return 1
+    elif [ ! -f "$lock" ]; then
+        echo "there is no $lock: this Python gets the newest releases that setup.py allows, which nobody tested on it"
+        lock=
+    fi
+    wanted="$MEGATRON_MM_TORCH ${MEGATRON_MM_CORE:-} ${lock:-setup.py} $(cat ${lock:+"$lock"} setup.py | cksum)"
+    if [ $newest ] || [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+        rm -f "$venv/installed"
+        install_environment || return 1
+        [ $newest ] || echo "$wanted" >"$venv/installed"
     fi
     PATH=$(cd "$venv/bin" && pwd):$PATH
     # Processes share the cores: threads of their own would only get in each other's way.
     export PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+}
+
+# With the variables of setup_env.
+install_environment() {
+    local core=${MEGATRON_MM_CORE:-}
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # whoever made it was interrupted
+        echo "making the environment $venv anew: it has no pip"
+        "$python" -m venv --clear "$venv" || return 1
+    fi
+    "$venv/bin/python" tools/half_installed.py || return 1
+    echo "installing $MEGATRON_MM_TORCH"
+    if [ -n "$lock" ]; then
+        # What is pinned; a megatron-core that was named takes the place of the locked one, and may bring more.
+        if [ -n "$core" ]; then grep -v '^megatron-core==' "$lock"; else cat "$lock"; fi >"$venv/lock.txt"
+        pip_install "$MEGATRON_MM_TORCH ($lock)" "$MEGATRON_MM_TORCH" --constraint "$venv/lock.txt" || return 1
+        echo "installing megatron_mm and the releases of $lock${core:+, but $core}"
+        pip_install "the releases of $lock" --no-deps --requirement "$venv/lock.txt" || return 1
+        [ -z "$core" ] || pip_install "$core ($lock)" "$core" --constraint "$venv/lock.txt" || return 1
+        pip_install megatron_mm --no-deps --no-build-isolation --editable . || return 1
+    else
+        [ -z "$newest" ] || set -- --upgrade --upgrade-strategy eager
+        pip_install "$MEGATRON_MM_TORCH" "$MEGATRON_MM_TORCH" || return 1
+        echo "installing megatron_mm and the newest releases that setup.py allows${core:+, with $core}"
+        pip_install "megatron_mm and what setup.py asks for" \
+            --editable '.[test]' "$MEGATRON_MM_TORCH" ${core:+"$core"} "$@" || return 1
+    fi
+}
+
+pip_install() {
+    tools/pip_install.sh "$venv/bin/python" "$@"
 }
 
 python_release() {

@@ -107,7 +107,7 @@ def peers_site(arguments: Arguments) -> str:
     site = arguments.folder / "megatron-lm-needs"
     if not site.exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
-        subprocess.run([*command, "six", "triton"], check=True)
+        subprocess.run([*command, "six==1.17.0", "triton==3.7.1"], check=True)
     return str(site)
 
 

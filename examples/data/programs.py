@@ -1,4 +1,7 @@
-"""Programs that Debian and Ubuntu ship, installed with apt-get where they are missing."""
+"""Programs that Debian and Ubuntu ship, installed with apt-get where they are missing.
+
+Their releases cannot be named as those of PyPI and npm are: the archives keep none but the newest of a distribution.
+"""
 
 from __future__ import annotations
 

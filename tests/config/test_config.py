@@ -9,6 +9,8 @@ from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_ble
 from megatron_mm.config.validate import check, parallel_sizes
 from tests.recipes import small_config
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_sound(recipe, tmp_path):

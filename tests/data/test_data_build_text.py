@@ -21,6 +21,8 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.train_tokenizer import train_tokenizer
 from tests.data.real_texts import real_texts
 
+pytestmark = pytest.mark.interface
+
 ROOT = Path(__file__).parents[2]
 
 

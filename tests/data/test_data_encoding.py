@@ -24,6 +24,8 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.media import decode_image, decode_sound, decode_video, resample
 from megatron_mm.data.shards import Shard
 
+pytestmark = pytest.mark.interface
+
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_multimodal.py"
 EVERYTHING = Encoding("webp", 24, 80, "flac", 4000, "frames", 3, 20)
 

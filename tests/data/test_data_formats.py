@@ -28,6 +28,8 @@ from megatron_mm.data.record_lines import RecordLines, inline_medium
 from megatron_mm.data.text_input import expand_inputs, open_lines, zstd
 from megatron_mm.data.train_tokenizer import training_lines
 
+pytestmark = pytest.mark.interface
+
 KINDS = ("images", "audios", "videos")
 PACKINGS = {".gz": gzip.compress, ".zst": zstd.compress}
 

@@ -27,6 +27,8 @@ from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
 from tests import browser
 
+pytestmark = pytest.mark.interface
+
 ROOT = Path(__file__).parents[2]
 RED, GREEN, BLUE = (214, 40, 40), (42, 157, 80), (38, 70, 190)
 ATTACK = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"

@@ -24,6 +24,8 @@ from megatron_mm.data.transforms import (
     waveform,
 )
 
+pytestmark = pytest.mark.interface
+
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.27, 0.28)
 
 

@@ -8,6 +8,8 @@ from scipy import stats
 
 from megatron_mm.data.order import Blend, Permutation, TaskSchedule, parse_split, split_documents
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 65537])
 def test_permutation_visits_everything_once(size):

@@ -17,6 +17,8 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.remote import localize
 from megatron_mm.data.shards import Shard
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.fixture
 def store(folder):

@@ -18,6 +18,8 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import IndexedReader
 from megatron_mm.data.sentences import SentenceSplitter
 
+pytestmark = pytest.mark.interface
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
     "Dr. Smith went to Washington. He arrived at 3.14 p.m. on Jan. 5th!  Was it late? (It was.) Yes.",

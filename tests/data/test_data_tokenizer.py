@@ -15,6 +15,8 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.train_tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.interface
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 

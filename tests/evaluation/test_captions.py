@@ -6,6 +6,8 @@ import pytest
 
 from megatron_mm.evaluation.captions import cider, exact_match, normalise, score_captions
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.mark.parametrize(
     ("caption", "expected"),

@@ -10,6 +10,8 @@ from PIL import Image
 from examples.data import easy_vqa, emoji_art, image_text, tux_paint
 from tests.examples.art import NAMES, write_packages
 
+pytestmark = pytest.mark.interface
+
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" {}><rect x="10" y="5" width="20" height="10" fill="#f00"/></svg>'
 
 

@@ -11,19 +11,21 @@ cd "$(dirname "$0")/../.."
 main=$(python -c 'import site; print(site.getsitepackages()[0])')
 venv=${MEGATRON_MM_GPU_STACK_VENV:-.venv-gpu-stack}
 
-# The enumerations of Transformer Engine's compiled module change between releases.
-engine="transformer-engine==2.20.2" flash="flash-attn==2.8.3"
-wanted="$main $engine $flash"
+release=$(python_release python)
+lock=locks/gpu-stack-$release.txt
+if [ ! -f "$lock" ]; then
+    echo "error: there is no $lock: these checks do not run on Python $release; set PYTHON to another" >&2
+    exit 1
+fi
+wanted="$main $(cat "$lock" "$MEGATRON_MM_VENV/installed" | cksum)"
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing $engine and $flash without their CUDA libraries"
+    echo "installing the releases of $lock, without CUDA libraries"
     python -m venv --clear --without-pip "$venv"
     echo "$main" >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/main.pth"
-    install=("$venv/bin/python" -m pip install --quiet)
-    "${install[@]}" onnxscript einops nvdlfw-inspect triton # what its Python layers import
-    "${install[@]}" --no-deps "$engine"
-    # Forced, or it would look for a wheel with kernels on another server than PyPI.
+    # FlashAttention is built, with .venv's setuptools; it would look for a wheel with kernels on another server than PyPI.
     FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE \
-        "${install[@]}" --no-deps --no-build-isolation "$flash"
+        tools/pip_install.sh "$venv/bin/python" "the releases of $lock" \
+        --no-deps --no-build-isolation --requirement "$lock"
     echo "$wanted" >"$venv/installed"
 fi
 export PYTHONWARNINGS=ignore

@@ -33,6 +33,8 @@ from tests.inference.export_case import (
     write_training_folder,
 )
 
+pytestmark = pytest.mark.interface
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

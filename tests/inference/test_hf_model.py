@@ -23,6 +23,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from megatron_mm.inference.hf.modeling_synapse import MemoryCache
 from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.fixture(scope="module")
 def model():

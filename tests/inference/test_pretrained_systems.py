@@ -31,6 +31,8 @@ from megatron_mm.training.warm_start import load_pretrained
 from tests import recipes
 from tests.inference import system_case as case
 
+pytestmark = pytest.mark.interface
+
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert found.shape == wanted.shape

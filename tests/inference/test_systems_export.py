@@ -27,6 +27,8 @@ from megatron_mm.training.assembly import full_plan
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
 
+pytestmark = pytest.mark.interface
+
 AVT = [name for name in case.SYSTEMS if name.startswith("avt")]
 PERCEIVER = [name for name in case.SYSTEMS if name.startswith("perceiver_fusion")]
 IMAGE_TEXT = [name for name in case.SYSTEMS if name.startswith(("vlm", "dual_encoder"))]

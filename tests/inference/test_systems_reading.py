@@ -27,6 +27,8 @@ from tests import recipes
 from tests.inference import system_case as case
 from tests.inference.export_case import draw, draw_animation, sing, train_tokenizer
 
+pytestmark = pytest.mark.interface
+
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ("vlm", "dual_encoder", "perceiver_fusion", "avt")
 SAMPLES = [

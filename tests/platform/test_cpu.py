@@ -9,6 +9,8 @@ import torch
 
 from megatron_mm.platform import cpu
 
+pytestmark = pytest.mark.interface
+
 
 def test_an_unknown_release_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "_device", None)

@@ -16,6 +16,8 @@ from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.optimizer import Optimizer
 from tests.recipes import small_vlm
 
+pytestmark = pytest.mark.interface
+
 
 def exists(name: str) -> bool:
     """Whether megatron-core has `module.name`, or `module.function(argument)`."""

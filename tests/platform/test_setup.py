@@ -2,11 +2,14 @@
 
 import os
 
+import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import setup
+
+pytestmark = pytest.mark.interface
 
 
 def threads() -> int:

@@ -1,5 +1,6 @@
 """The quick start's samples: what is held out, what names are taken, and that a package is fetched once."""
 
+import json
 import subprocess
 from collections import Counter
 
@@ -10,6 +11,8 @@ from PIL import Image
 from examples.data import emoji_art, speech
 from examples.quickstart import prepare, report
 from tests.examples.art import NAMES, write_packages
+
+pytestmark = pytest.mark.interface
 
 
 def test_names_are_plain_and_every_vendor_has_them(tmp_path):
@@ -100,3 +103,22 @@ def test_the_report_holds_the_run_to_its_promises():
     assert report.failures(report.results_of(low, untrained)) == ["image: exact match 0.090 is below 0.10"]
     guessing = [*good[:3], row(sound, "swapped", 0.11)]
     assert "not 5 times" in report.failures(report.results_of(guessing, untrained))[0]
+
+
+def test_the_plot_shows_losses_their_mean_and_validation(tmp_path):
+    """Drawn by matplotlib: pixels of each line's colour, those of validation only where it was measured."""
+    records = [{"iteration": number, "loss": 5.0 / number} for number in range(1, 21)]
+    records[9]["validation_loss"] = records[19]["validation_loss"] = 2.5
+    colours = {"training": (176, 196, 222), "mean": (0, 0, 128), "validation": (255, 140, 0)}
+
+    def pixels(lines: list[dict]) -> dict[str, int]:
+        (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        report.plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+        image = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+        assert image.shape == (540, 960, 3)
+        return {name: int((image == colour).all(axis=-1).sum()) for name, colour in colours.items()}
+
+    with_validation = pixels(records)
+    assert min(with_validation.values()) > 50
+    without = pixels([{key: value for key, value in line.items() if key != "validation_loss"} for line in records])
+    assert without["validation"] == 0 and without["mean"] > 50

@@ -75,6 +75,7 @@ def assert_same_history(output: Path, uninterrupted: Path) -> None:
         assert a["learning_rate"] == pytest.approx(b["learning_rate"], rel=1e-12)
 
 
+@pytest.mark.interface
 def test_loss_falls_and_every_figure_is_there(uninterrupted):
     lines = metrics(uninterrupted)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -82,6 +83,7 @@ def test_loss_falls_and_every_figure_is_there(uninterrupted):
     assert wanted | {"iteration_time", "sample_ids"} <= lines[0].keys()
 
 
+@pytest.mark.interface
 def test_killed_and_resumed_in_another_layout(corpus, uninterrupted, tmp_path):
     """kill -9 after the first checkpoint; then TP2 x DP2 with the distributed optimizer instead of PP2."""
     path = recipe(corpus, tmp_path)
