@@ -1,4 +1,4 @@
-"""How tests wait: for a state, never for as long as a machine should need.
+"""How tests get on with what runs beside them: they wait for a state, never for as long as a machine should need.
 
 What a test waits for comes after a second here and after minutes where many processes share a core. The only limit is
 one that ends a test which would wait for ever, and no machine on which the tests are of use reaches it.

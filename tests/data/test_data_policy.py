@@ -222,9 +222,9 @@ def test_corrupt_media_are_grey_or_silent_and_all_else_is_as_it_was(config, fold
     assert torch.allclose(skipped.sounds_AMF[silent], torch.tensor(-1.5)), "the floor: (log10 1e-10 + 4) / 4"
     for message in skipped.corrupt_media:
         assert re.search(r"bad/balls/\w+\.bin, record \d+ \(sample [\w-]+\): \w", message)
-    assert sorted(re.search(r"balls/(.*?) \(", message)[1] for message in skipped.corrupt_media) == [
-        "images.bin, record 20", "images.bin, record 3", "sounds.bin, record 5", "videos.bin, record 1"
-    ]  # fmt: skip
+    names = [re.search(r"balls/(.*?) \(", message)[1] for message in skipped.corrupt_media]
+    assert sorted(names[:3]) == ["images.bin, record 20", "images.bin, record 3", "videos.bin, record 1"]
+    assert names[3:] == ["sounds.bin, record 5"], "images before sounds, whatever Python's hashes are"
 
 
 def test_every_layout_reads_the_same_stand_ins(config, folder, tmp_path):
