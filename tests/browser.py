@@ -12,12 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.data import programs
+from tests.waiting import HANG_SECONDS
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--force-device-scale-factor=1",
     "--window-size=1280,1000", "--autoplay-policy=no-user-gesture-required", "--mute-audio",
 )  # fmt: skip
+
+
+#: Milliseconds for the start of the browser, a page, and a script, in place of limits that a busy machine may reach.
+_PATIENCE = int(1000 * HANG_SECONDS)
 
 
 def install() -> None:
@@ -38,6 +43,8 @@ def chromium(profile: Path) -> Iterator:
     options.binary_location = shutil.which("chromium")
     for flag in (*_FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
+    options.timeouts = {"script": _PATIENCE, "pageLoad": _PATIENCE}
+    options.add_experimental_option("browserStartupTimeout", _PATIENCE)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:

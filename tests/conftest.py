@@ -1,9 +1,14 @@
-"""Shared by all tests: one thread a process (several processes run on two cores), and the CPU platform."""
+"""Shared by all tests: one thread a process (several processes run on two cores), and nothing of the user's home."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+#: transformers copies the code of a model that it loads there, by the name of its folder: two suites at the same time
+#: would write the same files. Nothing is asked of Hugging Face's servers.
+_cache = tempfile.TemporaryDirectory(prefix="megatron-mm-tests-")
+os.environ["HF_HOME"], os.environ["HF_HUB_OFFLINE"] = _cache.name, "1"
 
 #: Longest first, so that the second of two workers is not left waiting for the last file.
 _LONGEST = ("test_readme.py", "test_run.py", "/examples/", "test_system_layouts.py", "/training/", "/quickstart/")

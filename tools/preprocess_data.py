@@ -17,6 +17,7 @@ import tyro
 
 from megatron_mm.data.build_text import Sentences, build_text
 from megatron_mm.data.errors import run_tool
+from megatron_mm.data.sentences import MAX_CHARACTERS
 from megatron_mm.data.skipped import OnError
 from megatron_mm.data.text_input import expand_inputs
 
@@ -42,7 +43,8 @@ class Args:
     log_interval: int = 1000
     """Documents between refreshes of the rate."""
     split_sentences: bool = False
-    """Split documents into sentences with nltk; shards are then named PREFIX_KEY_sentence."""
+    """Split documents into sentences with nltk, a million characters at a time; shards are then named
+    PREFIX_KEY_sentence."""
     lang: str = "english"
     """Language of nltk's sentence model."""
     keep_newlines: bool = False
@@ -72,6 +74,8 @@ def main() -> None:
         rate = figures["tokens"] / figures["seconds"] / 1e6
         counts = f"{figures['documents']} documents, {figures['tokens']} tokens"
         print(f"wrote {prefix}.bin, .idx: {counts}, {rate:.2f} Mtok/s")
+        if cut := figures.get("cut"):
+            print(f"cut {cut} documents into pieces of {MAX_CHARACTERS:,} characters: a sentence across a cut is two")
     if skipped := next(iter(report.values())).get("skipped"):
         print(f"left out {skipped} lines; {args.output_prefix}_skipped.jsonl lists them with their causes")
 

@@ -66,7 +66,7 @@ def energon_batches(tars: str, workers: int, batch: int):
             return sample
 
     with tempfile.TemporaryDirectory() as folder:
-        for path in Path(tars).glob("*.tar"):
+        for path in sorted(Path(tars).glob("*.tar")):
             shutil.copy(path, folder)
         command = [str(Path(sys.executable).with_name("energon")), "prepare", folder, "--non-interactive"]
         command += ["--split-parts", "train:photos-.*", "--sample-type", "CaptioningSample"]

@@ -133,8 +133,9 @@ def _write_drawings(icons: Path, codes: Path, target: Path) -> None:
 
 
 def pictures_of(vendor: str, package: Path) -> dict[str, Path]:
-    """A vendor's pictures by code points, without variation selectors."""
-    return {_without_selectors(path.stem): path for path in (package / ALL_VENDORS[vendor].pictures).iterdir()}
+    """A vendor's pictures by code points, without variation selectors; of two alike, the one named without."""
+    paths = sorted((package / ALL_VENDORS[vendor].pictures).iterdir())
+    return {_without_selectors(path.stem): path for path in paths}
 
 
 def choose_names(fetched: dict[str, Path], count: int) -> list[Emoji]:

@@ -26,7 +26,7 @@ def install(packages: Mapping[str, str]) -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         names = " ".join(missing)
         raise ValueError(f"{', '.join(missing)} not installed; installing needs root: sudo apt-get install {names}")
-    options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"]
+    options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=1800"]  # for another apt-get to end
     for arguments in (["update", "-qq"], ["install", *options, *missing]):
         done = subprocess.run(
             ["apt-get", *arguments],

@@ -174,9 +174,9 @@ class BlendedDataset:
             "waveforms_AN": (self.media.waveforms, collated.sounds),
             "patch_noise_IP": (self.media.noise, collated.images),
         }
-        for name in readers.keys() & fields:
-            read, media = readers[name]
-            setattr(collated.microbatch, name, read(media))
+        for name, (read, media) in readers.items():  # in this order: the first corrupt medium is always the same
+            if name in fields:
+                setattr(collated.microbatch, name, read(media))
 
     def _document(self, piece: Piece) -> Document:
         shard = self.sources[piece.source].shard

@@ -21,7 +21,7 @@ from megatron_mm.data.manifest import describe_sources, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.samples import parse_line, text_field
-from megatron_mm.data.sentences import SentenceSplitter
+from megatron_mm.data.sentences import MAX_CHARACTERS, SentenceSplitter, is_cut
 from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
@@ -51,6 +51,8 @@ class TextBlock:
     """Of documents, or of their sentences."""
     sentences: np.ndarray | None = None
     """Sentences of each document."""
+    cut: int = 0
+    """Documents that are longer than what is split into sentences at a time."""
 
 
 class _Worker:
@@ -95,7 +97,7 @@ def _encode_sentences(
         last = present[np.append(document[1:] != document[:-1], True)] if present.size else present
         ids, lengths = np.insert(ids, ends[last], eod), lengths.copy()
         lengths[last] += 1
-    return TextBlock(ids, lengths, counts)
+    return TextBlock(ids, lengths, counts, sum(map(is_cut, texts)))
 
 
 def _encode_block(block: LineBlock) -> tuple[list[TextBlock], list[SkippedLine]]:
@@ -156,7 +158,8 @@ def build_text(
         sentences: split documents into sentences, each a sequence of its document; None: documents are whole.
 
     Returns:
-        Documents, tokens, lines skipped if any, bytes and seconds, by shard prefix.
+        Documents, tokens, documents that were cut before they were split into sentences and lines skipped if any,
+        bytes and seconds, by shard prefix.
 
     Raises:
         DataError: a line cannot be used (file, line and cause are named; what was built before it is kept where the
@@ -175,7 +178,9 @@ def build_text(
     how = {"append_eod": append_eod, "on_error": on_error, **drop_options(drop, inputs)}
     if sentences is not None:
         SentenceSplitter(sentences.language, sentences.nltk_data)  # says at once what is missing
-        how["sentences"] = {"language": sentences.language, "keep_space": sentences.keep_space}
+        how["sentences"] = {
+            "language": sentences.language, "keep_space": sentences.keep_space, "max_characters": MAX_CHARACTERS,
+        }  # fmt: skip
     options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), **how}
     prepare(model)
     build = UnfinishedBuild(output_prefix, options)
@@ -226,6 +231,7 @@ class TextWriter:
         self.prefixes, self.dtype = [os.path.join(folder, key) for key in keys], dtype
         self.added = 0
         """Tokens since this process began."""
+        self._cut: list[int] = []
         self._writers: list[IndexedWriter] = []
         self.skipped = SkippedLines(folder)
 
@@ -236,29 +242,34 @@ class TextWriter:
     def begin(self, state: dict | None) -> None:
         """Opens the files: new, or as they were at `state`."""
         self._writers = []
-        states = state["shards"] if state else [None] * len(self.prefixes)
+        state = state or {}
+        self._cut = state.get("cut", [0] * len(self.prefixes))
+        states = state.get("shards", [None] * len(self.prefixes))
         for prefix, value in zip(self.prefixes, states):
             self._writers.append(IndexedWriter(prefix, self.dtype, value))
-        self.skipped.begin(state["skipped"] if state else None)
+        self.skipped.begin(state.get("skipped"))
 
     def add(self, result: tuple[list[TextBlock], list[SkippedLine]]) -> None:
         """Appends a block of each key, and lists the lines left out."""
         blocks, skipped = result
         self.skipped.add(skipped)
-        for writer, block in zip(self._writers, blocks):
+        for number, (writer, block) in enumerate(zip(self._writers, blocks)):
             writer.add_documents(block.ids, block.lengths, block.sentences)
             self.added += block.ids.size
+            self._cut[number] += block.cut
 
     def state(self) -> dict:
         """How far the files are; all of it is on the disk."""
-        return {"shards": [writer.state() for writer in self._writers], "skipped": self.skipped.state()}
+        shards, cut = [writer.state() for writer in self._writers], {"cut": self._cut} if any(self._cut) else {}
+        return {"shards": shards, "skipped": self.skipped.state(), **cut}
 
     def finish(self, manifest: dict) -> list[dict[str, int]]:
         """Writes indexes and manifests; counts of each shard."""
         counts, skipped = [], self.skipped.finish(len(self))
-        for prefix, writer in zip(self.prefixes, self._writers):
+        for prefix, writer, cut in zip(self.prefixes, self._writers, self._cut):
             writer.finalize()
-            counts.append({"documents": len(writer), "tokens": writer.num_items, **skipped})
+            sizes = {"documents": len(writer), "tokens": writer.num_items, **({"cut": cut} if cut else {})}
+            counts.append({**sizes, **skipped})
             write_text_manifest(prefix, {"counts": counts[-1], **manifest})
         return counts
 

@@ -5,12 +5,15 @@ Used for shards whose documents are sequences of sentences (`--split-sentences`)
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from megatron_mm.data.errors import DataError
 
-#: Characters that are split at a time, as in Megatron's script: the time that nltk takes grows faster than the text.
-_WINDOW = 1_000_000
+#: Characters that are split at a time, as in Megatron's script. It bounds what a document costs: nltk takes at most
+#: some 10 µs a character, whatever the text. A longer document is cut there, and a sentence across the cut becomes two.
+MAX_CHARACTERS = 1_000_000
 
 
 class SentenceSplitter:
@@ -48,11 +51,36 @@ class SentenceSplitter:
     def __call__(self, text: str) -> list[str]:
         """Sentences of a text, in order."""
         found: list[str] = []
-        for start in range(0, len(text), _WINDOW):
-            window = text[start : start + _WINDOW]
-            spans = list(self._punkt.span_tokenize(window))
+        for start in range(0, len(text), MAX_CHARACTERS):
+            window = text[start : start + MAX_CHARACTERS]
+            with _any_speed():
+                spans = list(self._punkt.span_tokenize(window))
             if self.keep_space:
                 starts = [begin for begin, _ in spans]
                 spans = list(zip(starts, [*starts[1:], *(end for _, end in spans[-1:])]))
             found += [window[begin:end] for begin, end in spans]
         return found
+
+
+def is_cut(text: str) -> bool:
+    """Whether a text is longer than what is split at a time."""
+    return len(text) > MAX_CHARACTERS
+
+
+@contextlib.contextmanager
+def _any_speed() -> Iterator[None]:
+    """Takes nltk's limit of seconds away: whether a document can be split must not depend on the machine.
+
+    From 3.10 on, nltk gives up once the process has computed for 5 s since a window was begun, against patterns that a
+    stranger wrote. Punkt's own need no such guard, and a slow machine reaches the limit with any long document.
+    """
+    try:
+        from nltk import redos
+    except ImportError:  # an older release, without limits
+        yield
+        return
+    limit, redos.DEFAULT_TIMEOUT = redos.DEFAULT_TIMEOUT, None
+    try:
+        yield
+    finally:
+        redos.DEFAULT_TIMEOUT = limit

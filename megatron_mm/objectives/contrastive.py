@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state
-from torch import distributed
 from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.platform import collectives
 
 
 class _GatherRows(torch.autograd.Function):
@@ -30,13 +30,13 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, local, group):
         ctx.group = group
         gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
-        distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        collectives.all_gather_single(gathered, local.contiguous(), group=group)
         return gathered
 
     @staticmethod
     def backward(ctx, gradient):
         local = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
-        distributed.reduce_scatter_tensor(local, gradient.contiguous(), group=ctx.group)
+        collectives.reduce_scatter_single(local, gradient.contiguous(), group=ctx.group)
         return local, None
 
 

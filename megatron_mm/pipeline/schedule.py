@@ -26,6 +26,7 @@ from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_
 from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
 from megatron_mm.pipeline.ties import Ties
 from megatron_mm.pipeline.whole_batch import StreamCache, whole_batch_losses
+from megatron_mm.platform import megatron_versions
 
 
 @dataclass
@@ -102,6 +103,7 @@ def pipeline_config(
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         perform_initialization=False,
+        **megatron_versions.no_cuda_graphs(),
     )
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_mm.platform import megatron_versions
+from megatron_mm.platform import megatron_versions, notices
 
 #: What is redirected, and why. A name without dots belongs to the owner of the one before it.
 REDIRECTIONS: dict[str, str] = {
@@ -65,6 +64,7 @@ def apply() -> None:
     if is_applied():
         return
     megatron_versions.prepare()
+    notices.silence(notices.WITHOUT_CUDA)
     set_device("cpu")
     _redirect_torch()
     _redirect_megatron()
@@ -134,10 +134,6 @@ def _redirect_torch() -> None:
 
 
 def _redirect_megatron() -> None:
-    for category in (UserWarning, FutureWarning):  # of kernels that are missing here, and of its own use of torch
-        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
-    # torch 2.13 renames collectives that megatron-core calls everywhere, and says so on every process.
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import random
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_mm.platform import notices
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -41,6 +41,11 @@ MLP_BUILDER = Difference(
     "0.18",
     "layers want a function that builds their MLP; a ModuleSpec is rewrapped, with a warning for each layer",
 )
+CUDA_GRAPHS = Difference(
+    "megatron.core.transformer.transformer_config.TransformerConfig(cuda_graph_modules)",
+    "0.18",
+    "what CUDA graphs capture, before `cuda_graph_scope`; the default of both is a value that they call deprecated",
+)
 CHECKPOINT_WRITER = Difference(
     "megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy.async_save(async_strategy)",
     "0.17",
@@ -51,20 +56,11 @@ COMMON_STATE = Difference(
     "0.19",
     "save() keeps common values among the shards; `common.pt`, which training writes for 0.16 too, is still read",
 )
-DIFFERENCES = (MLP_BUILDER, CHECKPOINT_WRITER, COMMON_STATE)
-
-#: What 0.19 makes every process say and nobody can act upon: of the writer that has to be named, of `common.pt`, of
-#: reading shards without a process group, and of the compiler that it imports where torch was built for CUDA.
-_LOGGED = {
-    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
-    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
-}
-_WARNED = ("The argument order of load has been changed", "torch.distributed is disabled, unavailable or uninitialized")
+DIFFERENCES = (MLP_BUILDER, CUDA_GRAPHS, CHECKPOINT_WRITER, COMMON_STATE)
 
 
 def prepare() -> None:
-    """Checks the installed release, and silences what it says of itself. Calling it again does no harm.
+    """Checks the installed release, and silences its notices (notices.py). Calling it again does no harm.
 
     Raises:
         ValueError: a series that nobody has tried, whose names and redirections may have changed.
@@ -72,10 +68,7 @@ def prepare() -> None:
     release = _release()
     if _series(release) not in map(_series, KNOWN_RELEASES):
         raise ValueError(f"megatron-core {release} was not tried; install one of: {', '.join(KNOWN_RELEASES.values())}")
-    for logger in _LOGGED:
-        logging.getLogger(logger).addFilter(_is_worth_saying)
-    for message in _WARNED:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    notices.silence(notices.ALWAYS)
 
 
 def mlp_part(submodules: MLPSubmodules) -> Any:
@@ -86,6 +79,11 @@ def mlp_part(submodules: MLPSubmodules) -> Any:
     if MLP_BUILDER.is_here:
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def no_cuda_graphs() -> dict[str, list]:
+    """Arguments of a TransformerConfig that captures none, which is the default, without its warning."""
+    return {"cuda_graph_modules" if CUDA_GRAPHS.is_here else "cuda_graph_scope": []}
 
 
 def begin_save(strategy: TorchDistSaveShardedStrategy, sharded: dict, folder: Path) -> Any:
@@ -100,7 +98,3 @@ def _release() -> str:
 
 def _series(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".")[:2])
-
-
-def _is_worth_saying(record: logging.LogRecord) -> bool:
-    return _LOGGED[record.name] not in record.getMessage()

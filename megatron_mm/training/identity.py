@@ -106,7 +106,7 @@ def checkpoint_root(config: Config) -> Path:
 
 def _code(config: Config) -> dict[str, str]:
     package = Path(megatron_mm.__path__[0])
-    files = {str(path.relative_to(package.parent)): path for path in package.rglob("*.py")}
+    files = {str(path.relative_to(package.parent)): path for path in sorted(package.rglob("*.py"))}
     own = [*config.plugins, (config.data.builder or "").rpartition(":")[0]]
     files |= {name: Path(name) for name in own if name.endswith(".py")}
     return {name: _file(path) for name, path in files.items()}

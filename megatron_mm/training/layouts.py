@@ -249,7 +249,7 @@ def compare(layout: Layout, measured: dict, reference: dict) -> Comparison:
     pairs = zip(measured["losses"], reference["losses"], strict=True)
     loss = max(abs(a - b) / abs(b) if math.isfinite(a) else float("inf") for a, b in pairs)
     squares: dict[str, list[float]] = {}
-    for key in measured["gradients"].keys() | reference["gradients"].keys():
+    for key in sorted(measured["gradients"].keys() | reference["gradients"].keys()):
         a, b = measured["gradients"].get(key), reference["gradients"].get(key)
         total = squares.setdefault(key.partition("/")[2], [0.0, 0.0])
         if a is None or b is None or a.shape != b.shape or not torch.isfinite(a).all():

@@ -49,6 +49,10 @@ def communication_device() -> torch.device:
     return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+#: How long a process that gives up waits for the others to have left their stacks: the launcher ends them with it.
+_STACKS_WITHIN_SECONDS = 60.0
+
+
 class Watchdog:
     """Ends a process that makes no progress, leaving the stacks of all its threads.
 
@@ -62,7 +66,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder, self.seconds = folder / "stacks", minutes * 60
-        self._last = time.monotonic()
+        self._last, self._began = time.monotonic(), time.time()
         self._where = "start-up"
         self._ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -83,8 +87,9 @@ class Watchdog:
     def _give_up(self) -> None:
         rank = setup.rank()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"rank_{rank}.txt"
-        with path.open("w") as file:
+        path = self._stacks_of(rank)
+        partial = path.with_suffix(".partial")
+        with partial.open("w") as file:
             print(f"rank {rank} made no progress for {self.seconds:.0f} s in {self._where}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         print(
@@ -93,8 +98,21 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        time.sleep(3.0)  # the other ranks' watchdogs write theirs before the launcher ends them
+        partial.replace(path)  # last: where it is, its rank has said everything
+        until = time.monotonic() + _STACKS_WITHIN_SECONDS
+        while time.monotonic() < until and not all(map(self._has_given_up, range(setup.world_size()))):
+            time.sleep(0.1)
         setup.exit_at_once(1)
+
+    def _stacks_of(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.txt"
+
+    def _has_given_up(self, rank: int) -> bool:
+        """Whether a process has left its stacks, in this run: an earlier one may have left some too."""
+        try:
+            return self._stacks_of(rank).stat().st_mtime >= self._began
+        except OSError:
+            return False
 
 
 class NotFiniteError(ValueError):

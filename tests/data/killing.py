@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.waiting import wait_until
 
-def kill_and_continue(
-    start: Callable[[int], subprocess.Popen], journal: Path, is_done: Callable[[], bool], kills: int, pause: float
-) -> list[str]:
-    """Kills the first builds with SIGKILL, each a random while after it went on with its journal.
+#: Begins the program of each build: a journal after every block, and no end of a build that is to be killed. A fast
+#: machine, or one on which the test itself waits for a processor, might otherwise be done before the kill comes.
+_PRELUDE = """
+import os, signal
+from megatron_mm.data import unfinished
+
+def hold(build, names):
+    open(os.path.join(build.folder, "held"), "w").close()
+    while True:
+        signal.pause()
+
+unfinished.JOURNAL_SECONDS = -1
+if os.environ["HELD"]:
+    unfinished.UnfinishedBuild.place = hold
+"""
+
+
+def start(program: str, *words: object, held: bool = False) -> subprocess.Popen:
+    """Starts Python on a program that builds; standard error is a pipe of text.
 
     Args:
-        start: starts the attempt of this number, from 0; standard error is a pipe of text.
-        journal: of the unfinished build.
-        is_done: whether the output is there: a kill may come after all is done.
+        held: when all is built but for the names, the file `held` appears in the folder of the unfinished build, and
+            the process waits for a signal.
+    """
+    command = [sys.executable, "-c", _PRELUDE + program, *map(str, words)]
+    environment = {**os.environ, "HELD": "yes" if held else ""}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def undisturbed(program: str, *words: object) -> str:
+    """What an undisturbed build said, which came to its end."""
+    process = start(program, *words)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+def kill_and_continue(
+    program: str, words: Callable[[int], list[object]], building: Path, kills: int, pause: float = 0.0
+) -> list[str]:
+    """Kills the first builds with SIGKILL, each a random while after it went on with its journal; the next must end.
+
+    Args:
+        words: arguments of the program at the attempt of this number, from 0.
+        building: folder of the unfinished build.
         kills: how many builds are killed.
         pause: seconds, the longest while.
 
@@ -26,17 +65,18 @@ def kill_and_continue(
         What each attempt said.
     """
     dice, said = random.Random(0), []
-    for attempt in range(40):
-        before = journal.read_bytes() if journal.exists() else b""
-        build = start(attempt)
-        while build.poll() is None and (journal.read_bytes() if journal.exists() else before) == before:
-            time.sleep(0.002)
+    journal, held = building / "journal.json", building / "held"
+
+    def written() -> bytes:
+        return journal.read_bytes() if journal.exists() else b""
+
+    for attempt in range(kills):
+        before = written()
+        held.unlink(missing_ok=True)
+        process = start(program, *words(attempt), held=True)
+        wait_until(lambda: held.exists() or written() != before, "the build goes on", process)  # noqa: B023
         time.sleep(dice.random() * pause)
-        if attempt < kills:
-            build.send_signal(signal.SIGKILL)
-        _, stderr = build.communicate(timeout=120)
-        said.append(stderr)
-        if build.returncode == 0 or is_done():
-            return said
-        assert build.returncode == -signal.SIGKILL, stderr
-    raise AssertionError(f"no build came to its end; the last said {said[-1]}")
+        process.send_signal(signal.SIGKILL)
+        said.append(process.communicate()[1])
+        assert process.returncode == -signal.SIGKILL, said[-1]
+    return [*said, undisturbed(program, *words(kills))]

@@ -30,15 +30,13 @@ from megatron_mm.data.cleaning.text_rules import TextRules
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.shards import Shard
-from tests.data.killing import kill_and_continue
+from tests.data.killing import kill_and_continue, undisturbed
 
 TOOLS = Path(__file__).parents[2] / "tools"
-#: Cleans with a journal after every block: python -c DRIVER output workers inputs.
-DRIVER = """
+#: Cleans: python -c CLEAN output workers inputs.
+CLEAN = """
 import sys
-from megatron_mm.data import unfinished
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
-unfinished.JOURNAL_SECONDS = 0
 output, workers, *inputs = sys.argv[1:]
 clean_corpus(inputs, output, workers=int(workers), progress=False)
 """
@@ -67,18 +65,12 @@ def crawl(folder: Path, records: int) -> list[Path]:
 
 
 def test_killed_again_and_again(tmp_path):
-    inputs = [str(path) for path in crawl(tmp_path, 4000)]
+    inputs = crawl(tmp_path, 4000)
     out, whole = tmp_path / "out", tmp_path / "whole"
-
-    def start(folder: Path, workers: int) -> subprocess.Popen:
-        words = [sys.executable, "-c", DRIVER, str(folder), str(workers), *inputs]
-        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-
-    undisturbed = start(whole, 0)
-    assert undisturbed.wait(timeout=120) == 0, undisturbed.stderr.read()
-    journal = tmp_path / "out.building" / "journal.json"
-    said = kill_and_continue(lambda attempt: start(out, (2, 0, 1)[attempt % 3]), journal, out.exists, 4, 0.1)
-    assert sum("continues an unfinished build" in text for text in said) >= 2
+    undisturbed(CLEAN, whole, 0, *inputs)
+    building = tmp_path / "out.building"
+    said = kill_and_continue(CLEAN, lambda attempt: [out, (2, 0, 1)[attempt % 3], *inputs], building, 4, 0.1)
+    assert ["continues an unfinished build" in text for text in said] == [False, True, True, True, True]
     assert contents(out) == contents(whole)
     assert json.loads((out / "report.json").read_text())["reasons"].keys() == {
         "exact duplicate", "near duplicate of text",
@@ -273,7 +265,7 @@ def test_the_tools(samples, tokenizer_path, tmp_path):
 
     def run(tool: str, *words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, TOOLS / tool, "--input", str(samples), "--workers", "0", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     options = ("--blocklist", "words.txt", "--images.max-aspect", "1.2", "--duplicates.images", "off")
     done = run("clean_corpus.py", "--output", "clean", *options)

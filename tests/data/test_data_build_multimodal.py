@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from megatron_mm.data.inspection import summary, verify
 from megatron_mm.data.merge import merge_datasets
 from megatron_mm.data.shards import Shard
 from megatron_mm.data.tokenizer import Tokenizer
+from tests.data.killing import start
+from tests.waiting import wait_until
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -150,18 +151,25 @@ def test_disk_full_leaves_nothing(samples, tmp_path, tokenizer_path, tool):
     assert list(out.iterdir()) == []
 
 
+#: Runs a tool that writes no journal: as long as there is none, nothing of a build is kept.
+WITHOUT_JOURNAL = """
+import runpy, sys
+unfinished.JOURNAL_SECONDS = float("inf")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_terminated_leaves_nothing(source, tmp_path, tokenizer_path):
     path = source / "many.jsonl"
     path.write_text((source / "samples.jsonl").read_text() * 200)
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(path), "--output"]
-    command += [str(out / "x"), "--tokenizer-model", tokenizer_path]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not any(out.iterdir()) and run.poll() is None:
-        time.sleep(0.01)
+    command = ["--input", str(path), "--output", str(out / "x"), "--tokenizer-model", tokenizer_path]
+    run = start(WITHOUT_JOURNAL, TOOLS / "preprocess_multimodal.py", *command, held=True)
+    wait_until(lambda: any(out.iterdir()), "the build has begun", run)
     run.terminate()
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate()
     assert run.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr, stderr
     assert list(out.iterdir()) == []
 

@@ -113,7 +113,6 @@ def window(tmp_path_factory, page) -> Iterator:
             pytest.fail(str(error))
         pytest.skip(str(error))
     with browser.chromium(tmp_path_factory.mktemp("profile")) as driver:
-        driver.set_script_timeout(20)
         driver.get(page.as_uri())
         yield driver
 

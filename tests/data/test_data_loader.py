@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-import time
 
 import psutil
 import pytest
 
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.loader import MicrobatchLoader
+from tests.waiting import wait_until
 
 
 def reading_threads() -> list[threading.Thread]:
@@ -41,17 +41,16 @@ def test_microbatches_are_unpacked_before_they_are_asked_for(loader):
     """What `next` would otherwise wait for: the thread has taken two more from the workers."""
     next(loader)
     (thread,) = reading_threads()
-    deadline = time.monotonic() + 30
-    while loader._ahead._taken.qsize() < 2:
-        assert time.monotonic() < deadline and thread.is_alive()
-        time.sleep(0.01)
+    wait_until(lambda: loader._ahead._taken.qsize() == 2, "two microbatches are unpacked")
+    assert thread.is_alive()
 
 
 def test_a_worker_that_is_killed_ends_the_reading(loader, others):
     next(loader)
     with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD may raise it, wherever the main thread is
-        os.kill(min(running() - others), signal.SIGKILL)
-        time.sleep(1)
+        worker = min(running() - others)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: worker not in running(), "the worker has ended")
     with pytest.raises(RuntimeError, match="worker"):  # what the thread was waiting for
         for _ in range(50):
             next(loader)
@@ -63,5 +62,5 @@ def test_close_ends_thread_and_workers(loader, others):
     next(loader)
     assert reading_threads() and len(running() - others) == 2
     loader.close()
-    assert not reading_threads() and not running() - others
+    wait_until(lambda: not reading_threads() and not running() - others, "thread and workers have ended")
     loader.close()

@@ -5,35 +5,38 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-#: Starts two workers that take a second to begin, or begin at once, and says so after they were forked.
+from tests.waiting import HANG_SECONDS
+
+#: Starts two workers, which say that they wait for work, or which do not begin before their parent has ended.
 DRIVER = """
-import os, sys, time
+import os, signal, sys, time
 from megatron_mm.data import parallel
-parent, seconds = os.getpid(), float(sys.argv[1])
+parent, when = os.getpid(), sys.argv[1]
 plain = parallel.signal.signal
-def slow(*arguments):
-    if os.getpid() != parent:
-        time.sleep(seconds)
+def late(*arguments):
+    while when == "before" and os.getpid() != parent == os.getppid():
+        time.sleep(0.01)
     return plain(*arguments)
+def begun():
+    print("waiting", flush=True)
 def tasks():
     yield 0
-    yield 1
-    print("begun", flush=True)
-    time.sleep(60)
-parallel.signal.signal = slow
-list(parallel.ordered_map(time.sleep, tasks(), 2))
+    yield 0
+    if when == "before":
+        print("forked\\nforked", flush=True)
+    signal.pause()
+parallel.signal.signal = late
+list(parallel.ordered_map(time.sleep, tasks(), 2, begun))
 """
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1.0])
-def test_workers_end_with_a_parent_that_is_killed(seconds):
+@pytest.mark.parametrize(("when", "said"), [("after", "waiting"), ("before", "forked")])
+def test_workers_end_with_a_parent_that_is_killed(when, said):
     """The parent is killed while its workers wait for work, or before they have begun."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(seconds)], stdout=subprocess.PIPE, text=True)
-    assert driver.stdout.readline() == "begun\n"
-    time.sleep(0.3)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, when], stdout=subprocess.PIPE, text=True)
+    assert [driver.stdout.readline() for _ in range(2)] == [f"{said}\n"] * 2
     driver.send_signal(signal.SIGKILL)
-    driver.communicate(timeout=30)  # returns once no process holds the pipe any more
+    driver.communicate(timeout=HANG_SECONDS)  # returns once no process holds the pipe any more

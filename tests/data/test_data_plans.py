@@ -17,6 +17,7 @@ from megatron_mm.data.indexed import IndexedReader, IndexedWriter
 from megatron_mm.data.packing import pack
 from megatron_mm.data.plans import plan
 from megatron_mm.data.shards import Shard
+from tests.waiting import HANG_SECONDS
 
 LIMITS = Limits(128, 2, 1, 3)
 
@@ -102,7 +103,7 @@ def test_processes_that_start_together_make_it_once(text, everything_large):
     processes = [context.Process(target=_plan_elsewhere, args=(text, found)) for _ in range(4)]
     for process in processes:
         process.start()
-    folders = {found.get(timeout=60) for _ in processes}
+    folders = {found.get(timeout=HANG_SECONDS) for _ in processes}
     for process in processes:
         process.join()
     assert len(folders) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 import sentencepiece
 
 from examples.data.packages import Package, fetch
+from megatron_mm.data import unfinished
 from megatron_mm.data.build_text import Sentences, build_text
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import IndexedReader
-from megatron_mm.data.sentences import SentenceSplitter
+from megatron_mm.data.sentences import MAX_CHARACTERS, SentenceSplitter
 
 pytestmark = pytest.mark.interface
 
@@ -30,6 +32,7 @@ TEXTS = [
     "«Ça va?» dit-elle. Œuvre n° 5. 終わり。次の文。",
     "A. " * 40 + "B.",
 ]
+LONG = "One sentence here. " * 60_000
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +83,53 @@ def test_sentences(nltk_data):
             s.strip() for s in split(text)
         ]
     assert SentenceSplitter("french", nltk_data)("Mme. Curie vient. Elle part.")[-1] == "Elle part."
-    long = "One sentence here. " * 120_000  # more than a window
+    long = LONG * 2  # more than two windows
     assert len(split(long)) in (120_000, 120_002) and "".join(keeping(long)).count("One") == 120_000
+
+
+def test_no_document_takes_too_long(nltk_data, monkeypatch):
+    """However slow the machine: with a limit of no time at all, nltk itself gives up, on the shortest text too."""
+    from nltk import redos
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    split, punkt = SentenceSplitter(folder=nltk_data), PunktTokenizer("english")
+    wanted = [punkt.tokenize(text) for text in TEXTS]
+    monkeypatch.setattr(redos, "DEFAULT_TIMEOUT", 0.0)
+    with pytest.raises(TimeoutError):
+        punkt.tokenize(TEXTS[0])
+    assert [split(text) for text in TEXTS] == wanted
+    assert redos.DEFAULT_TIMEOUT == 0.0, "the limit of others stays"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_long_documents_are_cut_and_counted(tokenizer_path, nltk_data, tmp_path, workers, monkeypatch):
+    """Also by a build that was stopped by a bad line and continued. Truth: nltk on pieces that were cut here."""
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    monkeypatch.setattr(unfinished, "JOURNAL_SECONDS", -1)
+    sentences = Sentences(nltk_data=nltk_data)
+
+    def build(lines: list[str], name: str) -> dict[str, float]:
+        source = tmp_path / "long.jsonl"
+        source.write_text("".join(lines))
+        (report,) = build_text([str(source)], str(tmp_path / name), tokenizer_path, workers=workers, progress=False,
+                               sentences=sentences).values()  # fmt: skip
+        return report
+
+    long, short = (json.dumps({"text": text}) + "\n" for text in (LONG, LONG[:MAX_CHARACTERS]))
+    with pytest.raises(DataError, match="line 3: not JSON"):
+        build([long, short, "{oops\n", long], "x")
+    assert build([long, short, long], "x")["cut"] == 2
+    manifest = json.loads((tmp_path / "x_text_sentence.json").read_text())
+    assert manifest["counts"]["cut"] == 2 and manifest["options"]["sentences"]["max_characters"] == MAX_CHARACTERS
+    assert "cut" not in build([short], "y")
+    punkt, model = PunktTokenizer("english"), sentencepiece.SentencePieceProcessor(model_file=tokenizer_path)
+    pieces = LONG[:MAX_CHARACTERS], LONG[MAX_CHARACTERS:]
+    wanted = model.encode([sentence for piece in pieces for sentence in punkt.tokenize(piece)])
+    reader = IndexedReader(tmp_path / "x_text_sentence")
+    assert len(reader) == 3
+    for document in (0, 2):
+        assert np.array_equal(reader.document(document), [token for ids in wanted for token in ids])
 
 
 def test_missing_tables_and_languages_are_named(nltk_data, tmp_path):
@@ -92,10 +140,15 @@ def test_missing_tables_and_languages_are_named(nltk_data, tmp_path):
 
 
 def test_the_tool(corpus, tokenizer_path, nltk_data, tmp_path):
+    with corpus.open("a") as stream:
+        stream.write(json.dumps({"text": LONG}) + "\n")
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus), "--split-sentences"]
     command += ["--output-prefix", str(tmp_path / "t"), "--tokenizer-model", tokenizer_path, "--workers", "1"]
-    failed = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)})
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    environment.pop("NLTK_DATA", None)
+    failed = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert failed.returncode == 1 and "nltk's table" in failed.stderr and "Traceback" not in failed.stderr
     done = subprocess.run([*command, "--nltk-data", nltk_data], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "cut 1 documents into pieces of 1,000,000 characters: a sentence across a cut is two" in done.stdout
     assert (tmp_path / "t_text_sentence.idx").exists()

@@ -21,15 +21,13 @@ from megatron_mm.data import unfinished
 from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.build_text import build_text
 from megatron_mm.data.errors import DataError
-from tests.data.killing import kill_and_continue
+from tests.data.killing import kill_and_continue, undisturbed
 
-#: Builds with a journal after every block: python -c DRIVER kind input output tokenizer workers.
-DRIVER = """
+#: python -c BUILD kind input output tokenizer workers.
+BUILD = """
 import sys
-from megatron_mm.data import unfinished
 from megatron_mm.data.build_multimodal import build_multimodal
 from megatron_mm.data.build_text import build_text
-unfinished.JOURNAL_SECONDS = 0
 kind, source, output, tokenizer, workers = sys.argv[1:]
 if kind == "text":
     build_text([source], output, tokenizer, workers=int(workers), progress=False)
@@ -67,17 +65,13 @@ def test_killed_again_and_again(kind, many, tmp_path, tokenizer_path):
         source = tmp_path / "text.jsonl"
         source.write_bytes(many.read_bytes() * 200)
 
-    def start(folder: Path, workers: int) -> subprocess.Popen:
-        words = [sys.executable, "-c", DRIVER, kind, str(source), str(folder / "x"), tokenizer_path, str(workers)]
-        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    def words(folder: Path, workers: int) -> list[object]:
+        return [kind, source, folder / "x", tokenizer_path, workers]
 
-    undisturbed = start(whole, 0)
-    assert undisturbed.wait(timeout=120) == 0, undisturbed.stderr.read()
+    undisturbed(BUILD, *words(whole, 0))
+    said = kill_and_continue(BUILD, lambda attempt: words(out, attempt % 3), out / "x.building", 6, 0.2)
+    assert ["continues an unfinished build" in text for text in said] == [False, *[True] * 6]
     name = "x" if kind == "multimodal" else "x_text_document"
-    finished = "x" if kind == "multimodal" else f"{name}.idx"
-    journal = out / "x.building" / "journal.json"
-    said = kill_and_continue(lambda attempt: start(out, attempt % 3), journal, (out / finished).exists, 6, 0.2)
-    assert sum("continues an unfinished build" in text for text in said) >= 2
     assert contents(out / name) == contents(whole / name)
 
 
@@ -208,8 +202,8 @@ def test_killed_while_files_get_their_names(named, many, tmp_path, tokenizer_pat
 
 
 def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
-    hold = "import sys, time\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
-    hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\ntime.sleep(60)"
+    hold = "import signal, sys\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
+    hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\nsignal.pause()"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     try:

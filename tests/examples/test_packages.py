@@ -57,6 +57,19 @@ def test_only_what_is_wanted_is_unpacked_and_only_once(npm, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["art"], "no leftovers"
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_two_pictures_alike_the_same_is_taken_on_every_disk(backwards, tmp_path, monkeypatch):
+    folder = tmp_path / emoji_art.ALL_VENDORS["fluent"].pictures
+    folder.mkdir(parents=True)
+    names = ["26a7-fe0f.webp", "26a7.webp", "1f34e.webp"]
+    for name in names:
+        (folder / name).touch()
+    listed = [folder / name for name in (reversed(names) if backwards else names)]
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed))
+    found = emoji_art.pictures_of("fluent", tmp_path)
+    assert {code: path.name for code, path in found.items()} == {"26a7": "26a7.webp", "1f34e": "1f34e.webp"}
+
+
 def test_failures_name_the_client_and_the_package(tmp_path, monkeypatch, npm):
     write_client(tmp_path / "bin", "npm", "echo first >&2; echo no such version >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")

@@ -7,13 +7,13 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_mm.config.load import RECIPES, load_config, parse_command_line
 from tests.full_recipes import FULL, ROOT, launched, script, words
+from tests.waiting import wait_until
 
 TWO_PHASES = {"vlm-14b": "decoder.*", "dual-encoder": "text.*"}
 
@@ -89,13 +89,12 @@ class Job:
 
     def warn(self) -> None:
         """The signal before the time limit, once the processes run."""
-        while not (self.folder / "pid").exists():
-            time.sleep(0.02)
+        wait_until((self.folder / "pid").exists, "the processes run", self.process)
         self.process.send_signal(signal.SIGUSR1)
 
     def end(self, checked: bool = True, trained: bool = True) -> tuple[int, list[str]]:
         """Exit status, and the commands that were called after the pre-flight and the run."""
-        status = self.process.wait(timeout=30)
+        status = self.process.wait()
         said = (self.folder / "said").read_text().splitlines()
         step = "srun node0 --kill-on-bad-exit=1 --export=ALL examples/vlm_14b/pretrain.sh --lr 1"
         steps = [f"{step} --check"] * checked + [step] * trained

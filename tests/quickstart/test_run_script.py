@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "run.
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(SCRIPT), *options], capture_output=True, text=True, timeout=30)
+    return subprocess.run(["bash", str(SCRIPT), *options], capture_output=True, text=True)
 
 
 def test_help_names_every_option_and_runs_nothing():

@@ -4,7 +4,8 @@
 
 Devices are measured by a function given to `preflight.check`, and folders are named to `identity.not_shared`: a fault
 changes what a rank's machine would have said. Damaged are: rank 1's products, rank 2's speed and folder, rank 3's sums,
-and rank 3's memory is held by someone else.
+and rank 3's memory is held by someone else. Rank 2 hangs once all have come as far, and the watchdogs lose their
+patience only there: how long a machine takes to get so far is no hang.
 """
 
 import os
@@ -30,8 +31,12 @@ def main() -> None:
     rank = setup.rank()
 
     def product(device: torch.device) -> Product:
-        if faults == "hangs" and rank == 2:
-            time.sleep(3600)
+        if faults == "hangs":
+            torch.distributed.barrier()
+            watchdog.beat("a rank that hangs")
+            watchdog.seconds = 10.0
+            while rank == 2:
+                time.sleep(1.0)
         if faults == "dies" and rank == 2:
             os._exit(9)
         wrong, slow, full = rank == 1, rank == 2, rank == 3

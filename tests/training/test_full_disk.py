@@ -1,7 +1,7 @@
 """What happens if rank 0 alone cannot write one of the small files: an error everywhere, and the next save works.
 
-A folder in the place of a file makes writing it fail as a full disk does. Under torchrun, each save must end within
-seconds; a process left waiting in a collective would run into the time-out of this test.
+A folder in the place of a file makes writing it fail as a full disk does. Under torchrun, each save must end by
+itself; a process left waiting in a collective would run into its time-out, and fail.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ def save_with_obstacles(root: str) -> None:
     from megatron_mm.training import checkpoint, checkpoint_folder
     from tests.pipeline import toy
 
-    setup.initialize(toy.sizes_of("PP2"), seed=1, timeout_minutes=1)
+    setup.initialize(toy.sizes_of("PP2"), seed=1)
     pipeline, optimizer, config = toy.build(toy.Case("PP2"))
     begin = checkpoint_folder.begin
     # A file for each process: in one stream their lines, and gloo's own, run into each other.
@@ -50,7 +50,7 @@ def save_with_obstacles(root: str) -> None:
 def test_every_process_hears_of_it(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["-m", "tests.training.test_full_disk", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         *failures, last = (tmp_path / f"rank_{rank}.txt").read_text(encoding="utf-8").splitlines()

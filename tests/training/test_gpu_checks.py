@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
 from megatron_mm.training import gpu_checks
 from megatron_mm.training.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
+from tests.waiting import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,13 +159,13 @@ def test_a_node_runs_here(tmp_path):
 @pytest.mark.slow
 def test_two_nodes_run_here_as_two_programs(tmp_path):
     """Two launchers of a process each on this machine: pipeline stages and data parallel between them."""
-    port = 20000 + os.getpid() % 10000  # below those that the system gives to others
+    port = free_ports(11)  # of the first node, and ten for runs
     words = ["two-nodes", "--steps", 4, "--gpus", 1, "--output", tmp_path, "--master-port", port]
     with socket.create_server(("", port + 2)):  # something else has it: another of the ten is used
         second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
         done = run(*words, "--node-rank", 0)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert second.wait(timeout=120) == 0 and second.stdout.read() == ""
+    assert second.wait() == 0 and second.stdout.read() == ""
     assert "PASS  TP1xPP2+distopt saved in the middle, resumed as TP1+distopt, loss: " in done.stdout
     metrics = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
@@ -174,7 +174,7 @@ def test_two_nodes_run_here_as_two_programs(tmp_path):
 
 def test_ports_of_two_nodes():
     """The first node chooses a free one for each run, another than the last, and the second is told."""
-    base = 20000 + os.getpid() % 10000
+    base = free_ports(11)
     first = Machines(Path(), cuda=False, gpus=1, nodes=2, port=base)
     second = Machines(Path(), cuda=False, gpus=1, nodes=2, node_rank=1, port=base)
     with socket.create_server(("", base + 3)):

@@ -24,7 +24,7 @@ def read_shared(root: str) -> None:
     from megatron_mm.training.shared_reading import SharedLoader
     from tests.corpus import corpus_config
 
-    setup.initialize(ParallelSizes(tp=2, dp=2), seed=1, timeout_minutes=1)
+    setup.initialize(ParallelSizes(tp=2, dp=2), seed=1)
     config = corpus_config(Path(root, "discs"), Path(root, "t.model"), Path(root))
     train, reads = build_datasets(config).train, []
     microbatch = train.microbatch
@@ -63,7 +63,7 @@ def test_the_first_process_reads_for_all(tmp_path):
     build_corpus(tmp_path)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     words += ["-m", "tests.training.test_shared_reading", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(path.read_text()) for path in tmp_path.glob("told_*.json")]
     assert len(told) == 4 and all(one["same"] == [True] * STEPS for one in told)

@@ -19,6 +19,7 @@ from torch import distributed
 from torch.nn import functional
 
 from megatron_mm.models.layers.parameters import empty_parameter
+from megatron_mm.platform import collectives
 
 
 class ShardedModule(MegatronModule):
@@ -64,7 +65,7 @@ class _LayerNorm(torch.autograd.Function):
         variance, mean = torch.var_mean(values, dim=-1, correction=0)
         local = torch.stack((mean, variance))
         gathered = local.new_empty((group.size() * 2, *local.shape[1:]))
-        distributed.all_gather_into_tensor(gathered, local, group=group)
+        collectives.all_gather_single(gathered, local, group=group)
         means, variances = gathered.unflatten(0, (-1, 2)).unbind(1)
         # Processes hold equally many channels. Moments about local means are combined without cancellation (Chan).
         mean = means.mean(dim=0)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.platform import megatron_versions
 
 
 @dataclass(frozen=True)
@@ -129,4 +130,5 @@ def layer_config(
         cp_comm_type=settings.cp_comm_type if text and sizes.cp > 1 else None,
         recompute_granularity="selective" if selective else None,
         recompute_modules=["core_attn"] if selective else None,
+        **megatron_versions.no_cuda_graphs(),
     )

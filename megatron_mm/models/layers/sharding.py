@@ -13,6 +13,8 @@ import torch
 from megatron.core import parallel_state
 from torch import distributed
 
+from megatron_mm.platform import collectives
+
 
 def zigzag_slice(values_RT: torch.Tensor, cp_size: int, cp_rank: int) -> torch.Tensor:
     """This process's part of every row, [R, T, …] -> [R, T/CP, …].
@@ -60,7 +62,7 @@ class _GatherContext(torch.autograd.Function):
     def forward(ctx, local, group):
         ctx.group, size = group, group.size()
         gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
-        distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        collectives.all_gather_single(gathered, local.contiguous(), group=group)
         return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
@@ -69,7 +71,7 @@ class _GatherContext(torch.autograd.Function):
         rows, length = gradient.shape[0], gradient.shape[1] // size
         pieces = gradient.reshape(rows, size, length, *gradient.shape[2:]).transpose(0, 1).contiguous()
         local = torch.empty_like(pieces[0])
-        distributed.reduce_scatter_tensor(local, pieces.flatten(0, 1), group=ctx.group)
+        collectives.reduce_scatter_single(local, pieces.flatten(0, 1), group=ctx.group)
         return local, None
 
 
