@@ -62,6 +62,7 @@ setup(
             "pytest-xdist>=3.6.1",  # two files at a time
             "ruff>=0.6",  # style
             "scipy>=1.13",  # statistics of sample order and of masks
+            *["accelerate>=1.1", "peft>=0.18"],  # call exported models as users do who train them on
             "selenium>=4.20",  # looks at the page of tools/inspect_dataset.py in Chromium
         ],
     },

@@ -103,7 +103,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     clean = commands.add_parser("clean", help="what a resolver printed, as a lock file")
-    clean.add_argument("--without", type=Path, help="a lock whose packages are left out")
+    clean.add_argument("--without", type=Path, help="a lock whose releases are left out: they lie beneath")
     clean.add_argument("--keep", action="append", default=[], help="a package of torch's that stays")
     compare = commands.add_parser("changes", help="what differs between two lock files")
     compare.add_argument("old", type=Path)
@@ -115,7 +115,7 @@ def main(words: list[str] | None = None) -> int:
         if arguments.command == "clean":
             resolved = without_torch(read(sys.stdin, "the resolver's output"), arguments.keep)
             left_out = read_file(arguments.without) if arguments.without else {}
-            _print_lock({name: version for name, version in resolved.items() if name not in left_out})
+            _print_lock({name: version for name, version in resolved.items() if left_out.get(name) != version})
         elif arguments.command == "changes":
             _print_changes(str(arguments.old), changes(read_file(arguments.old), read_file(arguments.new)))
         else:

@@ -10,6 +10,7 @@
 #   locks/peers-3.X.txt          the peers of benchmarks/data.py
 #   locks/docker.txt             what the Dockerfile adds to its image
 #   locks/lowest.txt             the lowest releases that setup.py allows, on Python 3.11 (tests/run.sh --lowest)
+#   locks/releases-*.txt         other releases of transformers beside the locked one (tests/releases/run.sh)
 #
 # The Pythons need not be installed. Releases are those for Linux on x86-64, all of them wheels, so that nothing is built
 # (flash-attn apart); what they need on other systems is the same, as far as it was looked at.
@@ -80,6 +81,13 @@ asked torch==2.10.0 megatron-core==0.16.1 -- evaluation plot |
 echo "resolving the lowest releases"
 asked "$torch" -- test |
     resolve 3.11 --resolution lowest-direct | "$python" tools/locks.py clean >"$new/lowest.txt"
+
+echo "resolving other releases of transformers"
+# For every Python, and so from what the oldest has; both lie over an environment of locks/python-3.X.txt.
+for name in oldest=5.0.0 between=5.12.1; do
+    printf '%s\n' "$torch" "transformers==${name#*=}" accelerate peft |
+        resolve 3.10 | "$python" tools/locks.py clean --without "$new/python-3.10.txt" >"$new/releases-${name%=*}.txt"
+done
 
 for file in "$new"/*.txt; do
     name=locks/${file##*/}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from megatron_mm.inference.hf import exported_model
@@ -20,6 +21,8 @@ from megatron_mm.inference.hf_folder import HF_FILES, TRANSFORMERS_RELEASES
 from megatron_mm.inference.systems import SYSTEMS, adapter_of
 from tests.inference import system_case as case
 from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=["synapse", "vlm", "dual_encoder", "avt"])
@@ -155,10 +158,15 @@ def test_a_modelling_file_imports_itself_what_its_imports_import(system):
     assert copied == {name.removesuffix(".py") for name in adapter.files}
 
 
-def test_releases_are_those_of_setup_and_of_the_locks():
-    setup = (Path(__file__).resolve().parents[2] / "setup.py").read_text()
-    lowest = re.search(r'"transformers>=([\d.]+),<6"', setup).group(1)
-    assert TRANSFORMERS_RELEASES[0].startswith(lowest)
+def test_folders_name_the_releases_in_which_they_are_tried():
+    """The lowest that setup.py allows, and the newest of the locks; tests/releases tries both."""
+    locked = {path.name: path.read_text() for path in (ROOT / "locks").glob("*.txt")}
+    found = {name: re.search(r"^transformers==(\S+)$", text, re.MULTILINE) for name, text in locked.items()}
+    newest = max(Version(match[1]) for name, match in found.items() if name.startswith("python-"))
+    assert (found["releases-oldest.txt"][1], str(newest)) == TRANSFORMERS_RELEASES
+    lowest = re.search(r'"transformers>=([\d.]+),<6"', (ROOT / "setup.py").read_text())[1]
+    assert Version(lowest) == Version(TRANSFORMERS_RELEASES[0])
+    assert f"oldest={TRANSFORMERS_RELEASES[0]}" in (ROOT / "tools" / "update_locks.sh").read_text()
 
 
 def test_one_row_of_media_is_what_it_was(model):

@@ -46,6 +46,7 @@ def lowest_bound(requirement: Requirement) -> Version:
 
 def test_the_files_are_those_of_every_environment():
     each = [f"{kind}-{release}.txt" for kind in ("python", "gpu-stack", "peers") for release in PYTHONS]
+    each += ["releases-between.txt", "releases-oldest.txt"]
     assert sorted([*each, "docker.txt", "lowest.txt", "torch.txt"]) == FILES
 
 
@@ -126,7 +127,7 @@ def run(*words: str, given: str = "") -> str:
 
 def test_clean_leaves_out_torch_and_another_lock_and_sorts(tmp_path):
     other = tmp_path / "other.txt"
-    other.write_text("shared==1.0\n")
+    other.write_text("shared==1.0\nb==1.9\n")
     resolved = "b==2.0\nA==1.0\nshared==1.0\ntorch==2.0\ntriton==3.0\nnvidia-nccl-cu13==2.0\ncuda-toolkit==13.0\n"
     assert run("clean", given=resolved) == "a==1.0\nb==2.0\nshared==1.0\n"
     assert run("clean", "--keep", "triton", "--without", str(other), given=resolved) == "a==1.0\nb==2.0\ntriton==3.0\n"

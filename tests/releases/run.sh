@@ -45,7 +45,7 @@ for name in "${names[@]}"; do
     case $name in
     oldest | between) overlay "$name" --no-deps --requirement "locks/releases-$name.txt" ;;
     locked) python=python ;;
-    newest) overlay newest --upgrade "transformers<6" accelerate peft ;;
+    newest) overlay newest --upgrade --upgrade-strategy eager "transformers<6" accelerate peft ;;
     *) overlay "$name" "transformers==$name" accelerate peft ;;
     esac
     rm -rf "$HF_MODULES_CACHE"
