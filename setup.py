@@ -59,7 +59,7 @@ setup(
         "test": [
             *[*PARQUET, *SENTENCES, *EVALUATION, *PLOT, *EMOJI],
             "pytest>=8.0",
-            "pytest-xdist>=3.6.1",  # two files at a time
+            "pytest-xdist>=3.8",  # two files at a time
             "ruff>=0.6",  # style
             "scipy>=1.13",  # statistics of sample order and of masks
             "selenium>=4.20",  # looks at the page of tools/inspect_dataset.py in Chromium
