@@ -59,7 +59,7 @@ setup(
         "test": [
             *[*PARQUET, *SENTENCES, *EVALUATION, *PLOT, *EMOJI],
             "pytest>=8.0",
-            "pytest-xdist>=3.6.1",  # two files at a time
+            "pytest-xdist>=3.8",  # two files at a time
             "ruff>=0.6",  # style
             "scipy>=1.13",  # statistics of sample order and of masks
             *["accelerate>=1.1", "peft>=0.18"],  # call exported models as users do who train them on

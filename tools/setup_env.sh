@@ -56,6 +56,10 @@ setup_env() {
 install_environment() {
     local core=${MEGATRON_MM_CORE:-}
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # whoever made it was interrupted
+        if [ ! -f "$venv/pyvenv.cfg" ]; then
+            echo "$venv is no environment of Python's venv, and has no pip; name another folder: MEGATRON_MM_VENV" >&2
+            return 1
+        fi
         echo "making the environment $venv anew: it has no pip"
         "$python" -m venv --clear "$venv" || return 1
     fi

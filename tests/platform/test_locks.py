@@ -228,3 +228,25 @@ def test_update_that_fails_writes_nothing(update, tmp_path):
     for name in FILES:
         assert (tmp_path / "locks" / name).read_bytes() == (LOCKS / name).read_bytes()
     assert update("--other")[0] == 2
+
+
+def peers(folder: Path, tmp_path: Path, minor: int) -> subprocess.CompletedProcess:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n[ $1 = -c ] && echo 3.{minor} || exit 9\n")
+    python.chmod(0o755)
+    command = [str(ROOT / "benchmarks" / "peers.sh"), str(folder)]
+    environment = {**os.environ, "PYTHON": str(python)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_peers_are_not_installed_over_something_else(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "work.txt").touch()
+    done = peers(folder, tmp_path, 11)
+    assert done.returncode == 1 and f"{folder} holds something else than an environment" in done.stderr
+    assert (folder / "work.txt").exists()
+    done = peers(tmp_path / "new", tmp_path, 14)
+    assert done.returncode == 1 and "is Python 3.14, for which there is no locks/peers-3.14.txt" in done.stderr
+    done = peers(tmp_path / "new", tmp_path, 11)
+    assert done.returncode == 9 and "the releases of locks/peers-3.11.txt" in done.stdout

@@ -184,10 +184,12 @@ def test_what_was_complete_before_a_failed_change_is_not_taken_as_complete_after
 
 
 def test_an_environment_without_pip_is_made_anew(make):
-    make.venv.joinpath("bin").mkdir(parents=True)
-    make.no_pip.touch()
     make(11)
+    make.no_pip.touch()
     (make.venv / "installed").unlink()
+    status, said, installed = make(11)
+    assert status == 1 and installed == [] and f"{make.venv} is no environment of Python's venv" in said
+    (make.venv / "pyvenv.cfg").touch()
     status, said, installed = make(11)
     assert status == 0 and f"making the environment {make.venv} anew: it has no pip" in said and len(installed) == 3
 
