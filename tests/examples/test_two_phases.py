@@ -1,4 +1,4 @@
-"""The tiny runs with two phases: options, what their table demands, and the whole of one on a few samples."""
+"""The tiny runs with two phases: what their table demands, and the whole of one on a few samples."""
 
 import json
 import os
@@ -35,17 +35,6 @@ def run(system: str, *options: str, timeout: float = 60) -> subprocess.Completed
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / system / "tiny.sh"), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-
-
-@pytest.mark.parametrize("system", ["vlm_14b", "dual_encoder"])
-def test_options(system):
-    done = run(system, "--help")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("tiny.sh") == 2
-    words = ("--smoke", "--output", "--recipe", "--cache", "above its baseline")
-    assert all(word in done.stdout for word in words) and "==" not in done.stdout
-    for options, message in ((["--smok"], "unknown option --smok"), (["--output"], "--output needs a value")):
-        done = run(system, *options)
-        assert done.returncode == 2 and message in done.stderr and "==" not in done.stdout
 
 
 def test_a_loss_must_be_below_its_baseline(tmp_path, capsys):
