@@ -34,14 +34,19 @@ setup_env() {
     wanted="$MEGATRON_MM_TORCH $core $(cksum <setup.py)"
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $MEGATRON_MM_TORCH"
-        "$venv/bin/python" -m pip install --quiet "$MEGATRON_MM_TORCH" || return 1
+        "$venv/bin/python" -m pip install --quiet "$MEGATRON_MM_TORCH" || incomplete || return 1
         echo "installing megatron_mm and what it needs (setup.py), with $core"
-        "$venv/bin/python" -m pip install --quiet --editable '.[test]' "$core" || return 1
+        "$venv/bin/python" -m pip install --quiet --editable '.[test]' "$core" || incomplete || return 1
         echo "$wanted" >"$venv/installed"
     fi
     PATH=$(cd "$venv/bin" && pwd):$PATH
     # Processes share the cores: threads of their own would only get in each other's way.
     export PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+}
+
+incomplete() {
+    echo "pip could not install that, so $MEGATRON_MM_VENV is not complete; it needs PyPI, or an index that you name" >&2
+    return 1
 }
 
 python_release() {

@@ -84,7 +84,7 @@ class Watchdog:
         rank = setup.rank()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank_{rank}.txt"
-        with path.open("w") as file:
+        with path.open("a") as file:  # after those of an earlier run
             print(f"rank {rank} made no progress for {self.seconds:.0f} s in {self._where}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         print(
