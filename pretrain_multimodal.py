@@ -12,8 +12,10 @@ Every field of the recipe can be overridden (--help lists them), by its path or 
 from __future__ import annotations
 
 from megatron_mm.config.load import fail, parse_command_line
+from megatron_mm.config.outputs import check_file, figures
 from megatron_mm.config.validate import check, check_device, parallel_sizes
 from megatron_mm.platform import setup
+from megatron_mm.training import run_folder
 
 
 def main() -> None:
@@ -22,8 +24,12 @@ def main() -> None:
     try:
         sizes = parallel_sizes(config, (config.dry_run and config.parallel.world_size) or setup.world_size())
         check(config, sizes)
-        if not config.dry_run:  # which plans for other machines
+        if config.dry_run:  # which plans for other machines
+            check_file(config.dry_run_json, "dry_run_json", figures("stages"))
+        else:
             check_device(config, setup.computing_device())
+            if setup.rank() == 0:  # which writes there, perhaps before another process looks
+                run_folder.check(config)
     except ValueError as error:
         fail(str(error), status=2)
     with setup.reporting_errors():

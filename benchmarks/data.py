@@ -16,7 +16,6 @@ Each figure is the best of --repeats interleaved runs. Exit status 1 if two side
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -37,7 +36,7 @@ class Arguments:
     cases: tuple[str, ...] = CASES
     """Cases by name."""
     folder: Path = ROOT / "outputs" / "benchmarks"
-    """Corpora, peers and what is built."""
+    """Corpora, peers and what is built: a new folder, or one of earlier benchmarks."""
     megatron_lm: Path | None = None
     """Checkout of Megatron-LM, core_v0.16.1."""
     text: Path | None = None
@@ -75,11 +74,19 @@ class Figure:
 def main() -> int:
     """Runs the cases and prints a table."""
     arguments = tyro.cli(Arguments, description=__doc__)
+    from benchmarks.data_cases import corpora
+    from megatron_mm.config import outputs
+
     unknown = set(arguments.cases) - set(CASES)
     if unknown:
         print(f"error: no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}", file=sys.stderr)
         return 2
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        outputs.check_file(arguments.json, "--json", outputs.figures("what", "value"))
+        outputs.begin_folder(arguments.folder, "benchmarks/data.py", "--folder", corpora.are_in)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     figures: list[Figure] = []
     for name in arguments.cases:
         print(f"== {name}", flush=True)
@@ -88,8 +95,7 @@ def main() -> int:
             state = {None: "", True: "reached", False: "NOT REACHED"}[figure.reached]
             value = f"{figure.value:,.3g}" if figure.value < 1000 else f"{figure.value:,.0f}"
             print(f"{figure.what:78} {value:>10} {figure.unit:12} {figure.wanted:8} {state}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+    outputs.write_figures(arguments.json, [asdict(figure) for figure in figures])
     return 0
 
 

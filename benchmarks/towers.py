@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 
 import tyro
+
+from megatron_mm.config import outputs
 
 LIMIT = 1.2
 
@@ -106,6 +107,11 @@ def measure(name: str, arguments: Arguments) -> dict:
 def main() -> int:
     """Measure; 1 if a case is missing, its sides disagree, or its ratio is above the limit; 2 for an unknown case."""
     arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        outputs.check_file(arguments.json, "--json", outputs.figures("cases"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     known = known_cases()
     unknown = [name for name in arguments.cases if name not in {*known, *PROMISED}]
     if unknown:
@@ -140,10 +146,7 @@ def main() -> int:
         row = figures[-1]
         print(f"  {name:<12} ours {row['ours_ms']:8.1f} ms  theirs {row['theirs_ms']:8.1f} ms  "
               f"ratio {row['ratio']:6.3f} (limit {LIMIT})  {row['what']}")  # fmt: skip
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"limit": LIMIT, "threads": arguments.threads, "cases": figures}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    outputs.write_figures(arguments.json, {"limit": LIMIT, "threads": arguments.threads, "cases": figures})
     slow = [row["case"] for row in figures if row["ratio"] > LIMIT]
     if slow and not arguments.smoke:
         print(f"above the limit: {', '.join(slow)}", file=sys.stderr)

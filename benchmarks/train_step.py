@@ -10,7 +10,6 @@ or the comparison would not be one. Prints the medians and the median of the rat
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from megatron_mm.config import outputs
 
 LIMIT = 1.15
 
@@ -163,6 +164,11 @@ def median(values: list[float]) -> float:
 def main() -> int:
     """Measure; 1 if the sides disagree, or the ratio is above the limit."""
     arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        outputs.check_file(arguments.json, "--json", outputs.figures("ours_ms"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if arguments.smoke:
         arguments.rows, arguments.tokens, arguments.steps = 2, 64, 2
     import torch
@@ -204,9 +210,7 @@ def main() -> int:
     print(f"  megatron_mm  {figures['ours_ms']:8.1f} ms")
     print(f"  plain torch  {figures['plain_ms']:8.1f} ms  (AdamW {adam})")
     print(f"  ratio        {figures['ratio']:8.3f}  (limit {LIMIT})")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    outputs.write_figures(arguments.json, figures)
     return 0 if arguments.smoke or figures["ratio"] <= LIMIT else 1
 
 

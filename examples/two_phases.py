@@ -20,12 +20,12 @@ import torch
 import tyro
 
 from examples.data.easy_vqa import COLOURS, SHAPES
-from examples.data.samples import sample, write_jsonl
+from examples.data.samples import sample
 from examples.held_out import Row, report, required, required_cider
 from megatron_mm.evaluation.captions import score_captions
 from megatron_mm.evaluation.greedy import greedy_captions
 from megatron_mm.evaluation.objectives import score_objectives
-from megatron_mm.evaluation.streams import GraphReader, reading_jsonl
+from megatron_mm.evaluation.streams import GraphReader, reading_samples
 from megatron_mm.evaluation.vqa import BlindBaseline, vqa_accuracy
 
 ART, QUESTIONS = "unseen vendor's art", "unseen shapes"
@@ -69,18 +69,13 @@ class Scorer:
 
     def objectives(self, reader: GraphReader, samples: list[dict]) -> dict[str, float]:
         """Figures by `objective/figure`."""
-        with reading_jsonl(reader.config, self._written(samples), self.tokenizer) as config:
+        with reading_samples(reader.config, samples, self.tokenizer, self.data) as config:
             return score_objectives(reader, config)
 
     def texts(self, reader: GraphReader, samples: list[dict]) -> list[str]:
         """What a model says after each prompt."""
-        with reading_jsonl(reader.config, self._written(samples), self.tokenizer) as config:
+        with reading_samples(reader.config, samples, self.tokenizer, self.data) as config:
             return greedy_captions(reader, config, batch_size=128)
-
-    def _written(self, samples: list[dict]) -> Path:
-        path = self.data / "scored.jsonl"  # beside the pictures, to which its paths are relative
-        write_jsonl(path, samples)
-        return path
 
 
 def tower_rows(scorer: Scorer) -> list[Row]:
@@ -140,7 +135,6 @@ def main(arguments: Arguments) -> int:
     scorer = Scorer(arguments.folder, arguments.limit)
     rows = tower_rows(scorer)
     joint, generated = joint_rows(scorer)
-    (scorer.data / "scored.jsonl").unlink()
     print(f"{'held out':<30}{'generated':<26}truth")
     for line in generated[:: max(1, len(generated) // 12)]:
         print(f"{line['id']:<30}{line['generated']:<26}{line['reference']}")

@@ -1,37 +1,15 @@
 # What the tiny runs of the systems with two phases share (vlm_14b/tiny.sh, dual_encoder/tiny.sh). Sourced, not run.
 #
-#   two_phases NAME [options]     NAME: of the recipe and of the output folder, such as vlm-tiny
+#   two_phases SCRIPT SYSTEM NAME [options]     NAME: of the recipe and of the output folder, such as vlm-tiny
 #
 # Data, tokenizer, shards; masked autoencoding of the vision tower; the joint phase, which starts from its tower; the
-# report. Help is the comment at the top of the calling script.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-usage() { echo "tiny.sh: $1 (see --help)" >&2 && exit 2; }
+# report.
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 two_phases() {
-    local name=$1 output=outputs/$1 recipe=megatron_mm/recipes/$1.yaml cache='' smoke=''
-    shift
-    while [ $# -gt 0 ]; do
-        case $1 in
-        --smoke) smoke=1 ;;
-        --output | --recipe | --cache)
-            [ $# -gt 1 ] || usage "$1 needs a value"
-            declare "${1#--}=$2" && shift
-            ;;
-        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;;
-        *) usage "unknown option $1" ;;
-        esac
-        shift
-    done
-    cache=${cache:-$output/data/packages}
-
-    heading "Environment"
-    . tools/setup_env.sh
-    export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
-    rm -rf "$output"/{shards,mae,run,tokenizer.model,results.json}
-    mkdir -p "$output"
+    local name=$3
+    read_options "$1" "$2" "outputs/$name" "megatron_mm/recipes/$name.yaml" "${@:4}"
+    begin shards mae run tokenizer.model results.json
 
     local limit=0 mae_iterations=200 prepare=(--questions 36000 --shapes 2400) training=()
     if [ $smoke ]; then
@@ -58,7 +36,7 @@ two_phases() {
         shift
         OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
             --logging.output "$output/$folder" --data.tokenizer "$output/tokenizer.model" --data-path \
-            0.2 "$output/shards/pairs" 0.43 "$output/shards/shapes" 0.37 "$output/shards/questions" "$@"
+            0.2 "$output/shards/pairs" 0.43 "$output/shards/shapes" 0.37 "$output/shards/questions" "${seed[@]}" "$@"
     }
 
     heading "Phase 1: masked autoencoding of the vision tower, data parallel 2"
@@ -69,5 +47,5 @@ two_phases() {
 
     heading "Report on an unseen vendor's art and on questions about unseen pictures"
     python -m examples.two_phases --folder "$output" --limit $limit --seconds $SECONDS ${smoke:+--no-require}
-    printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
+    finished
 }

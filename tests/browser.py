@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.data import programs
+from examples.data.clients import run_client
 from tests.waiting import HANG_SECONDS
 
 _FLAGS = (
@@ -26,8 +28,21 @@ _PATIENCE = int(1000 * HANG_SECONDS)
 
 
 def install() -> None:
-    """Installs Chromium and its driver where they are missing. Raises ValueError where that is not possible."""
+    """Installs Chromium and its driver where they are missing.
+
+    Raises:
+        ValueError: that is not possible, or one is of another release than the other.
+    """
     programs.install({"chromium": "chromium", "chromedriver": "chromium-driver"})
+    browser, driver = (_release(program) for program in ("chromium", "chromedriver"))
+    if browser != driver:
+        raise ValueError(f"chromium is {browser} and chromedriver {driver}; install both of one release")
+
+
+def _release(program: str) -> str:
+    said = run_client([program, "--version"], "its version")
+    found = re.search(r"\b(\d+)\.\d+\.\d+", said)
+    return found[1] if found else f"of no known release ({said.strip()})"
 
 
 @contextmanager

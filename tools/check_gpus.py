@@ -11,7 +11,6 @@ backend with itself under gloo: that shows that they run and can fail, not that 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ import torch
 import tyro
 
 from megatron_mm.config.load import fail
+from megatron_mm.config.outputs import check_file, check_place, figures, write_figures
 from megatron_mm.training import gpu_checks
 
 
@@ -30,7 +30,7 @@ class Arguments:
     what: tyro.conf.Positional[Literal["one", "node", "two-nodes"]]
     """Which machines are checked."""
     output: Path = Path("outputs/check-gpus")
-    """Folder of the runs, which all nodes must see; runs of the same names in it are replaced."""
+    """Folder of the runs, which all nodes must see; a new one, or one of earlier checks, whose runs are replaced."""
     steps: int = 20
     """Steps of each run, at least 4."""
     gpus: int | None = None
@@ -59,6 +59,8 @@ def main() -> None:
     if arguments.what == "node" and gpus < 4:
         fail(f"--gpus is {gpus}; `node` needs at least 4 (`one` checks a single GPU)", status=2)
     try:
+        check_place(arguments.output, "--output")  # before it becomes absolute
+        check_file(arguments.json, "--json", figures("check", "passed"))
         machines = gpu_checks.Machines(
             arguments.output.resolve(),
             cuda,
@@ -81,8 +83,7 @@ def main() -> None:
         verdicts.append(verdict)
         if first or not verdict.passed:
             print(verdict, flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+    write_figures(arguments.json, [asdict(verdict) for verdict in verdicts])
     failed = sum(verdict.passed is False for verdict in verdicts)
     if first:
         unmeasured = sum(verdict.passed is None for verdict in verdicts)

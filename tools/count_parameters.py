@@ -8,7 +8,6 @@ is what stands before the first number of a node's name (`decoder.layers.0` … 
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from megatron_mm.config.outputs import Kind, check_file, read_figures, write_figures
 
 
 @dataclass
@@ -44,12 +45,20 @@ def count(recipe: Path) -> dict[str, int]:
     return dict(parts)
 
 
+def _holds_counts(path: str) -> bool:
+    return all(isinstance(n, int) for parts in read_figures(path).values() for n in parts.values())
+
+
 def main() -> int:
     """0; 1 with the reason on stderr; 2 for usage."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    from megatron_mm.config.load import RECIPES
+    from megatron_mm.config.load import RECIPES, fail
     from megatron_mm.platform.setup import apply_platform
 
+    try:
+        check_file(arguments.json, "--json", Kind("parameters of recipes as JSON", _holds_counts))
+    except ValueError as error:
+        fail(str(error), status=2)
     apply_platform()
     figures = {}
     try:
@@ -62,8 +71,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+    write_figures(arguments.json, figures)
     return 0
 
 

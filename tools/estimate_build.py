@@ -13,13 +13,13 @@ if that disk has too little room.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import preprocess_data
 import preprocess_multimodal
 import tyro
 
+from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.data.errors import run_tool
 from megatron_mm.data.estimate import Estimate, Figure, estimate, multimodal_build, text_build
 from megatron_mm.data.readable import readable_size, readable_time
@@ -76,6 +76,7 @@ def show(result: Estimate) -> None:
 
 def main() -> int:
     args = tyro.cli(Text | Multimodal, description=__doc__)
+    check_file(args.json, "--json", figures("input_bytes"))
     if isinstance(args, Text):
         build = text_build(
             args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod, args.workers,
@@ -88,9 +89,7 @@ def main() -> int:
         )  # fmt: skip
     result = estimate(expand_inputs(args.input), build, args.seconds, args.megabytes)
     show(result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as stream:
-            json.dump(result.to_dict(), stream, indent=2, ensure_ascii=False)
+    write_figures(args.json, result.to_dict())
     return int(not result.fits)
 
 

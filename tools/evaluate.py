@@ -16,6 +16,8 @@ from typing import Literal
 
 import tyro
 
+from megatron_mm.config.outputs import check_file, exit_status, figures, records, write_figures, write_whole
+
 
 @dataclass
 class Arguments:
@@ -53,6 +55,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> list[dict]:
     """Evaluates every file; returns the table's rows."""
+    check_file(arguments.json, "--json", figures("rows"))
+    check_file(arguments.captions, "--captions", records("generated"))
     import torch
 
     from megatron_mm.evaluation.evaluate import check_references, evaluate, swap_media
@@ -80,17 +84,10 @@ def run(arguments: Arguments) -> list[dict]:
             {"input": path.name, "media": media, "id": sample["id"], "generated": caption, "reference": sample["text"]}
             for sample, caption in zip(samples, result.captions)
         ]
-    if arguments.captions:
-        write(arguments.captions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    if arguments.json:
-        write(arguments.json, json.dumps({"model": str(arguments.model), "rows": rows}, indent=2) + "\n")
+    if arguments.captions is not None:
+        write_whole(arguments.captions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_figures(arguments.json, {"model": str(arguments.model), "rows": rows})
     return rows
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -111,7 +108,7 @@ def main() -> int:
         print_table(run(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(error)
     return 0
 
 

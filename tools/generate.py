@@ -10,12 +10,15 @@ has "prompt", "images", "audios", "videos" (all optional) and "id"; placeholders
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from megatron_mm.config.outputs import check_file, exit_status, is_stream, records
 
 
 @dataclass
@@ -82,6 +85,7 @@ def usage(message: str) -> int:
 
 def run(arguments: Arguments) -> None:
     """Answer the prompts, on the terminal and in --output."""
+    check_file(arguments.output, "--output", records("generated"))
     prompts = prompts_of(arguments)
     from megatron_mm.inference.generation import Decoding, Generator
     from megatron_mm.inference.prompts import result_line
@@ -104,16 +108,27 @@ def run(arguments: Arguments) -> None:
 
 
 class _Output:
-    """The output JSONL, under the name `….part` until it is whole; answers so far survive an error there."""
+    """The output JSONL, under the name `….part` until it is whole; answers so far survive an error there.
+
+    Those of an earlier start that did not end stay as well: its `….part` becomes `….part.1`, or the next free number.
+    """
 
     def __init__(self, path: Path | None):
         self.path = path
 
     def __enter__(self) -> _Output:
         self.stream = None
-        if self.path is not None:
+        if self.path is not None and is_stream(str(self.path)):
+            self.part = self.path
+            self.stream = open(self.path, "w", encoding="utf-8")
+        elif self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.part = self.path.with_name(self.path.name + ".part")
+            if self.part.exists() and self.part.stat().st_size:
+                names = (self.part.with_name(f"{self.part.name}.{number}") for number in itertools.count(1))
+                earlier = next(name for name in names if not name.exists())
+                self.part.rename(earlier)
+                print(f"answers of an earlier start are in {earlier}", file=sys.stderr)
             self.stream = open(self.part, "w", encoding="utf-8")
         return self
 
@@ -125,6 +140,8 @@ class _Output:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.stream is not None:
             self.stream.close()
+            if self.part == self.path:
+                return
             if kind is None:
                 self.part.replace(self.path)
             elif self.part.stat().st_size:
@@ -140,7 +157,7 @@ def main() -> int:
         run(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(error)
     return 0
 
 

@@ -10,14 +10,14 @@ sounds to play, frames of videos, prompt, learned text, and tokens with their id
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 
 import tyro
 
+from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.data.errors import run_tool
-from megatron_mm.data.html_page import Entry, write_page
+from megatron_mm.data.html_page import Entry, check_page, write_page
 from megatron_mm.data.inspection import describe_sample, summary, verify
 from megatron_mm.data.readable import readable_size
 from megatron_mm.data.remote import localize
@@ -55,6 +55,8 @@ def show(value: dict, indent: str = "  ") -> None:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    check_file(args.json, "--json", figures("datasets"))
+    check_page(args.html)
     tokenizer = Tokenizer(args.tokenizer_model, require_media=False) if args.tokenizer_model else None
     results, entries = [], []
     for path in args.path:
@@ -75,10 +77,8 @@ def main() -> int:
                 print(f"error: {problem}", file=sys.stderr)
             print(f"  verified: {'no damage' if not problems else f'{len(problems)} damaged records'}")
         results.append(result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as stream:
-            json.dump({"datasets": results}, stream, indent=2, ensure_ascii=False)
-    if args.html:
+    write_figures(args.json, {"datasets": results})
+    if args.html is not None:
         size = write_page(args.html, entries, tokenizer)
         print(f"wrote {args.html}: {sum(len(entry.documents) for entry in entries)} samples, {readable_size(size)}")
     return int(any(entry.problems for entry in entries))

@@ -9,13 +9,14 @@ is read into this one process. Captions and answers are tools/evaluate.py's.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from megatron_mm.config.outputs import check_file, exit_status, figures, write_figures
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> dict[str, dict[str, float]]:
     """Figures of each model, by `objective/figure`."""
+    check_file(arguments.json, "--json", figures("trained"))
     import torch
 
     from megatron_mm.evaluation.objectives import score_objectives
@@ -57,9 +59,7 @@ def run(arguments: Arguments) -> dict[str, dict[str, float]]:
             raise ValueError(f"{arguments.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
         with reading_jsonl(reader.config, arguments.input, tokenizer, arguments.media_root) as config:
             results[model] = score_objectives(reader, config, arguments.batch_size, arguments.limit)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_figures(arguments.json, results)
     return results
 
 
@@ -79,7 +79,7 @@ def main() -> int:
         print_table(run(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(error)
     return 0
 
 

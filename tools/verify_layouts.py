@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 from megatron_mm.config.load import fail, load_config
+from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.training.layouts import (
     DEFAULT_LAYOUTS,
     Comparison,
@@ -50,6 +51,7 @@ def main() -> None:
     """Prints a table, and exits with 1 if a layout fails."""
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
+        check_file(arguments.json, "--json", figures("layout", "passed"))
         config = load_config(arguments.config)
         layouts = [parse_layout(name) for name in arguments.layouts]
         sizes = (arguments.iterations, arguments.pool, arguments.global_batch_size)
@@ -75,8 +77,7 @@ def main() -> None:
               f"{verdict}{': ' + result.error if result.error else ''}", flush=True)  # fmt: skip
         for note in result.notes:
             print(f"  {note}", flush=True)
-    if arguments.json:
-        to_json(comparisons, arguments.json)
+    write_figures(arguments.json, to_json(comparisons))
     failed = [result.layout for result in comparisons if not result.passed]
     print(f"{len(comparisons) - len(failed)} of {len(comparisons)} layouts agree with one process "
           f"({time.monotonic() - began:.0f} s)")  # fmt: skip

@@ -55,7 +55,7 @@ def run(arguments: Arguments) -> Iterator[Figure]:
     """Whole commands and encoders, for a BPE and a unigram model."""
     path, checkout = arguments.text or corpora.text(arguments.folder, arguments.smoke), megatron_lm(arguments)
     one = arguments.folder / "one.jsonl"  # what a command takes before its first document
-    one.write_text(json.dumps({"text": "one"}) + "\n")
+    one.write_text(corpora.ONE)
     workers, work = str(arguments.workers), arguments.folder / "work"
     work.mkdir(exist_ok=True)
     for kind in ("bpe", "unigram"):

@@ -5,38 +5,13 @@
 #   examples/avt_33b/tiny.sh --smoke    the same steps on a few samples, to see that they work
 #
 # Options: --output DIR (default outputs/avt-tiny), --cache DIR (downloaded packages; default DIR/data/packages),
-# --recipe FILE (default megatron_mm/recipes/avt-tiny.yaml). Needs Python 3.10 or later and npm; installs espeak-ng
-# with apt-get where it is missing. Data are kept in DIR/data, everything else in DIR is made again on each run. Ends
-# with a table of held-out figures (results.json); fails if one is not far above its baseline, but not with --smoke.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-
-output=outputs/avt-tiny
-recipe=megatron_mm/recipes/avt-tiny.yaml
-cache=
-smoke=
-usage() { echo "tiny.sh: $1 (see --help)" >&2 && exit 2; }
-while [ $# -gt 0 ]; do
-    case $1 in
-    --smoke) smoke=1 ;;
-    --output | --recipe | --cache)
-        [ $# -gt 1 ] || usage "$1 needs a value"
-        declare "${1#--}=$2" && shift
-        ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) usage "unknown option $1" ;;
-    esac
-    shift
-done
-cache=${cache:-$output/data/packages}
-
-heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-
-heading "Environment"
-. tools/setup_env.sh
-export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
-rm -rf "$output"/{shards,run,tokenizer.model,results.json}
-mkdir -p "$output"
+# --recipe FILE (default megatron_mm/recipes/avt-tiny.yaml), --seed N (of training; default: the recipe's). Needs Python
+# 3.10 or later and npm; installs espeak-ng with apt-get where it is missing. Data are kept in DIR/data: with them, and
+# the environment, it runs offline. Everything else in DIR is made again on each run. Ends with a table of held-out
+# figures (results.json); fails if one is not far above its baseline, but not with --smoke.
+. "$(dirname "$0")/../common.sh"
+read_options avt_33b/tiny.sh avt outputs/avt-tiny megatron_mm/recipes/avt-tiny.yaml "$@"
+begin shards run tokenizer.model results.json
 
 # Iterations of the run, the one at which it is stopped and resumed, and what is prepared and scored. Tensor parallelism
 # waits for the other process in every layer: on two cores that is a short part.
@@ -62,7 +37,7 @@ python tools/preprocess_multimodal.py --input "$output/data/train.jsonl" --outpu
 pretrain() { # [options]: two processes on the run's data
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
         --logging.output "$output/run" --data-path "$output/shards" --data.tokenizer "$output/tokenizer.model" \
-        --lr-decay-iters "$iterations" $training "$@"
+        --lr-decay-iters "$iterations" $training "${seed[@]}" "$@"
 }
 
 heading "Pretraining, tensor parallel 2, to iteration $stop of $iterations"
@@ -73,4 +48,4 @@ pretrain --micro-batch-size 16 --train-iters "$iterations"
 
 heading "Report on held-out clips and an unseen voice"
 python -m examples.avt_33b.report --folder "$output" --limit $limit --seconds $SECONDS ${smoke:+--no-require}
-printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
+finished

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from examples.data import clips, emoji_art, speech
 from examples.data.emoji_art import ALL_VENDORS, Emoji, picture_path
-from examples.data.samples import sample, write_jsonl, write_lines
+from examples.data.samples import LICENCES, begin_data, sample, write_jsonl, write_lines
+from megatron_mm.config.outputs import exit_status
 
 #: Its stills are frames of the held-out animations.
 LIKE_THE_CLIPS = "fluent"
@@ -136,8 +137,7 @@ def make_media(things: list[Thing], animations: dict[str, Path], variants: int, 
         list(tqdm(made, total=len(moving), desc="moving", unit="drawing", mininterval=1))
         made = pool.map(lambda job: clips.sample_animation(*job), sampled)
         list(tqdm(made, total=len(sampled), desc="animating", unit="emoji", mininterval=1))
-        seconds = pool.map(lambda job: speech.record(*job), spoken)
-        return max(tqdm(seconds, total=len(spoken), desc="speaking", unit="sound", mininterval=1))
+    return speech.record_all(spoken)
 
 
 def choose_things(fetched: dict[str, Path], animations: dict[str, Path], count: int) -> list[Thing]:
@@ -163,7 +163,9 @@ def choose_things(fetched: dict[str, Path], animations: dict[str, Path], count: 
 def main(arguments: Arguments) -> None:
     """Fetches, draws, speaks and writes; raises ValueError for what a user can mend."""
     output, cache = arguments.output, arguments.cache or arguments.output / "packages"
-    speech.install()
+    begin_data(output, "examples.data.audio_visual")
+    if not (output / "sounds").is_dir():
+        speech.install()  # before anything is downloaded in vain
     shipped = [vendor.package for vendor in ALL_VENDORS.values()] + [clips.PACKAGE]
     licences = [f"{package}: {package.licence}" for package in shipped] + [f"espeak-ng (apt): {speech.LICENCE}"]
     print(*licences, sep="\n", flush=True)
@@ -176,13 +178,13 @@ def main(arguments: Arguments) -> None:
     for kind, lines in heldout_samples(things).items():
         write_jsonl(output / f"heldout_{kind}.jsonl", lines)
     write_lines(output / "names.txt", [thing.emoji.name for thing in things])
-    write_lines(output / "LICENCES.txt", licences)
+    write_lines(output / LICENCES, licences)
     print(f"{len(things)} names; {len(train)} training samples; longest sound {longest:.2f} s; in {output}")
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"audio_visual.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_status(error))

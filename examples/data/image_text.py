@@ -29,7 +29,8 @@ import tyro
 
 from examples.data import easy_vqa, emoji_art, tux_paint
 from examples.data.emoji_art import ALL_VENDORS, Emoji, picture_path
-from examples.data.samples import sample, write_jsonl, write_lines
+from examples.data.samples import LICENCES, begin_data, sample, write_jsonl, write_lines
+from megatron_mm.config.outputs import exit_status
 
 HELDOUT_VENDOR = "twitter"
 TRAIN_VENDORS = tuple(name for name in ALL_VENDORS if name != HELDOUT_VENDOR)
@@ -85,6 +86,7 @@ def stamp_samples(stamps: list[tux_paint.Stamp]) -> list[dict]:
 def main(arguments: Arguments) -> None:
     """Fetches, draws and writes; raises ValueError for what a user can mend."""
     output, cache = arguments.output, arguments.cache or arguments.output / "packages"
+    begin_data(output, "examples.data.image_text")
     licences, train, held_out = [], {}, {}
 
     def announce(package) -> None:
@@ -127,7 +129,7 @@ def main(arguments: Arguments) -> None:
         random.Random(arguments.seed).shuffle(lines)
         write_jsonl(output / f"{name}.jsonl", lines)
         write_jsonl(output / f"heldout_{name}.jsonl", held_out[name])
-    write_lines(output / "LICENCES.txt", licences)
+    write_lines(output / LICENCES, licences)
     counts = ", ".join(f"{len(lines)} {name} to learn, {len(held_out[name])} held out" for name, lines in train.items())
     print(f"{len(emoji)} names; {counts}; in {output}")
 
@@ -135,6 +137,6 @@ def main(arguments: Arguments) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"image_text.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_status(error))

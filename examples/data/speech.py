@@ -7,12 +7,16 @@ accent (en-us, en-gb-scotland, …) and timbre (+m3, +f2, …). What is held out
 from __future__ import annotations
 
 import io
+import os
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+from tqdm import tqdm
 
 from examples.data import programs
 
@@ -67,3 +71,22 @@ def record(text: str, voice: str, words_per_minute: int, target: Path) -> float:
         soundfile.write(partial, speak(text, voice, words_per_minute), SAMPLE_RATE, subtype="PCM_16", format="WAV")
         partial.rename(target)
     return soundfile.info(target).duration
+
+
+def record_all(sentences: Sequence[tuple[str, str, int, Path]]) -> float:
+    """Writes every recording that is not there yet; if one is missing, espeak-ng is installed where it is missing too.
+
+    Args:
+        sentences: arguments of `record`.
+
+    Returns:
+        Seconds of the longest recording.
+
+    Raises:
+        ValueError: espeak-ng is needed and cannot be installed, or does not have a voice.
+    """
+    if not all(target.is_file() for *_, target in sentences):
+        install()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # espeak-ng is a process of its own
+        seconds = pool.map(lambda sentence: record(*sentence), sentences)
+        return max(tqdm(seconds, total=len(sentences), desc="speaking", unit="sound", mininterval=1))

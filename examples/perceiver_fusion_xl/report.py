@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from examples.data.samples import sample, write_jsonl
+from examples.data.samples import sample
 from examples.held_out import Row, report, required
 from megatron_mm.evaluation.objectives import score_objectives
-from megatron_mm.evaluation.streams import GraphReader, reading_jsonl
+from megatron_mm.evaluation.streams import GraphReader, reading_samples
 
 RECALL = {"image_to_text": "R@1, image to text", "text_to_image": "R@1, text to image"}
 GIVEN = {"pairs": "unseen vendor's emoji", "shapes": "unseen coloured shapes"}
@@ -68,13 +68,8 @@ class Scorer:
 
     def figures(self, reader: GraphReader, samples: list[dict], batch_size: int = HARD_BATCH) -> dict[str, float]:
         """Figures by `objective/figure` of one model."""
-        scored = self.data / "scored.jsonl"  # beside the pictures, to which its paths are relative
-        write_jsonl(scored, samples)
-        try:
-            with reading_jsonl(reader.config, scored, self.tokenizer) as config:
-                return score_objectives(reader, config, batch_size)
-        finally:
-            scored.unlink()
+        with reading_samples(reader.config, samples, self.tokenizer, self.data) as config:
+            return score_objectives(reader, config, batch_size)
 
     def rows(self, kind: str) -> list[Row]:
         """Lines of the table for one kind of samples."""

@@ -5,38 +5,14 @@
 #   examples/perceiver_fusion_xl/tiny.sh --smoke    the same steps on a few samples, to see that they work
 #
 # Options: --output DIR (default outputs/perceiver-fusion-tiny), --cache DIR (downloaded packages; default
-# DIR/data/packages), --recipe FILE (default megatron_mm/recipes/perceiver-fusion-tiny.yaml). Needs Python 3.10 or later
-# and npm. Data are kept in DIR/data, everything else in DIR is made again on each run. Ends with a table of held-out
-# figures (results.json); fails if one is not far above its baseline, but not with --smoke.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-
-output=outputs/perceiver-fusion-tiny
-recipe=megatron_mm/recipes/perceiver-fusion-tiny.yaml
-cache=
-smoke=
-usage() { echo "tiny.sh: $1 (see --help)" >&2 && exit 2; }
-while [ $# -gt 0 ]; do
-    case $1 in
-    --smoke) smoke=1 ;;
-    --output | --recipe | --cache)
-        [ $# -gt 1 ] || usage "$1 needs a value"
-        declare "${1#--}=$2" && shift
-        ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) usage "unknown option $1" ;;
-    esac
-    shift
-done
-cache=${cache:-$output/data/packages}
-
-heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-
-heading "Environment"
-. tools/setup_env.sh
-export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
-rm -rf "$output"/{shards,run,tokenizer.model,results.json}
-mkdir -p "$output"
+# DIR/data/packages), --recipe FILE (default megatron_mm/recipes/perceiver-fusion-tiny.yaml), --seed N (of training;
+# default: the recipe's). Needs Python 3.10 or later and npm. Data are kept in DIR/data: with them, and the environment,
+# it runs offline. Everything else in DIR is made again on each run. Ends with a table of held-out figures
+# (results.json); fails if one is not far above its baseline, but not with --smoke.
+. "$(dirname "$0")/../common.sh"
+read_options perceiver_fusion_xl/tiny.sh perceiver_fusion outputs/perceiver-fusion-tiny \
+    megatron_mm/recipes/perceiver-fusion-tiny.yaml "$@"
+begin shards run tokenizer.model results.json
 
 if [ $smoke ]; then
     limit=16 prepare="--names 24 --variants 1 --shapes 48 --heldout-shapes 16"
@@ -61,9 +37,9 @@ done
 heading "Pretraining on 2 processes, data parallel 2"
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
     --logging.output "$output/run" --data.tokenizer "$output/tokenizer.model" --data-path \
-    0.45 "$output/shards/pairs" 0.5 "$output/shards/shapes" 0.05 "$output/shards/texts" $training
+    0.45 "$output/shards/pairs" 0.5 "$output/shards/shapes" 0.05 "$output/shards/texts" $training "${seed[@]}"
 
 heading "Report on an unseen vendor's emoji and unseen shapes"
 python -m examples.perceiver_fusion_xl.report --folder "$output" --limit $limit --seconds $SECONDS \
     ${smoke:+--no-require}
-printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
+finished

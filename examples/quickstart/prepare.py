@@ -12,19 +12,17 @@ again. Samples are images alone, sounds alone, both together, two images, and te
 
 from __future__ import annotations
 
-import os
 import random
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 from examples.data import emoji_art, speech
 from examples.data.emoji_art import Emoji, picture_path
-from examples.data.samples import sample, write_jsonl, write_lines
+from examples.data.samples import LICENCES, begin_data, sample, write_jsonl, write_lines
+from megatron_mm.config.outputs import exit_status
 
 TRAIN_VENDORS = ("google", "fluent", "flat", "openmoji")
 HELDOUT_VENDOR = "twitter"
@@ -105,14 +103,14 @@ def make_media(emoji: list[Emoji], variants: int, output: Path) -> float:
     sentences = [
         (e.name, voice, speed, output / sound_path(e, voice, speed)) for e in emoji for voice, speed in recordings
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # espeak-ng is a process of its own
-        seconds = pool.map(lambda job: speech.record(*job), sentences)
-        return max(tqdm(seconds, total=len(sentences), desc="speaking", unit="sound", mininterval=1))
+    return speech.record_all(sentences)
 
 
 def main(arguments: Arguments) -> None:
     """Fetches, draws, speaks and writes; raises ValueError for what a user can mend."""
-    speech.install()
+    begin_data(arguments.output, "examples.quickstart.prepare")
+    if not (arguments.output / "sounds").is_dir():
+        speech.install()  # before anything is downloaded in vain
     cache = arguments.cache or arguments.output / "packages"
     packages = {}
     for vendor in emoji_art.VENDORS.values():
@@ -129,13 +127,13 @@ def main(arguments: Arguments) -> None:
         write_jsonl(arguments.output / f"heldout_{modality}.jsonl", samples)
     write_lines(arguments.output / "names.txt", [e.name for e in emoji])
     licences = [f"{v.package}: {v.package.licence}" for v in emoji_art.VENDORS.values()]
-    write_lines(arguments.output / "LICENCES.txt", [*licences, f"espeak-ng: {speech.LICENCE}"])
+    write_lines(arguments.output / LICENCES, [*licences, f"espeak-ng: {speech.LICENCE}"])
     print(f"{len(emoji)} names, {len(train)} training samples; longest sound {longest:.2f} s; in {arguments.output}")
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_status(error))

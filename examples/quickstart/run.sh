@@ -4,36 +4,14 @@
 #   examples/quickstart/run.sh            about a quarter of an hour on two cores, everything included
 #   examples/quickstart/run.sh --smoke    the same steps on a few samples, to see that they work
 #
-# Options: --output DIR (default outputs/quickstart), --recipe FILE (default megatron_mm/recipes/synapse-tiny.yaml).
-# Needs Python 3.10 or later and npm; installs espeak-ng with apt-get where it is missing. Downloads are kept in
-# DIR/data, everything else in DIR is made again on each run.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-
-output=outputs/quickstart
-recipe=megatron_mm/recipes/synapse-tiny.yaml
-smoke=
-usage() { echo "run.sh: $1 (see --help)" >&2 && exit 2; }
-while [ $# -gt 0 ]; do
-    case $1 in
-    --smoke) smoke=1 ;;
-    --output | --recipe)
-        [ $# -gt 1 ] || usage "$1 needs a value"
-        declare "${1#--}=$2" && shift
-        ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) usage "unknown option $1" ;;
-    esac
-    shift
-done
-
-heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-
-heading "Environment"
-. tools/setup_env.sh
-export PYTHONWARNINGS=ignore::UserWarning # megatron-core speaks of Apex and CUDA graphs on every process
-rm -rf "$output"/{shards,run,untrained,exported,exported_untrained,tokenizer.model,results.json,loss.png}
-mkdir -p "$output"
+# Options: --output DIR (default outputs/quickstart), --cache DIR (downloaded packages; default DIR/data/packages),
+# --recipe FILE (default megatron_mm/recipes/synapse-tiny.yaml), --seed N (of training; default: the recipe's).
+# Needs Python 3.10 or later and npm; installs espeak-ng with apt-get where it is missing. Data are kept in DIR/data:
+# with them, and the environment, it runs offline. Everything else in DIR is made again on each run.
+. "$(dirname "$0")/../common.sh"
+read_options quickstart/run.sh synapse outputs/quickstart megatron_mm/recipes/synapse-tiny.yaml "$@"
+begin shards run untrained exported exported_untrained tokenizer.model {trained,untrained}.json untrained.log \
+    {captions,prompts,answers}.jsonl answers.jsonl.part results.json loss.png
 
 # Iterations of the run, the one at which it is stopped and resumed, and what is prepared and evaluated.
 if [ $smoke ]; then
@@ -47,7 +25,7 @@ fi
 stop=$((iterations / 2))
 
 heading "Data: emoji art (npm) and spoken names (espeak-ng)"
-python -m examples.quickstart.prepare --output "$output/data" --names $names
+python -m examples.quickstart.prepare --output "$output/data" --cache "$cache" --names $names
 
 heading "Tokenizer"
 python tools/train_tokenizer.py --input "$output/data/names.txt" --vocab-size 1024 --model-type bpe \
@@ -62,7 +40,7 @@ pretrain() { # FOLDER PROCESSES [options]: the quick start's data, in the given 
     shift 2
     torchrun --nproc-per-node "$processes" pretrain_multimodal.py --config "$recipe" --logging.output "$folder" \
         --data-path "$output/shards" --data.tokenizer "$output/tokenizer.model" \
-        --lr-decay-iters "$iterations" $training "$@"
+        --lr-decay-iters "$iterations" $training "${seed[@]}" "$@"
 }
 
 heading "Pretraining on 4 processes, tensor parallel 2 x pipeline parallel 2, to iteration $stop of $iterations"
@@ -94,4 +72,4 @@ python tools/generate.py --model "$output/exported" --input "$output/prompts.jso
 
 heading "Report"
 python examples/quickstart/report.py show --folder "$output" --seconds $SECONDS ${smoke:+--no-require}
-printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
+finished

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import BinaryIO
@@ -21,20 +22,20 @@ from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.encoding import KEEP, Encoding
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, open_at
-from megatron_mm.data.manifest import describe_sources, write_manifest
+from megatron_mm.data.manifest import MANIFEST, describe_sources, differs_from_folder, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE, read_sample, table_row
 from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
+from megatron_mm.data.unfinished import Lines, Replacing, UnfinishedBuild, check_output
 
 FORMAT = "megatron_mm multimodal dataset"
 VERSION = 1
 TABLE = "samples.npy"
-MANIFEST = "manifest.json"
 _ROWS = "samples.rows"  # the table while it grows
 #: Shard of each kind of media, within the folder.
 MEDIA_SHARDS = {"images": "images", "audios": "sounds", "videos": "videos"}
+_FILES = re.compile(r"(text|images|sounds|videos|ids)\.(bin|idx|crc)|samples\.npy|skipped\.jsonl")
 _TABLE_FIELDS = {"images": "image", "audios": "audio", "videos": "video"}
 
 
@@ -216,6 +217,11 @@ def table_counts(table: np.ndarray) -> dict[str, int]:
     }
 
 
+def differs_from_dataset(path: str) -> str | None:
+    """What tells that a path is no dataset folder, or not one alone; None: it is."""
+    return differs_from_folder(path, FORMAT, _FILES)
+
+
 def build_multimodal(
     inputs: Sequence[str],
     output: str,
@@ -238,7 +244,7 @@ def build_multimodal(
         media_root: folder of the media; None: that of each input file.
         workers: processes; 0 works in this one. The output does not depend on it.
         check: decode every medium once.
-        overwrite: replace an existing output.
+        overwrite: replace an existing dataset folder.
         progress: show a bar.
         drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
         encoding: how media are stored.
@@ -253,7 +259,9 @@ def build_multimodal(
             cleaned.
     """
     model = Tokenizer(tokenizer)
-    refuse_existing(output, [output], overwrite, "remove it, choose another name or pass --overwrite")
+    advice = "remove it, choose another name or pass --overwrite"
+    replacing = Replacing(overwrite, differs_from_dataset, advice)
+    check_output(output, [output], replacing)
     root = os.path.abspath(media_root) if media_root is not None else None
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
     how = {"check": check, "on_error": on_error, "encoding": asdict(encoding), **drop_options(drop, inputs)}
@@ -270,7 +278,7 @@ def build_multimodal(
                 bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)
         manifest = {"tokenizer": made_by, "options": how, "sources": describe_sources(inputs)}
         manifest = writer.finish(manifest)
-        build.place([("", output)])
+        build.place([("", output)], replacing)
         return manifest
     except BaseException as error:
         writer.close()

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import CHECKSUMS, IndexedWriter, token_dtype
-from megatron_mm.data.manifest import describe_sources, write_manifest
+from megatron_mm.data.indexed import CHECKSUMS, MAGIC, IndexedWriter, token_dtype
+from megatron_mm.data.manifest import describe_sources, is_of, write_manifest
 from megatron_mm.data.parallel import LineBlock
 from megatron_mm.data.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.samples import parse_line, text_field
 from megatron_mm.data.sentences import MAX_CHARACTERS, SentenceSplitter, is_cut
-from megatron_mm.data.skipped import LIST, OnError, SkippedLine, SkippedLines
+from megatron_mm.data.skipped import LIST, LISTED, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.unfinished import Lines, UnfinishedBuild, refuse_existing
+from megatron_mm.data.unfinished import Lines, Replacing, UnfinishedBuild, check_output
 from megatron_mm.data.word_cache import BlockEncoder, block_encoder, prepare
 
 FORMAT = "megatron text shard"
@@ -127,6 +127,32 @@ def _encode_block(block: LineBlock) -> tuple[list[TextBlock], list[SkippedLine]]
     return out, skipped
 
 
+def differs_from_shard(path: str) -> str | None:
+    """What tells that a file is not of a text shard, as we or Megatron write it, or a list of skipped lines.
+
+    A `.bin` and its checksums are numbers without a header: what they are is told by the index, or the manifest, beside
+    them.
+    """
+    prefix, suffix = os.path.splitext(path)
+    if not os.path.isfile(path):
+        return "is no file"
+    if path.endswith(f"_{LIST}"):
+        return None if LISTED.includes(path) else "is no list of skipped lines"
+    if suffix == ".json":
+        return None if is_of(path, FORMAT) else f"is no manifest of the format {FORMAT!r}"
+    if _is_index(prefix + ".idx") or (suffix != ".idx" and is_of(prefix + ".json", FORMAT)):
+        return None
+    return "is no index of Megatron's" if suffix == ".idx" else "has neither index nor manifest of a shard beside it"
+
+
+def _is_index(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def build_text(
     inputs: Sequence[str],
     output_prefix: str,
@@ -150,7 +176,7 @@ def build_text(
         json_keys: text fields; every line must have all of them.
         append_eod: end each document that has tokens with `</s>`.
         workers: processes; 0 works in this one. The output does not depend on it.
-        overwrite: replace existing shards.
+        overwrite: replace existing shards, Megatron's own too.
         log_interval: documents between refreshes of the progress bar.
         progress: show a bar.
         drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
@@ -171,7 +197,8 @@ def build_text(
     prefixes = [f"{output_prefix}_{key}_{level}" for key in json_keys]
     listed = f"{output_prefix}_{LIST}"
     finals = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES] + [listed]
-    refuse_existing(output_prefix, finals, overwrite, "choose another --output-prefix or pass --overwrite")
+    replacing = Replacing(overwrite, differs_from_shard, "choose another --output-prefix or pass --overwrite")
+    check_output(output_prefix, finals, replacing)
     os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
     begin = time.perf_counter()
     made_by = {"identity": model.identity, "vocab_size": model.vocab_size}
@@ -208,8 +235,9 @@ def build_text(
         if writer.skipped.count:
             names.insert(0, (LIST, listed))
         elif os.path.exists(listed):  # of the build that this one replaces
+            replacing.check([listed])
             os.remove(listed)
-        build.place(names)
+        build.place(names, replacing)
     except BaseException as error:
         writer.close()
         build.explain(error)

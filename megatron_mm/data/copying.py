@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from megatron_mm.data.build_multimodal import Block, FolderWriter
-from megatron_mm.data.build_text import SUFFIXES, write_text_manifest
+from megatron_mm.data.build_multimodal import Block, FolderWriter, differs_from_dataset
+from megatron_mm.data.build_text import SUFFIXES, differs_from_shard, write_text_manifest
 from megatron_mm.data.indexed import IndexedWriter
 from megatron_mm.data.samples import KINDS
 from megatron_mm.data.shards import Shard
-from megatron_mm.data.unfinished import UnfinishedBuild, refuse_existing
+from megatron_mm.data.unfinished import Replacing, UnfinishedBuild, check_output
 
 _CHUNK_DOCUMENTS = 1024
 _BLOCK_DOCUMENTS, _BLOCK_BYTES = 64, 1 << 25
@@ -61,7 +61,7 @@ def copy_datasets(
         targets: all text shards, or all folders, as their selections are.
         output: names the folder in which they grow.
         options: what is made, as JSON.
-        overwrite: replace existing targets.
+        overwrite: replace existing datasets of the same kind.
         advice: what to do about existing ones, for the message.
         bar: counts documents.
 
@@ -73,7 +73,8 @@ def copy_datasets(
     """
     is_folder = targets[0].selections[0].shard.is_multimodal
     suffixes = ("",) if is_folder else SUFFIXES  # the index last: a shard without it does not open
-    refuse_existing(output, [target.path + suffix for target in targets for suffix in suffixes], overwrite, advice)
+    replacing = Replacing(overwrite, differs_from_dataset if is_folder else differs_from_shard, advice)
+    check_output(output, [target.path + suffix for target in targets for suffix in suffixes], replacing)
     build, counts = UnfinishedBuild(output, options), []
     make = _make_folder if is_folder else _make_text
     try:
@@ -81,7 +82,7 @@ def copy_datasets(
         for number, target in enumerate(targets):
             counts.append(make(target, os.path.join(build.data, str(number)), bar))
         names = [(f"{n}{suffix}", target.path + suffix) for suffix in suffixes for n, target in enumerate(targets)]
-        build.place(names)
+        build.place(names, replacing)
     except BaseException as error:
         build.explain(error)
         raise

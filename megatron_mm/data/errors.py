@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from megatron_mm.config.outputs import exit_status
+
 
 class DataError(ValueError):
     """Input that cannot be used; the message names the file, the record and what would be right."""
@@ -35,8 +37,10 @@ def _keep_from_forks(number: int) -> None:
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Runs a tool's `main` and ends the process: 0, 1 after an error a user can cause, 130 when interrupted or
-    terminated, so that unfinished output is removed then too, or the interruption says where it is."""
+    """Runs a tool's `main` and ends the process: 0, 1 after an error a user can cause, 2 if an output is no place for
+    one or another's, 130 when interrupted or terminated, so that unfinished output is removed then too, or the
+    interruption says where it is."""
+
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
@@ -46,7 +50,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 1
+        status = exit_status(error)
     except KeyboardInterrupt as interruption:
         print(f"interrupted: {str(interruption) or 'nothing was left behind'}", file=sys.stderr)
         status = 130

@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from megatron_mm.config.outputs import Kind, check_file, written_whole
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.inspection import summary
 from megatron_mm.data.preview import Preview, preview
@@ -28,6 +29,13 @@ MAX_TOKENS = 400
 #: Most problems that are listed.
 MAX_PROBLEMS = 100
 _BARS = 32
+#: Of every page's head (`page.html`).
+_POLICY = "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:\""
+
+
+def check_page(path: str | None) -> None:
+    """Raises OutputError unless a page can be written to what --html names, if anything; only a page is replaced."""
+    check_file(path, "--html", Kind("a page of datasets", _is_page))
 
 
 @dataclass
@@ -84,16 +92,14 @@ def write_page(path: str, entries: Sequence[Entry], tokenizer: Tokenizer | None)
     form = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     datasets = (_dataset(entry, tokenizer) for entry in entries)
     names = ", ".join(entry.shard.name for entry in entries)
-    unfinished = f"{path}.unfinished"
-    try:
-        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.writelines(form.generate(datasets=datasets, names=names, has_text=tokenizer is not None))
-        os.replace(unfinished, path)
-    except BaseException:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-        raise
+    with written_whole(path, encoding="utf-8", errors="backslashreplace") as stream:
+        stream.writelines(form.generate(datasets=datasets, names=names, has_text=tokenizer is not None))
     return os.path.getsize(path)
+
+
+def _is_page(path: str) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        return _POLICY in stream.read(1000)
 
 
 def _dataset(entry: Entry, tokenizer: Tokenizer | None) -> dict:

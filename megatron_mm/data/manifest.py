@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 
 from megatron_mm.data.errors import DataError
 
-CHECKSUM = "checksum"
+MANIFEST, CHECKSUM = "manifest.json", "checksum"
 _CHUNK = 1 << 20
 
 
@@ -71,6 +72,31 @@ def read_manifest(path: str) -> dict:
     if CHECKSUM in value and value[CHECKSUM] != _digest(value):
         raise DataError(f"{path}: damaged (its checksum is another)")
     return value
+
+
+def differs_from_folder(path: str, form: str, files: re.Pattern[str]) -> str | None:
+    """What tells that a path is no folder with a manifest of a format, or holds more than its files; None: it is one.
+
+    Args:
+        form: the manifest's "format".
+        files: matches the names of its files but for the manifest's.
+    """
+    if not os.path.isdir(path):
+        return f"is no folder of the format {form!r}"
+    names = sorted(os.listdir(path))
+    if MANIFEST not in names or not is_of(os.path.join(path, MANIFEST), form):
+        return f"holds no {MANIFEST} of the format {form!r}"
+    other = next((name for name in names if name != MANIFEST and not files.fullmatch(name)), None)
+    return None if other is None else f"holds {other}, which is not of the format {form!r}"
+
+
+def is_of(path: str, form: str) -> bool:
+    """Whether a file is a manifest of a format, damaged or not."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)["format"] == form
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def damaged_files(manifest: dict, base: str) -> list[str]:

@@ -12,10 +12,10 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_mm.data.build_multimodal import FORMAT, MANIFEST, MEDIA_SHARDS, TABLE, VERSION, table_counts
+from megatron_mm.data.build_multimodal import FORMAT, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import CHECKED_AT_OPEN, IndexedReader
-from megatron_mm.data.manifest import read_manifest
+from megatron_mm.data.manifest import MANIFEST, read_manifest
 from megatron_mm.data.samples import KINDS, TABLE_DTYPE
 from megatron_mm.data.tokenizer import Tokenizer
 

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, Literal
 
+from megatron_mm.config.outputs import records
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.indexed import open_at
 
 #: What becomes of a line that cannot be used: the build ends with its name, or goes on without it.
 OnError = Literal["stop", "skip"]
 LIST = "skipped.jsonl"
+#: What such a list holds.
+LISTED = records("file", "line", "cause")
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ model, not words to learn.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import sentencepiece
 
+from megatron_mm.config.outputs import Kind, check_file, written_whole
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.record_lines import MAX_LINE_BYTES, read_line
 from megatron_mm.data.samples import parse_line
@@ -22,6 +21,7 @@ from megatron_mm.data.text_input import holds_records, open_lines
 from megatron_mm.data.tokenizer import AUDIO, BOS, EOS, IMAGE, MASK, PAD, UNK, VIDEO
 
 _SPECIAL = re.compile("|".join(map(re.escape, (PAD, UNK, BOS, EOS, IMAGE, AUDIO, VIDEO, MASK))))
+_MODEL = Kind("a SentencePiece model", lambda path: bool(sentencepiece.SentencePieceProcessor(model_file=path)))
 _CHUNK = 8192  # characters of a line handed to SentencePiece at once
 
 
@@ -75,7 +75,7 @@ def train_tokenizer(
 
     Args:
         inputs: text, or files with text fields.
-        output: the `.model` file to write.
+        output: the `.model` file to write; a SentencePiece model that is there is replaced.
         vocab_size: pieces wanted, special tokens and 256 byte pieces included. A small corpus may yield fewer.
         model_type: SentencePiece's algorithm.
         json_keys: text fields of records.
@@ -89,7 +89,9 @@ def train_tokenizer(
 
     Raises:
         DataError: no text, or a vocabulary too small for the characters and bytes.
+        OutputError: `output` is something else than a model, or no place for one.
     """
+    check_file(output, "--output", _MODEL)
     model = io.BytesIO()
     limit = {"input_sentence_size": max_sentences, "shuffle_input_sentence": True} if max_sentences else {}
     lines = training_lines(inputs, json_keys)
@@ -113,15 +115,6 @@ def train_tokenizer(
         raise
     except (RuntimeError, ValueError) as error:
         raise DataError(f"--vocab-size {vocab_size}: SentencePiece refused: {error}") from error
-    folder = os.path.dirname(os.path.abspath(output))
-    os.makedirs(folder, exist_ok=True)
-    temporary = f"{output}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(model.getvalue())
-        os.replace(temporary, output)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
+    with written_whole(output, "xb") as stream:
+        stream.write(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()

@@ -9,14 +9,18 @@
 
 The same command takes a build up where the journal is. What follows depends on nothing else, so the result is
 byte for byte that of a build that nobody interrupted, for any number of workers. With other options, or if what was
-read has changed since, the build starts anew and says so. Finished files get their names by renaming.
+read has changed since, the build starts anew and says so. Finished files get their names by renaming; of what has those
+names by then, only outputs of the same kind are replaced, and only if that was asked for (`Replacing`). A folder
+OUTPUT.building that holds anything but the above is not a build's, and is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,6 +31,7 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
+from megatron_mm.config.outputs import OutputError, check_place
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.parallel import LineBlock, Result, line_blocks, ordered_map
 from megatron_mm.data.record_lines import MAX_LINE_BYTES
@@ -34,6 +39,7 @@ from megatron_mm.data.text_input import open_lines
 
 JOURNAL_SECONDS = 5.0
 _CHUNK = 1 << 20
+_OWN = re.compile(r"lock|(options|journal|names)\.json(\.new)?|data|old-\d+")
 
 
 class Sink(Protocol):
@@ -110,6 +116,28 @@ class Lines:
     max_line: int = MAX_LINE_BYTES
 
 
+@dataclass(frozen=True)
+class Replacing:
+    """What a build may replace when its files or folders get their names."""
+
+    allowed: bool
+    """Whether anything (--overwrite)."""
+    differs: Callable[[str], str | None]
+    """What tells that a path is not an output of the same kind, such as "holds notes.txt"; None: it is one."""
+    advice: str
+    """What to do about something that may not be replaced."""
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Raises DataError if a path is taken and may not be replaced, OutputError if it never is."""
+        for path in paths:
+            if not os.path.lexists(path):
+                continue
+            if not self.allowed:
+                raise DataError(f"{path}: exists already; {self.advice}")
+            if difference := self.differs(path):
+                raise OutputError(f"{path}: {difference}, and is not replaced; choose another name")
+
+
 class UnfinishedBuild:
     """The folder of a build, locked by this process until it is placed or left (`explain`).
 
@@ -133,12 +161,29 @@ class UnfinishedBuild:
         on (`explain`), whatever interrupts it.
 
         Raises:
-            DataError: another process builds the same output.
+            DataError: another process builds the same output, or the folder is not one of a build.
         """
+        if foreign := self._foreign():
+            raise OutputError(f"{self.folder}: {foreign}, so it is not of a build; move it or choose another name")
         if not self._locked():
             raise DataError(f"{self.folder}: another process is building {self.output}; wait for it or stop it")
         self._take_up(self._options)
         return self
+
+    def _foreign(self) -> str | None:
+        """What tells that the folder was not made by a build; None if one did, or if it is not there."""
+        if not os.path.lexists(self.folder):
+            return None
+        if os.path.islink(self.folder) or not os.path.isdir(self.folder):
+            return "is no folder"
+        names = sorted(os.listdir(self.folder))
+        if others := [name for name in names if not _OWN.fullmatch(name)]:
+            return f"holds {others[0]}"
+        if names and not os.path.isfile(os.path.join(self.folder, "lock")):
+            return "holds no lock"
+        if "data" in names and not isinstance(self._read("options.json"), dict):
+            return "holds data without the options of a build"
+        return None
 
     def _locked(self) -> bool:
         """Whether this process has the folder, which is made if it is missing."""
@@ -157,14 +202,10 @@ class UnfinishedBuild:
     def _take_up(self, options: dict) -> None:
         path = os.path.join(self.folder, "options.json")
         wanted = json.dumps(options, sort_keys=True, ensure_ascii=False)
-        try:
-            with open(path, encoding="utf-8") as stream:
-                found = stream.read()
-        except (OSError, ValueError):
-            found = None
-        if found == wanted:
-            self._last = self._read_journal()
-        elif found is not None and self._read_journal():
+        found, journal = self._read("options.json"), self._read("journal.json")
+        if found == json.loads(wanted):
+            self._last = journal
+        elif found is not None and journal:
             self._say("was begun with other options: starts anew")
         if self._last is None:
             self._clear()
@@ -172,9 +213,10 @@ class UnfinishedBuild:
                 stream.write(wanted)
         os.makedirs(self.data, exist_ok=True)
 
-    def _read_journal(self) -> dict | None:
+    def _read(self, name: str) -> dict | None:
+        """A file of the folder, None where it is missing or was cut off."""
         try:
-            with open(self._journal, encoding="utf-8") as stream:
+            with open(os.path.join(self.folder, name), encoding="utf-8") as stream:
                 return json.load(stream)
         except (OSError, ValueError):
             return None
@@ -249,12 +291,17 @@ class UnfinishedBuild:
                         recorded = time.monotonic()
             source.done = True
 
-    def place(self, names: Sequence[tuple[str, str]]) -> None:
+    def place(self, names: Sequence[tuple[str, str]], replacing: Replacing) -> None:
         """Gives finished files or folders their names, in this order, and removes the rest.
 
         Args:
             names: (path within `data`, "" for all of it; final path).
+            replacing: what may have those names; it may have come while this was built.
+
+        Raises:
+            DataError: something else has one of the names; none is given then.
         """
+        replacing.check([final for _, final in names])
         _write(self._names, [(name, os.path.abspath(final)) for name, final in names])
         self._rename()
 
@@ -272,13 +319,13 @@ class UnfinishedBuild:
 
     def complete(self) -> None:
         """Gives the names that a killed process had no time to give, if its build was complete but for them."""
-        if os.path.exists(self._names) and self._locked():
+        if os.path.exists(self._names) and not self._foreign() and self._locked():
             self._rename()
             self._say("was complete but for its names, which it has now")
 
     def explain(self, error: BaseException) -> None:
         """Ends an unfinished build: its folder is kept if a journal was begun, and the user told so."""
-        if not os.path.exists(self.folder) or not self._locked():
+        if not os.path.exists(self.folder) or self._foreign() or not self._locked():
             return
         if not (os.path.exists(self._journal) or os.path.exists(self._names)):
             self._remove()
@@ -291,7 +338,17 @@ class UnfinishedBuild:
             print(kept, file=sys.stderr, flush=True)
 
     def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes what a build makes, last what the next one needs to finish this if it is killed."""
+        own, last = filter(_OWN.fullmatch, os.listdir(self.folder)), ("names.json", "options.json", "lock")
+        for name in sorted(own, key=lambda name: last.index(name) if name in last else -1):
+            path = os.path.join(self.folder, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)
         self._lock.close()
 
 
@@ -304,9 +361,16 @@ def _write(path: str, value: object) -> None:
     os.replace(stream.name, path)
 
 
-def refuse_existing(output: str, paths: Sequence[str], overwrite: bool, advice: str) -> None:
-    """Raises DataError if a path exists and may not be replaced; an output that lacks but names is completed first."""
+def check_output(output: str, paths: Sequence[str], replacing: Replacing) -> None:
+    """Completes an output that lacks but names, then looks at what is there.
+
+    Args:
+        output: as the user named it.
+        paths: files or folders that it consists of.
+
+    Raises:
+        DataError: a path exists and may not be replaced, or `output` is no place for one.
+    """
+    check_place(output, "the output")
     UnfinishedBuild(output, {}).complete()
-    for path in paths:
-        if os.path.exists(path) and not overwrite:
-            raise DataError(f"{path}: exists already; {advice}")
+    replacing.check(paths)

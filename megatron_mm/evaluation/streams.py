@@ -8,8 +8,9 @@ the preprocessing, masks and attention that training had. Nodes that no wanted s
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,20 @@ def all_rows(
     count = min(dataset.num_rows, limit or dataset.num_rows)
     for start in range(0, count, batch_size):
         yield dataset.microbatch(range(start, min(start + batch_size, count)), fields, task)
+
+
+@contextmanager
+def reading_samples(config: Config, samples: Sequence[dict], tokenizer: Path, media_root: Path) -> Iterator[Config]:
+    """As `reading_jsonl`, of samples that no file has.
+
+    Args:
+        media_root: folder to which the samples' paths are relative.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron_mm-") as folder:
+        path = Path(folder, "samples.jsonl")
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+        with reading_jsonl(config, path, tokenizer, media_root) as reading:
+            yield reading
 
 
 @contextmanager

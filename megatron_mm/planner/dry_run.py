@@ -9,19 +9,18 @@ speed and numerics is left out.
 from __future__ import annotations
 
 import gc
-import json
 import resource
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan, field_shapes
@@ -307,5 +306,4 @@ def run_from_command_line(config: Config) -> None:
     print(table(result))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"took {time.perf_counter() - began:.0f} s and {resident:.2f} GiB")
-    if config.dry_run_json:
-        Path(config.dry_run_json).write_text(json.dumps(result.to_json(), indent=1))
+    write_figures(config.dry_run_json, result.to_json())

@@ -7,6 +7,7 @@ megatron-core's dist_checkpointing writes and reads the shards. Weights are entr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable
@@ -144,7 +145,8 @@ def _raise_together(problem: str | None, part: Path) -> None:
     found = next((item for item in problems if item), None)
     if found:
         if dist.get_rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(ValueError):  # which is what was found, or is found by the next save
+                checkpoint_folder.remove(part)
         raise SaveError(f"checkpoint {part.with_suffix('')} was not written: {found}")
 
 

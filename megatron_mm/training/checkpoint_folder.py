@@ -1,18 +1,30 @@
 """Checkpoint folders on disk: named by iteration, whole or not there, newest first, old ones removed.
 
 A checkpoint is written as `iter_0000100.part`; `finish` records every file's size in `manifest.json` and renames it, so
-a folder without `.part` was whole when it was written, and `verify` finds what was cut off later. No torch here:
+a folder without `.part` was whole when it was written, and `verify` finds what was cut off later. What is removed holds
+files of a checkpoint and nothing else: a folder of that name with something of the user's in it stays. No torch here:
 conversion tools and the trainer share it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+
+from megatron_mm.config.outputs import write_whole
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+#: What is written into a checkpoint, at its top.
+_FILES = re.compile(
+    r"[^/]+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|config\.yaml|tokenizer\.model|manifest\.json"
+)
 
 
 def folder_of(root: str | Path, iteration: int) -> Path:
@@ -21,11 +33,45 @@ def folder_of(root: str | Path, iteration: int) -> Path:
 
 
 def begin(root: str | Path, iteration: int) -> Path:
-    """An empty folder to write a checkpoint into; a leftover of an interrupted write is removed."""
-    part = folder_of(root, iteration).with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
+    """An empty folder to write a checkpoint into; a leftover of an interrupted write is removed.
+
+    Raises:
+        ValueError: what would be replaced, now or by `finish`, is not a checkpoint's.
+    """
+    folder, tracker = folder_of(root, iteration), Path(root, TRACKER)
+    if tracker.is_file() and (named := tracker.read_text().strip()) and not named.isdigit():
+        raise ValueError(f"{tracker} names no iteration, so it is another program's; choose another folder")
+    part = folder.with_suffix(".part")
+    for path in (folder, folder.with_suffix(".old")):
+        _check_removable(path)
+    remove(part)
     part.mkdir(parents=True)
     return part
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint, whole or not, if there is one.
+
+    Raises:
+        ValueError: there is something else; nothing was removed.
+    """
+    _check_removable(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_removable(folder: Path) -> None:
+    """Raises ValueError unless a folder holds files of a checkpoint alone, or is not there."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of a checkpoint, so it stays; move it away")
+    listed = set()
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        listed = set(json.loads((folder / MANIFEST).read_text())["files"])
+    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not path.is_dir())
+    other = next((name for name in names if name not in listed and not _FILES.fullmatch(name)), None)
+    if other is not None:
+        raise ValueError(f"{folder} holds {other}, which is no part of a checkpoint, so it stays; move it away")
 
 
 def finish(part: Path, facts: dict | None = None) -> Path:
@@ -35,16 +81,14 @@ def finish(part: Path, facts: dict | None = None) -> Path:
     folder = part.with_suffix("")
     if folder.exists():  # an abandoned branch's: set aside until the new one stands
         aside = folder.with_suffix(".old")
-        shutil.rmtree(aside, ignore_errors=True)
+        _check_removable(folder)
+        remove(aside)
         folder.rename(aside)
         part.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
     else:
         part.rename(folder)
-    tracker = folder.parent / TRACKER
-    temporary = tracker.with_suffix(".tmp")
-    temporary.write_text(str(iteration_of(folder)))
-    temporary.replace(tracker)
+    write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
     return folder
 
 
@@ -117,21 +161,30 @@ def resolve(path: str | Path) -> Path:
 def prune(root: str | Path, keep: int, newest: int) -> None:
     """Removes all but the newest `keep` whole checkpoints up to an iteration, the one just written (0 keeps all).
 
-    Later ones (of a branch that was left by loading an earlier checkpoint) and damaged ones are not counted or touched.
+    Later ones (of a branch that was left by loading an earlier checkpoint), damaged ones and those of another iteration
+    than their name says are not counted or touched; those that hold something of the user's stay.
     """
     if keep > 0:
-        whole = [folder for folder in checkpoints(root) if iteration_of(folder) <= newest and verify(folder) is None]
+        upto = [folder for folder in checkpoints(root) if iteration_of(folder) <= newest]
+        whole = [path for path in upto if verify(path) is None and recorded_iteration(path) == iteration_of(path)]
         for folder in whole[:-keep]:
-            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                remove(folder)
+            except ValueError as error:
+                logger.warning("an old checkpoint is not removed: %s", error)
 
 
 def set_aside_later(root: str | Path, iteration: int) -> list[Path]:
-    """Renames checkpoints after an iteration to `iter_….abandoned`: a run goes on from that iteration instead."""
+    """Renames checkpoints after an iteration to `iter_….abandoned`: a run goes on from that iteration instead.
+
+    Raises:
+        ValueError: something that is no checkpoint has such a name.
+    """
     moved = []
     for folder in checkpoints(root):
         if iteration_of(folder) > iteration:
             target = folder.with_suffix(".abandoned")
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             folder.rename(target)
             moved.append(target)
     return moved

@@ -35,9 +35,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import yaml
 from torch.distributed import TCPStore
 
 from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
+from megatron_mm.config.outputs import begin_folder
 from megatron_mm.config.schema import Config
 from megatron_mm.training.layouts import (
     GRADIENT_TOLERANCE,
@@ -85,7 +87,11 @@ Verdicts = Iterator[Verdict]
 
 @dataclass
 class Machines:
-    """Where runs are started, and where they leave what they did."""
+    """Where runs are started, and where they leave what they did.
+
+    Raises:
+        ValueError: `output` is not a folder of these checks, or another program has the port.
+    """
 
     output: Path
     cuda: bool
@@ -100,7 +106,7 @@ class Machines:
     """Options of pretrain_multimodal.py for the second run of each comparison, which must then fail."""
 
     def __post_init__(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
+        begin_folder(self.output, "tools/check_gpus.py", "--output", _is_earlier)
         self._runs, self._last_port = 0, self.port
         if self.nodes > 1:
             first, patience = self.node_rank == 0, timedelta(minutes=30)
@@ -162,6 +168,18 @@ class Machines:
         recipe = self.output / "second.yaml"
         dump_config(config, recipe)
         return parse_command_line(["--config", str(recipe), *self.second])
+
+
+def _is_earlier(output: Path) -> bool:
+    """Whether an earlier version, which left no marker, ran checks there: a recipe of one names its run's folder."""
+    for recipe in output.glob("*-[0-9]*.yaml"):
+        try:
+            run = Path(yaml.safe_load(recipe.read_text())["logging"]["output"])
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            continue
+        if run.is_absolute() and run.name == recipe.stem.rpartition("-")[0]:
+            return True
+    return False
 
 
 def _is_free(port: int) -> bool:

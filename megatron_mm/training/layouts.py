@@ -12,7 +12,6 @@ stages that do not send while they compute).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -304,10 +303,9 @@ def launch(config: Config, layout: Layout, threads: int = 1, environment: dict[s
         return torch.load(output, weights_only=True)
 
 
-def to_json(comparisons: list[Comparison], path: Path) -> None:
-    """Writes the table."""
-    rows = [{**comparison.__dict__, "passed": comparison.passed} for comparison in comparisons]
-    path.write_text(json.dumps(rows, indent=1))
+def to_json(comparisons: list[Comparison]) -> list[dict]:
+    """The table, for a file of figures."""
+    return [{**comparison.__dict__, "passed": comparison.passed} for comparison in comparisons]
 
 
 def _main() -> None:

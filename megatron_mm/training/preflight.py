@@ -12,7 +12,6 @@ not judged. A process that hangs is ended by the watchdog, with stacks.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.models.graph import ParallelSizes
@@ -145,9 +145,7 @@ def check(
             "products": [vars(own) for own in products],
             "groups": [asdict(group) for group in _groups(together, places)],
         }
-        output = Path(config.logging.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "preflight.json").write_text(json.dumps(figures, indent=1))
+        write_figures(Path(config.logging.output, "preflight.json"), figures)
     problems = told(problems)
     if problems:
         raise ValueError("\n  ".join(["pre-flight failed:", *shortened(problems)]))

@@ -90,6 +90,7 @@ class Watchdog:
         path = self._stacks_of(rank)
         partial = path.with_suffix(".partial")
         with partial.open("w") as file:
+            file.write(path.read_text() if path.exists() else "")  # after those of an earlier run
             print(f"rank {rank} made no progress for {self.seconds:.0f} s in {self._where}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         print(

@@ -10,6 +10,7 @@ import json
 import time
 from pathlib import Path
 
+from megatron_mm.config.outputs import write_whole
 from megatron_mm.config.schema import Config
 
 #: Peak dense BF16 TFLOP/s of devices, from their data sheets.
@@ -27,9 +28,7 @@ def cut_back(path: Path, iteration: int) -> int:
         except (ValueError, KeyError):
             keep = False  # a line that a killed process did not finish
         kept, dropped = ([*kept, line], dropped) if keep else (kept, dropped + 1)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
     return dropped
 
 

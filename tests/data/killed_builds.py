@@ -32,6 +32,7 @@ import tyro
 
 from examples.data import emoji_art, tux_paint
 from examples.data.packages import Package, fetch
+from megatron_mm.config.outputs import begin_folder
 from megatron_mm.data.manifest import sha256
 from megatron_mm.data.train_tokenizer import train_tokenizer
 
@@ -59,7 +60,7 @@ class Arguments:
     """Compare builds."""
 
     folder: Path = ROOT / "outputs" / "killed-builds"
-    """Downloads, corpora and builds."""
+    """Downloads, corpora and builds: a new folder, or one of earlier comparisons."""
     kills: int = 10
     """Times that each build is killed."""
     workers: int = 2
@@ -157,6 +158,12 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
+def has_builds(folder: Path) -> bool:
+    """Whether a folder has what earlier comparisons, which left no marker, began with."""
+    packages = (folder / "packages" / package.name / "usr" for package in TEXTS)
+    return any(map(Path.is_dir, [*packages, *folder.glob("text/undisturbed")]))
+
+
 def compare(name: str, command: list[str], output: str, arguments: Arguments) -> bool:
     """Builds undisturbed and killed; whether the bytes agree."""
     root, chance = arguments.folder / name, random.Random(f"{arguments.seed}/{name}")
@@ -203,7 +210,7 @@ def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     folder, tag = arguments.folder.resolve(), "-smoke" if arguments.smoke else ""
     arguments.folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_folder(folder, "tests/data/killed_builds.py", "--folder", has_builds)
     text = write(folder / f"text{tag}.jsonl", ({"text": text} for text in documents(folder, arguments.smoke)))
     media = write(folder / f"samples{tag}.jsonl", samples(folder, arguments.smoke))
     model = folder / f"tokenizer{tag}.model"

@@ -31,12 +31,13 @@ def test_text_of_ones_own(tmp_path):
     pages = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
     text.write_text("".join(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n" for page in pages))
     command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--cases", "text", "--text", str(text)]
-    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
+    made = tmp_path / "made"
+    done = subprocess.run([*command, "--folder", str(made)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "unigram: our encoder / SentencePiece's batch encoding" in done.stdout
-    assert {path.name for path in tmp_path.glob("*.model")} == {"bpe-1000-other.model", "unigram-1000-other.model"}
-    assert (tmp_path / "work" / "ours-mine_text_document.bin").stat().st_size > 1000
-    assert not (tmp_path / "text-smoke.jsonl").exists()  # nothing was asked of the dictionaries
+    assert {path.name for path in made.glob("*.model")} == {"bpe-1000-other.model", "unigram-1000-other.model"}
+    assert (made / "work" / "ours-mine_text_document.bin").stat().st_size > 1000
+    assert not (made / "text-smoke.jsonl").exists()  # nothing was asked of the dictionaries
 
 
 def test_a_case_that_is_none(tmp_path):

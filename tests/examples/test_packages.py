@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.data import emoji_art
+from examples.data import emoji_art, packages
 from examples.data.packages import Package, fetch
 
 PACKAGE = Package("npm", "@some/art", "1.2.0", r"img/[^/]+|names\.json", "MIT")
@@ -40,7 +40,7 @@ def npm(tmp_path, monkeypatch):
 
     def serve(files: dict[str, str]) -> Path:
         made, calls = archive(tmp_path / "source", files), tmp_path / "calls"
-        write_client(tmp_path / "bin", "npm", f'echo "$@" >>{calls}; cp {made} "$5"; echo made.tgz')
+        write_client(tmp_path / "bin", "npm", f'echo "$@" >>{calls}; cp {made} .; echo made.tgz')
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
         return calls
 
@@ -75,13 +75,49 @@ def test_failures_name_the_client_and_the_package(tmp_path, monkeypatch, npm):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     with pytest.raises(ValueError, match=r"npm could not get @some/art 1.2.0 \(npm\): no such version"):
         fetch(PACKAGE, tmp_path / "cache" / "art")
-    npm({"other.txt": "x"})
+    npm({"other.txt": "x", "package.json": "{}"})
     with pytest.raises(ValueError, match="holds no file like img"):
         fetch(PACKAGE, tmp_path / "cache" / "art")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"npm is not installed; it is needed to get @some/art"):
         fetch(PACKAGE, tmp_path / "cache" / "art")
     assert not (tmp_path / "cache" / "art").exists()
+
+
+def test_what_comes_damaged_or_not_at_all_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for script, message in (
+        ("echo no archive >made.tgz", r"@some/art 1.2.0 \(npm\) came damaged"),
+        ("exit 0", r"npm left 0 files for @some/art 1.2.0 \(npm\)"),
+    ):
+        write_client(tmp_path / "bin", "npm", script)
+        with pytest.raises(ValueError, match=message):
+            fetch(PACKAGE, tmp_path / "cache" / "art")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_debian_packages(tmp_path, monkeypatch):
+    """apt-get leaves an archive in its working directory, dpkg-deb unpacks it; lists are renewed by root alone."""
+    made = archive(tmp_path / "source", {"usr/share/a.txt": "one"})
+    package = Package("apt", "art", "", r"package/usr/share/a\.txt", "GPL-2")
+    log, renewed = tmp_path / "log", tmp_path / "renewed"
+    write_client(
+        tmp_path / "bin", "apt-get",
+        f'echo "$1" >>{log}; [ "$1" = update ] && touch {renewed} && exit; [ -e {renewed} ] || '
+        f'{{ echo "E: Unable to locate package art" >&2; exit 100; }}; cp {made} art_1.deb',
+    )  # fmt: skip
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(packages.os, "geteuid", lambda: 1000)
+    with pytest.raises(ValueError, match=r"this release of the distribution, has no such package.*sudo apt-get update"):
+        fetch(package, tmp_path / "cache" / "art")
+    monkeypatch.setattr(packages.os, "geteuid", lambda: 0)
+    write_client(tmp_path / "bin", "dpkg-deb", "echo not a Debian archive >&2; exit 2")
+    with pytest.raises(ValueError, match=r"dpkg-deb could not get art \(apt\): not a Debian archive"):
+        fetch(package, tmp_path / "cache" / "art")
+    write_client(tmp_path / "bin", "dpkg-deb", 'gzip -dc "$2"')
+    folder = fetch(package, tmp_path / "cache" / "art")
+    assert (folder / "package/usr/share/a.txt").read_text() == "one"
+    assert log.read_text().split() == ["download", "download", "update", "download", "download"]
 
 
 def test_iconify_drawings_become_files_named_by_code_points(npm, tmp_path):

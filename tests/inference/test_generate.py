@@ -259,6 +259,36 @@ def test_answers_before_a_corrupt_file_are_kept(work, tmp_path, monkeypatch, cap
     assert not (tmp_path / "bad.jsonl").exists()
 
 
+def test_answers_of_an_earlier_start_are_kept(tmp_path, monkeypatch, capsys):
+    """A second start of a tool that was killed fails before its first answer: the twelve of the first are all there."""
+    lines = [{"id": number, "prompt": f"question {number}"} for number in range(20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    earlier = "".join(json.dumps({**line, "generated": "answer"}) + "\n" for line in lines[:12])
+    (tmp_path / "out.jsonl.part").write_text(earlier)
+    (tmp_path / "out.jsonl.part.1").write_text("of one more start\n")
+
+    class Broken:
+        def generate(self, *_, **__):
+            raise ValueError("a medium cannot be read")
+            yield
+
+    monkeypatch.setattr(Generator, "from_path", classmethod(lambda cls, *_, **__: Broken()))
+    arguments = ("--model", tmp_path, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    status, _, err = run_tool(monkeypatch, capsys, *arguments)
+    assert status == 1 and "answers of an earlier start are in" in err and "out.jsonl.part.2" in err
+    assert (tmp_path / "out.jsonl.part.2").read_text() == earlier
+    assert (tmp_path / "out.jsonl.part.1").read_text() == "of one more start\n"
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl.part.1", "out.jsonl.part.2"]
+
+
+def test_prompts_are_not_replaced_by_answers(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    file = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "in.jsonl")
+    status, _, err = run_tool(monkeypatch, capsys, "--model", tmp_path, *file)
+    assert status == 2 and "in.jsonl: holds something else than JSONL with generated" in err
+    assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "x"}\n' and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_the_tool_runs_from_the_command_line_on_a_checkpoint(work, generator):
     command = [sys.executable, ROOT / "tools" / "generate.py", "--model", work / "run", "--image", work / "a.png"]

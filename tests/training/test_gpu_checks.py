@@ -172,11 +172,32 @@ def test_two_nodes_run_here_as_two_programs(tmp_path):
     assert "resumed from" in (tmp_path / "resumed-0.log").read_text()
 
 
-def test_ports_of_two_nodes():
+def test_a_users_folder_is_not_that_of_checks(tmp_path):
+    """Runs of the names of checks are removed, so that their folder must be theirs; earlier ones left no marker."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "notes.txt").write_text("mine")
+    (tmp_path / "large-0.yaml").write_text("logging: {output: outputs/large}\n")  # a recipe of the user's
+    with pytest.raises(ValueError, match=r"--output .* holds large and no \.megatron_mm-output of tools/check_gpus.py"):
+        Machines(tmp_path, cuda=False, gpus=1)
+    config = gpu_checks.prepared(gpu_checks.SYNAPSE, 4, "fp32", "local")
+    config.logging.output = str(tmp_path / "large")
+    gpu_checks.dump_config(config, tmp_path / "large-0.yaml")
+    for _ in range(2):
+        Machines(tmp_path, cuda=False, gpus=1)
+    assert (tmp_path / "large" / "notes.txt").exists(), "only a run of that name removes it"
+
+
+@pytest.mark.parametrize("output", ["", "/"])
+def test_an_empty_path_is_refused(output):
+    done = run("one", "--output", output)
+    assert done.returncode == 2 and "error: --output" in done.stderr
+
+
+def test_ports_of_two_nodes(tmp_path):
     """The first node chooses a free one for each run, another than the last, and the second is told."""
     base = free_ports(11)
-    first = Machines(Path(), cuda=False, gpus=1, nodes=2, port=base)
-    second = Machines(Path(), cuda=False, gpus=1, nodes=2, node_rank=1, port=base)
+    first = Machines(tmp_path, cuda=False, gpus=1, nodes=2, port=base)
+    second = Machines(tmp_path, cuda=False, gpus=1, nodes=2, node_rank=1, port=base)
     with socket.create_server(("", base + 3)):
         chosen = [first._agreed_port() for _ in range(12)]
     assert chosen == [second._agreed_port() for _ in range(12)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from dataclasses import asdict
 import numpy as np
 from tqdm import tqdm
 
-from megatron_mm.data.cleaning.drop_list import DROPS, FORMAT, MANIFEST, VERSION
+from megatron_mm.data.cleaning.drop_list import DROPS, FORMAT, VERSION
 from megatron_mm.data.cleaning.duplicates import (
     KEPT,
     NEAR_TEXT,
@@ -46,11 +47,12 @@ from megatron_mm.data.cleaning.scan import (
 from megatron_mm.data.cleaning.text_rules import Blocklist
 from megatron_mm.data.cleaning.text_signatures import PERMUTATIONS
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.manifest import sha256, write_manifest
+from megatron_mm.data.manifest import MANIFEST, differs_from_folder, sha256, write_manifest
 from megatron_mm.data.order import mixed
-from megatron_mm.data.unfinished import Lines, Source, UnfinishedBuild, refuse_existing
+from megatron_mm.data.unfinished import Lines, Replacing, Source, UnfinishedBuild, check_output
 
 DROPPED, REPORT, TABLE = "dropped.jsonl", "report.json", "report.md"
+_FILES = re.compile("|".join(map(re.escape, (DROPS, DROPPED, REPORT, TABLE))))
 _RESULT = "result"
 _BLOCK_BYTES = 1 << 18
 _CHUNK = 1 << 16
@@ -77,7 +79,7 @@ def clean_corpus(
         rules: what a record must be.
         duplicates: what counts as one record twice.
         workers: processes; 0 works in this one. The output does not depend on it.
-        overwrite: replace an existing output.
+        overwrite: replace an existing folder of a cleaning.
         progress: show bars.
 
     Returns:
@@ -88,7 +90,9 @@ def clean_corpus(
             run was long), a rule cannot be, or the output exists.
     """
     rules, duplicates = rules or Rules(), duplicates or DuplicateRules()
-    refuse_existing(output, [output], overwrite, "remove it, choose another name or pass --overwrite")
+    advice = "remove it, choose another name or pass --overwrite"
+    replacing = Replacing(overwrite, lambda path: differs_from_folder(path, FORMAT, _FILES), advice)
+    check_output(output, [output], replacing)
     sizes = _check(inputs, text_keys, rules, duplicates)
     options = _options(text_keys, rules, duplicates)
     root = os.path.abspath(media_root) if media_root is not None else None
@@ -115,7 +119,7 @@ def clean_corpus(
         writer.close()
         verdicts = Resolver(build.data, duplicates, workers, say).resolve()
         report = _write(build.data, sizes, verdicts, options, _comparing(build.data, duplicates))
-        build.place([(_RESULT, output)])
+        build.place([(_RESULT, output)], replacing)
     except BaseException as error:
         writer.close()
         build.explain(error)

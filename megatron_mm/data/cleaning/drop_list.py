@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.manifest import CHECKSUM, read_manifest, sha256
+from megatron_mm.data.manifest import CHECKSUM, MANIFEST, read_manifest, sha256
 from megatron_mm.data.parallel import LineBlock
 
 FORMAT = "megatron_mm cleaned corpus"
 VERSION = 1
-DROPS, MANIFEST = "drops.npy", "manifest.json"
+DROPS = "drops.npy"
 
 
 class DropList:
