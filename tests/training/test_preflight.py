@@ -204,6 +204,11 @@ def test_every_rank_with_a_fault_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_with_stacks(tmp_path):
+    """Each waits for the stacks of all, and not for those of an earlier run."""
+    (tmp_path / "out" / "stacks").mkdir(parents=True)
+    for rank in range(4):
+        (tmp_path / "out" / "stacks" / f"rank_{rank}.txt").write_text("of last week")
+        os.utime(tmp_path / "out" / "stacks" / f"rank_{rank}.txt", (1, 1))
     done = run(*LAUNCHER, "tests/training/preflight_worker.py", recipe(tmp_path), "hangs")
     assert done.returncode != 0
     stacks = {file.name: file.read_text() for file in (tmp_path / "out" / "stacks").iterdir()}
