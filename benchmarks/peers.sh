@@ -15,13 +15,9 @@ fi
 torch=$(cat locks/torch.txt)
 wanted="$torch $(cksum "$lock")"
 if [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ]; then
-    if [ ! -f "$folder/pyvenv.cfg" ] && [ -n "$(ls -A "$folder")" ]; then
-        echo "error: $folder holds something else than an environment; name another folder" >&2
-        exit 1
-    fi
     echo "installing $torch and the releases of $lock in $folder"
     # Anew: what another release needed, or what an interrupted installation left, would be in the way.
-    "$python" -m venv --clear "$folder"
+    tools/new_venv.sh "$python" "$folder"
     tools/pip_install.sh "$folder/bin/python" "$torch ($lock)" "$torch" --constraint "$lock"
     tools/pip_install.sh "$folder/bin/python" "the releases of $lock" --no-deps --requirement "$lock"
     echo "$wanted" >"$folder/installed"

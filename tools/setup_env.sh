@@ -24,7 +24,7 @@ setup_env() {
     fi
     if [ ! -x "$venv/bin/python" ]; then
         echo "making the environment $venv"
-        "$python" -m venv "$venv" || return 1
+        tools/new_venv.sh "$python" "$venv" || return 1
     fi
     made=$(python_release "$venv/bin/python")
     if [ -n "${PYTHON:-}" ] && [ "$(python_release "$python")" != "$made" ]; then
@@ -43,7 +43,8 @@ setup_env() {
     fi
     wanted="$MEGATRON_MM_TORCH ${MEGATRON_MM_CORE:-} ${lock:-setup.py} $(cat ${lock:+"$lock"} setup.py | cksum)"
     if [ $newest ] || [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
-        rm -f "$venv/installed"
+        # An environment with that file was made here, by a version that left no other sign.
+        [ ! -f "$venv/installed" ] || mv "$venv/installed" "$venv/.megatron_mm-output"
         install_environment || return 1
         [ $newest ] || echo "$wanted" >"$venv/installed"
     fi
@@ -61,9 +62,11 @@ install_environment() {
             return 1
         fi
         echo "making the environment $venv anew: it has no pip"
-        "$python" -m venv --clear "$venv" || return 1
+        tools/new_venv.sh "$python" "$venv" || return 1
     fi
-    "$venv/bin/python" tools/half_installed.py || return 1
+    if [ -f "$venv/.megatron_mm-output" ]; then # in one of another tool, packages may look half installed that are not
+        "$venv/bin/python" tools/half_installed.py || return 1
+    fi
     echo "installing $MEGATRON_MM_TORCH"
     if [ -n "$lock" ]; then
         # What is pinned; a megatron-core that was named takes the place of the locked one, and may bring more.

@@ -28,7 +28,7 @@ esac
 resolver=.venv-resolver wanted="uv==0.13.9 setuptools==84.2.1"
 if [ "$(cat "$resolver/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $wanted"
-    "${PYTHON:-python3}" -m venv --clear "$resolver"
+    tools/new_venv.sh "${PYTHON:-python3}" "$resolver"
     # shellcheck disable=SC2086
     tools/pip_install.sh "$resolver/bin/python" "$wanted" $wanted
     echo "$wanted" >"$resolver/installed"

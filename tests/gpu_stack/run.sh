@@ -19,13 +19,8 @@ if [ ! -f "$lock" ]; then
 fi
 wanted="$main $(cat "$lock" "$MEGATRON_MM_VENV/installed" | cksum)"
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
-    # It is emptied first, which may happen to an environment that this script made alone.
-    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && ! compgen -G "$venv/lib/python*/site-packages/main.pth" >/dev/null; then
-        echo "run.sh: MEGATRON_MM_GPU_STACK_VENV=$venv was not made here; name a new folder" >&2
-        exit 2
-    fi
     echo "installing the releases of $lock, without CUDA libraries"
-    python -m venv --clear --without-pip "$venv"
+    tools/new_venv.sh python "$venv" --without-pip
     echo "$main" >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/main.pth"
     # FlashAttention is built, with .venv's setuptools; it would look for a wheel with kernels on another server than PyPI.
     FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE \

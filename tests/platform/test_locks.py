@@ -244,7 +244,7 @@ def test_peers_are_not_installed_over_something_else(tmp_path):
     folder.mkdir()
     (folder / "work.txt").touch()
     done = peers(folder, tmp_path, 11)
-    assert done.returncode == 1 and f"{folder} holds something else than an environment" in done.stderr
+    assert done.returncode == 2 and f"{folder} is not empty and was not made by the scripts here" in done.stderr
     assert (folder / "work.txt").exists()
     done = peers(tmp_path / "new", tmp_path, 14)
     assert done.returncode == 1 and "is Python 3.14, for which there is no locks/peers-3.14.txt" in done.stderr

@@ -44,7 +44,7 @@ class Scripts:
         self.lacking, self.no_pip = folder / "lacking", folder / "no-pip"
         shutil.copytree(ROOT / "locks", folder / "locks")
         (folder / "tools").mkdir()
-        for name in ("setup_env.sh", "pip_install.sh", "half_installed.py"):
+        for name in ("setup_env.sh", "new_venv.sh", "pip_install.sh", "half_installed.py"):
             shutil.copy(ROOT / "tools" / name, folder / "tools")
         shutil.copy(ROOT / "setup.py", folder)
 
@@ -220,3 +220,23 @@ def test_a_python_that_does_not_run_is_named(make):
             words, capture_output=True, text=True, cwd=make.folder, env={**os.environ, "PYTHON": python}, check=False
         )
         assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{python} is missing, does not run")
+
+
+def test_an_environment_of_another_tool_is_neither_emptied_nor_searched_for_halves(make):
+    """uv's have no pip; conda's have metadata without the list of files that pip writes."""
+    make(11)
+    shutil.rmtree(make.venv)
+    site = make.venv / "lib" / "python3.11" / "site-packages"
+    (site / "numpy-2.0.0.dist-info").mkdir(parents=True)
+    (site / "numpy-2.0.0.dist-info" / "METADATA").touch()
+    (make.venv / "pyvenv.cfg").touch()
+    (make.venv / "bin").mkdir()
+    shutil.copy(make.python(11), make.venv / "bin" / "python")
+    make.no_pip.touch()
+    status, said, installed = make(11)
+    assert status == 1 and installed == [] and "was not made by the scripts here" in said
+    make.no_pip.unlink()
+    halves = make.folder / "tools" / "half_installed.py"
+    halves.write_text("raise SystemExit('searched')")
+    assert make(11)[0] == 0 and (site / "numpy-2.0.0.dist-info" / "METADATA").exists()
+    assert "half_installed" not in make(11)[1]

@@ -21,7 +21,7 @@ overlay() { # NAME WHAT TO INSTALL …: an environment over .venv, made anew whe
     local venv=.venv-releases/$1 wanted="$main ${*:2}"
     shift
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ] || [ "$venv" = .venv-releases/newest ]; then
-        python -m venv --clear --without-pip "$venv"
+        tools/new_venv.sh python "$venv" --without-pip
         echo "$main" >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/main.pth"
         tools/pip_install.sh "$venv/bin/python" "$*" "$@" "$MEGATRON_MM_TORCH"
         echo "$wanted" >"$venv/installed"
