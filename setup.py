@@ -8,10 +8,10 @@ which `tools/update_locks.sh` renews.
 from setuptools import find_packages, setup
 
 PARQUET = ["pyarrow>=17.0"]  # Parquet and Hugging Face datasets as input of the builders
-SENTENCES = ["nltk>=3.9"]  # --split-sentences
+SENTENCES = ["nltk>=3.9.1"]  # --split-sentences
 EVALUATION = ["pycocoevalcap>=1.2"]  # CIDEr
 PLOT = ["matplotlib>=3.9"]  # loss curves
-EMOJI = ["resvg-py>=0.1.5"]  # emoji drawn as SVG
+EMOJI = ["resvg-py>=0.1.6"]  # emoji drawn as SVG
 
 setup(
     name="megatron_mm",
@@ -21,7 +21,9 @@ setup(
     packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
     package_data={"megatron_mm": ["recipes/*.yaml", "data/*.html"]},
     install_requires=[
-        "torch>=2.6",  # tensors, autograd, collectives
+        # Tensors, autograd, collectives. 2.9.1 and 2.10.0 train, but have no collectives on the meta device, which the dry run
+        # needs; 2.12.0 has them.
+        "torch>=2.12",
         # Parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards. The releases that
         # platform/megatron_versions.py knows; those after 0.16 need Python 3.12, so that an older one gets 0.16.
         "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
@@ -30,7 +32,7 @@ setup(
         "pydantic>=2.7",  # typed recipes: errors that name the field
         "tyro>=1.0",  # command lines from the typed tree
         "pyyaml>=6.0.1",  # recipes
-        "sentencepiece>=0.2.0",  # tokenizers, in training and in exported models
+        "sentencepiece>=0.2.1",  # tokenizers, in training and in exported models
         "orjson>=3.10",  # JSON lines of texts in half of the time of Python's reader
         "numba>=0.60",  # the text builder's encoder, compiled (data/word_kernels.py)
         "safetensors>=0.4.5",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
@@ -43,7 +45,7 @@ setup(
         "tqdm>=4.66",  # progress bars
         "fsspec>=2024.6",  # datasets in object stores; s3fs, gcsfs and others are the user's to choose
         "backports.zstd>=1.0; python_version < '3.14'",  # .zst input; unlike zstandard's reader it notices a cut file
-        "tensorboard>=2.17",  # event files
+        "tensorboard>=2.18",  # event files
         "jinja2>=3.1.3",  # the page of tools/inspect_dataset.py, with everything escaped; torch needs it too
     ],
     extras_require={

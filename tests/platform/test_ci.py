@@ -96,8 +96,10 @@ esac
 @pytest.fixture
 def run_tests(tmp_path):
     """Runs a copy of tests/run.sh in an environment that notes. Returns exit status, output and the calls of pytest."""
-    for name in ("tests", "tools", "bin", "examples/x"):
+    for name in ("tests/a", "tools", "bin", "examples/x"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "tests" / "a" / "test_marked.py").write_text("pytestmark = pytest.mark.interface\n")
+    (tmp_path / "tests" / "a" / "test_other.py").write_text("pytestmark = pytest.mark.slow\n")
     shutil.copy(ROOT / "tests" / "run.sh", tmp_path / "tests")
     python, notes = tmp_path / "bin" / "python", tmp_path / "notes"
     (tmp_path / "tools" / "setup_env.sh").write_text("python_release() { echo 3.11; }\nPATH=bin:$PATH\n")
@@ -119,8 +121,10 @@ def run_tests(tmp_path):
     ("mode", "where"), [("newest", ".venv-newest newest"), ("lowest", ".venv-lowest locks/lowest.txt")]
 )
 def test_marked_tests_run_in_an_environment_of_their_own_and_words_go_to_pytest(run_tests, mode, where):
-    status, _, (call,) = run_tests(f"--{mode}", "tests/config", "-x", status=3)
-    assert status == 3 and call.startswith(f"{where} -m pytest ") and call.endswith(" -m interface tests/config -x")
+    status, _, (call,) = run_tests(f"--{mode}", "tests/a", "-x", status=3)
+    assert status == 3 and call.startswith(f"{where} -m pytest ") and call.endswith(" -m interface tests/a -x")
+    # Without a path, the files with such tests: others may not even import.
+    assert run_tests(f"--{mode}", "-x")[2][0].endswith(" -m interface -x tests/a/test_marked.py")
 
 
 def test_lowest_names_the_python_that_it_needs(run_tests):
