@@ -28,7 +28,7 @@ class Machine:
         if not self.network:
             return self.failed("E: Failed to fetch http://deb/x  Could not connect to deb:80. - connect (111)")
         if command[1] == "install":
-            for package in command[command.index("DPkg::Lock::Timeout=300") + 1 :]:
+            for package in command[command.index("DPkg::Lock::Timeout=1800") + 1 :]:
                 if package not in self.release:
                     return self.failed(f"Reading lists\nE: Unable to locate package {package}")
                 self.there |= self.release[package]
