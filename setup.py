@@ -1,8 +1,8 @@
 """Package metadata. Each requirement says why it is there.
 
 These are bounds: `tests/run.sh --lowest` tries the lowest releases (locks/lowest.txt), `--newest` the newest. The
-lowest did not all pass yet, and those of wandb and of the extra `gpu` were not tried. What this repository's own scripts
-install are the exact releases of locks/, which `tools/update_locks.sh` renews.
+lowest did not all pass yet, and those of wandb and of the extra `gpu` were not tried. What this repository's own
+scripts install are the exact releases of locks/, which `tools/update_locks.sh` renews.
 """
 
 from setuptools import find_packages, setup
