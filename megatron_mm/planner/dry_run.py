@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from megatron_mm.config.outputs import write_figures
@@ -249,11 +250,12 @@ class _Executed(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, _, name = function.name().partition("::")
         if namespace == "c10d":
-            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
             groups = [dist.ProcessGroup.unbox(arg) for arg in args if _is_group(arg)]
             if all(group.size() > 1 for group in groups):
                 self.communicated[name.strip("_")] += max(sizes, default=0)
+            return _communicate(function, args, kwargs)
         elif function.overloadpacket not in flop_registry:
             with self:
                 decomposed = function.decompose(*args, **kwargs)
@@ -263,6 +265,18 @@ class _Executed(TorchDispatchMode):
         if function.overloadpacket in flop_registry:
             self.flops += flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
         return result
+
+
+def _communicate(function, args, kwargs):
+    """Calls a collective with nothing in its tensors; the fake group sends nothing anyway.
+
+    torch before 2.12 has no collectives for meta tensors, and those of torch return their results in their arguments.
+    """
+
+    def emptied(leaf):
+        return torch.empty(0, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+    return function(*tree_map(emptied, args), **tree_map(emptied, kwargs))
 
 
 def _is_group(value) -> bool:

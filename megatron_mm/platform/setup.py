@@ -156,7 +156,7 @@ def reporting_errors() -> Iterator[None]:
         if os.environ.get("MEGATRON_MM_TRACEBACK"):
             raise
         sys.stdout.flush()
-        if not dist.is_initialized():
+        if not _among_others():
             report(f"error: {error}")
         elif _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -180,9 +180,14 @@ def exit_at_once(status: int) -> None:
     os._exit(status)
 
 
+def _among_others() -> bool:
+    """Whether there are ranks that could fail too: the fake group of a dry run has none, and no store."""
+    return dist.is_initialized() and dist.get_backend() != "fake"
+
+
 def _another_failed() -> bool:
     try:
-        return dist.is_initialized() and dist.distributed_c10d._get_default_store().add("megatron_mm/failures", 0) > 0
+        return _among_others() and dist.distributed_c10d._get_default_store().add("megatron_mm/failures", 0) > 0
     except RuntimeError:  # the store ended with the launcher
         return True
 

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm.config.load import dump_config
+from megatron_mm.platform import setup
 from tests.full_recipes import PHASES, dry_run, estimates, launched
 from tests.recipes import small_config, small_perceiver_fusion
 
@@ -21,8 +24,6 @@ def run_dry(path, world_size: int, output, *words: str) -> dict:
 
 def test_small_model(tmp_path):
     """One process against four: the same parameters in all, FLOPs that add up to the costs, and shards of them."""
-    from megatron_mm.platform import setup
-
     setup.apply_platform()
     from megatron_mm.models.graph import ParallelSizes
     from megatron_mm.models.systems import build_graph
@@ -69,8 +70,6 @@ def test_activations_on_the_host_leave_the_device(tmp_path):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute, monkeypatch):
-    from megatron_mm.platform import setup
-
     setup.apply_platform()
     from megatron_mm.models.graph import ParallelSizes
     from megatron_mm.pipeline import offload
@@ -91,8 +90,6 @@ def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute,
 
 def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_path):
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
-    from megatron_mm.platform import setup
-
     setup.apply_platform()
     from megatron_mm.models.graph import ParallelSizes
     from megatron_mm.planner.costs import imbalance
@@ -134,3 +131,18 @@ def test_every_stage_of_a_full_recipe_is_estimated_under_80_gb(name, phase):
     stages = estimates(config, sizes)
     assert len(stages) == sizes.pp
     assert max(stages) < 80e9
+
+
+def test_what_fails_in_a_dry_run_is_raised_or_said(monkeypatch, capsys):
+    """Its fake group has no other ranks, so that no error may be left to one of them to say."""
+    monkeypatch.delenv("MEGATRON_MM_TRACEBACK", raising=False)
+    monkeypatch.setattr(setup, "exit_at_once", sys.exit)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        with pytest.raises(NotImplementedError, match="no kernel"), setup.reporting_errors():
+            raise NotImplementedError("no kernel")
+        with pytest.raises(SystemExit), setup.reporting_errors():
+            raise ValueError("no such layer")
+    finally:
+        dist.destroy_process_group()
+    assert "error: no such layer" in capsys.readouterr().err
