@@ -52,7 +52,7 @@ def dry_run(name: str, phase: str, output: Path) -> dict:
     """What the script of a full recipe finds in a dry run, at the number of GPUs of its recipe."""
     command = [script(name), "--dry-run", "--dry-run-json", output]
     environment = {**os.environ, "PHASE": phase}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(output.read_text())
 

@@ -68,7 +68,7 @@ def steps_in_processes(runs: list[tuple[str, str, int]], folder: Path, processes
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words += ["-m", "tests.graph_layouts", json.dumps(runs), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(output, weights_only=True)
 

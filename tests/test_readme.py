@@ -45,7 +45,7 @@ def test_every_command_runs(tmp_path):
             words[0] = sys.executable
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # scripts call plain `python`
         environment = {**os.environ, "PATH": path}
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env=environment)
         assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
 

@@ -42,7 +42,7 @@ loader.close()
 
 
 def _rate(command: list[str], **environment: str) -> float:
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -32,7 +32,7 @@ def run(arguments: Arguments) -> Iterator[Figure]:
         "--lr-warmup-iters",
         "1",
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)}\n{done.stderr[-2000:]}")
     lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())

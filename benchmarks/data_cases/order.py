@@ -98,7 +98,7 @@ def run(arguments: Arguments) -> Iterator[Figure]:
     command = [sys.executable, "-c", _CHILD, str(folder), str(_DATASETS)]
     found = []
     for _ in range(arguments.repeats):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise SystemExit(f"error: {done.stderr[-2000:]}")
         found.append(json.loads(done.stdout.splitlines()[-1]))

@@ -45,7 +45,7 @@ def megatron_lm(arguments: Arguments) -> Path | None:
 
 def _seconds(command: list[str], **environment: str) -> float:
     began = time.perf_counter()
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)}\n{done.stderr[-2000:]}")
     return time.perf_counter() - began

@@ -273,7 +273,7 @@ def _run(folder: Path, questions: dict) -> dict:
         # Modules of the folder are copied to a place of their own, not beside those of the user's models.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(work) / "modules"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, Path(__file__).with_name("run_exported.py"), folder, given, found]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+        done = subprocess.run([str(word) for word in command], capture_output=True, encoding="utf-8", env=environment)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
             raise ValueError(f"transformers cannot use the exported model: {lines[-1]}")

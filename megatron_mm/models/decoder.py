@@ -103,11 +103,11 @@ class DecoderNodes:
         """`decoder.layers.INDEX`: self-attention and MLP."""
 
         def cost(plan: MicrobatchPlan) -> NodeCost:
-            return layer_cost(self.shape, plan.num_rows, plan.row_length, self.settings.sizes, text=True)
+            return layer_cost(self.shape, plan.num_rows, plan.row_length, self.settings.sizes, sharded=True)
 
         return Node(
             f"decoder.layers.{index}",
-            partial(stack_layer, self.settings, self.shape, index + 1, self.plan, text=True),
+            partial(stack_layer, self.settings, self.shape, index + 1, self.plan, sharded=True),
             ("text",),
             (self.text,),
             cost,

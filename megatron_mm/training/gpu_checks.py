@@ -340,7 +340,7 @@ def planned_memory(machines: Machines, config: Config, world_size: int) -> float
     dump_config(config, recipe)
     command = [sys.executable, "pretrain_multimodal.py", "--config", str(recipe), "--dry-run"]
     command += ["--world-size", str(world_size), "--dry-run-json", str(figures)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise ValueError(f"the dry run failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(figures.read_text())["stages"][0]["memory_bytes"] / 2**30

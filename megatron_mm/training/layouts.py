@@ -295,7 +295,7 @@ def launch(config: Config, layout: Layout, threads: int = 1, environment: dict[s
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         variables |= environment or {}
         done = subprocess.run(
-            [*command, str(recipe), str(output)], capture_output=True, text=True, env=variables, check=False
+            [*command, str(recipe), str(output)], capture_output=True, encoding="utf-8", env=variables, check=False
         )
         if done.returncode or not output.exists():
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()][:5]

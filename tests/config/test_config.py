@@ -138,7 +138,7 @@ def test_interleaving_needs_enough_microbatches():
 def test_usage_errors_exit_with_2_and_help_with_0():
     def run(*words):
         command = [sys.executable, "pretrain_multimodal.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
     assert run().returncode == 2
     wrong = run("--config", str(RECIPES / "synapse-tiny.yaml"), "--trainn-iters", "3")

@@ -94,7 +94,7 @@ def test_devices_and_pipes_are_written_not_replaced(tmp_path):
     """As root, a file renamed to /dev/null would take its place for the whole machine; a fifo stands in for it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    reader = subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, encoding="utf-8")
     check_file(fifo, "--json", KIND)
     write_whole(fifo, "figures\n")
     assert reader.communicate(timeout=30)[0] == "figures\n" and fifo.is_fifo()
@@ -197,6 +197,8 @@ def test_json_of_the_tools_is_checked_before_they_work(tmp_path):
     for name, words in tools.items():
         option = "--dry-run-json" if "--dry-run" in words else "--json"
         command = [sys.executable, str(ROOT / name), *words, option, str(recipe)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=environment, check=False
+        )
         assert done.returncode == 2 and "holds something else than" in done.stderr, (name, done.stderr[-500:])
     assert recipe.read_bytes() == before and os.listdir(tmp_path) == ["recipe.yaml"]

@@ -159,7 +159,7 @@ def test_full_recipes_turn_on_what_pays_on_an_a100_and_nothing_else(name):
 def test_what_needs_a_gpu_ends_a_run_on_a_cpu_with_status_2():
     words = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--gradient-accumulation-fusion"]
     command = [sys.executable, "pretrain_multimodal.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert "gradient_accumulation_fusion is True, which needs a GPU; this run is on a CPU" in done.stderr
 
@@ -184,7 +184,7 @@ def test_what_reaches_megatron_core():
         ("local", True, (None, False, False)),
     ):
         settings = LayerSettings(sizes, torch.bfloat16, backend, performance=performance)
-        made = layer_config(settings, shape, text=True, decoder=decoder)
+        made = layer_config(settings, shape, sharded=True, decoder=decoder)
         assert (made.fp8, made.tp_comm_overlap, made.gradient_accumulation_fusion) == wanted
         assert made.fp8_recipe == "tensorwise"
     for vpp, overlap, wanted in ((2, True, (True, False)), (2, False, (False, True)), (1, True, (False, True))):

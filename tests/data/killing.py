@@ -39,7 +39,7 @@ def start(program: str, *words: object, held: bool = False) -> subprocess.Popen:
     """
     command = [sys.executable, "-c", _PRELUDE + program, *map(str, words)]
     environment = {**os.environ, "HELD": "yes" if held else ""}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", env=environment)
 
 
 def undisturbed(program: str, *words: object) -> str:

@@ -265,7 +265,7 @@ def test_the_tools(samples, tokenizer_path, tmp_path):
 
     def run(tool: str, *words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, TOOLS / tool, "--input", str(samples), "--workers", "0", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=tmp_path)
 
     options = ("--blocklist", "words.txt", "--images.max-aspect", "1.2", "--duplicates.images", "off")
     done = run("clean_corpus.py", "--output", "clean", *options)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def test_every_case_runs(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--repeats", "1"]
     command += ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {figure["case"] for figure in figures} == {"text", "memory", "order", "images", "loader"}
@@ -32,7 +32,7 @@ def test_text_of_ones_own(tmp_path):
     text.write_text("".join(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n" for page in pages))
     command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--cases", "text", "--text", str(text)]
     made = tmp_path / "made"
-    done = subprocess.run([*command, "--folder", str(made)], capture_output=True, text=True)
+    done = subprocess.run([*command, "--folder", str(made)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "unigram: our encoder / SentencePiece's batch encoding" in done.stdout
     assert {path.name for path in made.glob("*.model")} == {"bpe-1000-other.model", "unigram-1000-other.model"}
@@ -42,12 +42,12 @@ def test_text_of_ones_own(tmp_path):
 
 def test_a_case_that_is_none(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--folder", str(tmp_path), "--cases", "texts"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and "no case texts; there are text, memory" in done.stderr
 
 
 def test_killed_builds_end_with_the_same_bytes(tmp_path):
     command = [sys.executable, "-m", "tests.data.killed_builds", "--smoke", "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("the same bytes") == 2 and done.stdout.count("killed 10 times") == 2

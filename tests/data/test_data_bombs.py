@@ -77,7 +77,7 @@ print(json.dumps([sys.argv[1], int(open("/proc/self/status").read().split("VmHWM
 
 def outcome(program: str, *words: str | Path) -> list[tuple[str, int, str]]:
     """(file, peak in MiB so far, message) of each file that a program was given."""
-    run = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr[-2000:]
     return [tuple(json.loads(line)) for line in run.stdout.splitlines()]
 
@@ -297,7 +297,7 @@ def test_a_full_disk_stops_cleanly_and_is_gone_on_from(samples, tmp_path, tokeni
     try:
         def build(output: Path) -> subprocess.CompletedProcess:
             words = [sys.executable, "-c", FILL, str(source), str(output), tokenizer_path]
-            return subprocess.run(words, capture_output=True, text=True)
+            return subprocess.run(words, capture_output=True, encoding="utf-8")
 
         full = build(disk / "x")
         assert full.returncode == 1 and "No space left on device" in full.stderr and "Traceback" not in full.stderr
@@ -325,7 +325,8 @@ def test_bombs_among_samples_are_left_out_and_named(samples, tmp_path, tokenizer
     path = samples.parent / "bombs.jsonl"
     path.write_text("\n".join(lines))
     run = subprocess.run(
-        [sys.executable, "-c", BUILD, str(path), str(tmp_path / "x"), tokenizer_path], capture_output=True, text=True,
+        [sys.executable, "-c", BUILD, str(path), str(tmp_path / "x"), tokenizer_path],
+        capture_output=True, encoding="utf-8",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)),
     )  # fmt: skip
     _, peak, message = json.loads(run.stdout)

@@ -119,16 +119,16 @@ def test_tool_exit_status_no_check_and_media_root(source, tmp_path, tokenizer_pa
     shutil.move(source / "samples.jsonl", elsewhere)
     command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(elsewhere), "--output",
                str(tmp_path / "out"), "--tokenizer-model", tokenizer_path, "--media-root", str(source)]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "s.jsonl, line 2: " in run.stderr and "1-0.png" in run.stderr
     assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()
-    run = subprocess.run([*command, "--no-check"], capture_output=True, text=True)
+    run = subprocess.run([*command, "--no-check"], capture_output=True, encoding="utf-8")
     assert run.returncode == 0 and "60 samples" in run.stdout, run.stderr
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "exists already" in run.stderr
     command = [sys.executable, str(TOOLS / "inspect_dataset.py"), "--path", str(tmp_path / "out"), "--tokenizer-model",
                tokenizer_path, "--verify", "--json", str(tmp_path / "i.json")]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "images.bin, record 0 (sample ball-1): " in run.stderr
     assert "1 damaged records" in run.stdout and "a red ball" in run.stdout
     (figures,) = json.loads((tmp_path / "i.json").read_text())["datasets"]
@@ -144,7 +144,7 @@ def test_disk_full_leaves_nothing(samples, tmp_path, tokenizer_path, tool):
     run = subprocess.run(
         [sys.executable, str(TOOLS / f"{tool}.py"), "--input", str(samples), name, str(out / "x"), "--tokenizer-model",
          tokenizer_path, "--workers", "0"],
-        capture_output=True, text=True,
+        capture_output=True, encoding="utf-8",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)),
     )  # fmt: skip
     assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr, run.stderr
@@ -182,7 +182,7 @@ def test_merge_equals_building_together(tmp_path, samples, folder, tokenizer_pat
             [str(samples.parent / f"{name}.jsonl")], str(tmp_path / name), tokenizer_path, workers=0, progress=False
         )
     command = [sys.executable, str(TOOLS / "merge_datasets.py"), "--input", str(tmp_path / "a"), str(tmp_path / "b")]
-    run = subprocess.run([*command, "--output", str(tmp_path / "m")], capture_output=True, text=True)
+    run = subprocess.run([*command, "--output", str(tmp_path / "m")], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     for name in ("text.bin", "text.idx", "images.bin", "sounds.idx", "videos.bin", "samples.npy", "ids.bin"):
         assert (tmp_path / "m" / name).read_bytes() == (Path(folder) / name).read_bytes(), name

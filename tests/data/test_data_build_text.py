@@ -129,7 +129,7 @@ def test_long_line_damaged_gzip_and_existing_output(tmp_path, model, monkeypatch
 @pytest.mark.slow
 def test_the_tool(tmp_path, corpus, model):
     def run(*command):
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8", cwd=tmp_path)
 
     tool = [str(ROOT / "tools/preprocess_data.py"), "--output-prefix", "p", "--tokenizer-model", model, "--append-eod"]
     done = run(*tool, "--input", str(corpus), "--workers", "1", "--log-interval", "10")

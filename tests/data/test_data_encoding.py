@@ -228,10 +228,10 @@ def test_the_tool_and_another_encoding_starts_anew(tmp_path, samples, tokenizer_
     command = [sys.executable, str(TOOL), "--input", str(source), "--output", str(tmp_path / "x"),
                "--tokenizer-model", tokenizer_path, "--image-encoding", "webp", "--image-size", "24",
                "--audio-encoding", "flac"]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 0 and "begun with other options: starts anew" in run.stderr, run.stderr
     assert "60 samples" in run.stdout
     manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
     assert manifest["options"]["encoding"]["image_size"] == 24
-    run = subprocess.run([*command, "--image-size", "0"], capture_output=True, text=True)
+    run = subprocess.run([*command, "--image-size", "0"], capture_output=True, encoding="utf-8")
     assert run.returncode and "--image-size 0: must lie within 1" in run.stderr + run.stdout

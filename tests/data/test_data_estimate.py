@@ -103,7 +103,9 @@ def test_small_input_is_built_whole(tmp_path, samples, tokenizer_path):
     output = str(tmp_path / "out")
     arguments = ["--input", str(samples), "--output", output, "--tokenizer-model", tokenizer_path, "--workers", "0"]
     command = [sys.executable, str(ROOT / "tools" / "estimate_build.py"), "multimodal", *arguments]
-    run = subprocess.run([*command, "--json", str(tmp_path / "e.json")], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [*command, "--json", str(tmp_path / "e.json")], capture_output=True, encoding="utf-8", check=False
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["share"] == 1 and "enough" in run.stdout.splitlines()[-1]

@@ -97,7 +97,7 @@ def page(tmp_path_factory, shown, tokenizer_path) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
     command = [sys.executable, str(ROOT / "tools" / "inspect_dataset.py"), "--path", shown, "--tokenizer-model"]
     arguments = [tokenizer_path, "--samples", "6", "--verify", "--html", str(path)]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    run = subprocess.run([*command, *arguments], capture_output=True, encoding="utf-8", check=False)
     assert run.returncode == 1, "the damaged media are found"
     assert run.stdout.splitlines()[-1] == f"wrote {path}: 6 samples, {readable_size(path.stat().st_size)}", run.stderr
     return path

@@ -85,7 +85,10 @@ def test_a_tool_ends_with_status_2(mine, samples, tokenizer_path):
     command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(samples), "--tokenizer-model"]
     for output in ("", ".", str(mine / "here")):
         done = subprocess.run(
-            [*command, tokenizer_path, "--output", output, "--overwrite"], capture_output=True, text=True, check=False
+            [*command, tokenizer_path, "--output", output, "--overwrite"],
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
         )
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
         assert contents(mine) == before
@@ -308,7 +311,7 @@ def test_a_page_replaces_a_page_alone(mine, folder, tokenizer_path):
     site = mine / "here" / "index.html"
     site.write_text("<!DOCTYPE html>\n<html><head><title>a user's site</title></head></html>\n")
     before = contents(mine)
-    done = subprocess.run([*command, str(site)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(site)], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and "holds something else than a page of datasets" in done.stderr
     assert contents(mine) == before
     for _ in range(2):

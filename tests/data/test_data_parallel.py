@@ -36,7 +36,7 @@ list(parallel.ordered_map(time.sleep, tasks(), 2, begun))
 @pytest.mark.parametrize(("when", "said"), [("after", "waiting"), ("before", "forked")])
 def test_workers_end_with_a_parent_that_is_killed(when, said):
     """The parent is killed while its workers wait for work, or before they have begun."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, when], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, when], stdout=subprocess.PIPE, encoding="utf-8")
     assert [driver.stdout.readline() for _ in range(2)] == [f"{said}\n"] * 2
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=HANG_SECONDS)  # returns once no process holds the pipe any more

@@ -84,20 +84,20 @@ def test_the_tools_say_how_many_and_where(samples, tmp_path, tokenizer_path):
     bad, good = with_bad_lines(samples)
     command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(bad), "--tokenizer-model",
                tokenizer_path, "--output", str(tmp_path / "x"), "--on-error"]  # fmt: skip
-    run = subprocess.run([*command, "stop"], capture_output=True, text=True)
+    run = subprocess.run([*command, "stop"], capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "some-bad-1.jsonl, line 1: not JSON" in run.stderr
-    run = subprocess.run([*command, "skip"], capture_output=True, text=True)
+    run = subprocess.run([*command, "skip"], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     assert f"left out 6 samples; {tmp_path}/x/skipped.jsonl lists them with their causes" in run.stdout
     command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", str(bad), "--tokenizer-model",
                tokenizer_path, "--output-prefix", str(tmp_path / "t"), "--on-error", "skip"]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     assert f"left out 4 lines; {tmp_path}/t_skipped.jsonl lists them with their causes" in run.stdout
     counts = json.loads((tmp_path / "t_text_document.json").read_text())["counts"]
     assert counts["documents"] == 62 and counts["skipped"] == 4
     assert [entry["line"] for entry in listed(tmp_path / "t_skipped.jsonl")] == [1, 17, 18, 66]
-    run = subprocess.run([*command, "--overwrite", "--input", str(good)], capture_output=True, text=True)
+    run = subprocess.run([*command, "--overwrite", "--input", str(good)], capture_output=True, encoding="utf-8")
     assert run.returncode == 0 and "left out" not in run.stdout, run.stderr
     assert not (tmp_path / "t_skipped.jsonl").exists(), "the list of the replaced shard is gone with it"
 
@@ -280,7 +280,7 @@ def test_a_run_counts_and_names_them_in_any_layout(tmp_path):
         dump_config(config, tmp_path / "recipe.yaml")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stages > 1 else []
         run = subprocess.run([sys.executable, *launcher, str(TOOLS.parent / "pretrain_multimodal.py"), "--config",
-                              str(tmp_path / "recipe.yaml")], capture_output=True, text=True)  # fmt: skip
+                              str(tmp_path / "recipe.yaml")], capture_output=True, encoding="utf-8")  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         figures = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         losses[stages], counts[stages] = ([figure[name] for figure in figures] for name in ("loss", "corrupt_media"))

@@ -146,9 +146,9 @@ def test_the_tool(corpus, tokenizer_path, nltk_data, tmp_path):
     command += ["--output-prefix", str(tmp_path / "t"), "--tokenizer-model", tokenizer_path, "--workers", "1"]
     environment = {**os.environ, "HOME": str(tmp_path)}
     environment.pop("NLTK_DATA", None)
-    failed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    failed = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert failed.returncode == 1 and "nltk's table" in failed.stderr and "Traceback" not in failed.stderr
-    done = subprocess.run([*command, "--nltk-data", nltk_data], capture_output=True, text=True)
+    done = subprocess.run([*command, "--nltk-data", nltk_data], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "cut 1 documents into pieces of 1,000,000 characters: a sentence across a cut is two" in done.stdout
     assert (tmp_path / "t_text_sentence.idx").exists()

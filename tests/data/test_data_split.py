@@ -25,7 +25,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOLS / name), *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(TOOLS / name), *arguments], capture_output=True, encoding="utf-8", check=False
+    )
 
 
 def same_data(a: Path, b: Path) -> None:

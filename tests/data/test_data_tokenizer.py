@@ -48,9 +48,11 @@ def test_training_from_text_and_gzip_without_learning_placeholders(tmp_path, mod
 
 def test_tool_says_that_the_corpus_is_small(tmp_path, samples):
     command = [sys.executable, str(TOOLS / "train_tokenizer.py"), "--input", str(samples), "--vocab-size", "5000"]
-    run = subprocess.run([*command, "--output", str(tmp_path / "t.model")], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [*command, "--output", str(tmp_path / "t.model")], capture_output=True, encoding="utf-8", check=True
+    )
     assert "too small for 5000 pieces" in run.stdout
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 2, "usage errors are 2"
 
 

@@ -32,7 +32,7 @@ SCRIPT = """
 def run(tmp_path, argument: str) -> subprocess.CompletedProcess:
     script = tmp_path / "tool.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    return subprocess.run([sys.executable, script, argument], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, script, argument], capture_output=True, encoding="utf-8", check=False)
 
 
 def test_workers_of_a_pool_end_silently(tmp_path):

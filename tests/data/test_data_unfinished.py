@@ -204,7 +204,9 @@ def test_killed_while_files_get_their_names(named, many, tmp_path, tokenizer_pat
 def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
     hold = "import signal, sys\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
     hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\nsignal.pause()"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, encoding="utf-8"
+    )
     assert other.stdout.readline() == "held\n"
     try:
         with pytest.raises(DataError, match="another process is building"):

@@ -93,7 +93,7 @@ def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
     command = [sys.executable, ROOT / "tools" / "evaluate.py", "--model", folder, "--input", tmp_path / "held.jsonl"]
     options = ["--swap-media", "--max-new-tokens", "4", "--json", tmp_path / "scores.json"]
     options += ["--captions", tmp_path / "captions.jsonl"]
-    done = subprocess.run([*map(str, command), *map(str, options)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*map(str, command), *map(str, options)], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
     assert [row["media"] for row in rows] == ["true", "swapped"] and "exact match" in done.stdout
@@ -103,5 +103,5 @@ def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
     assert abs(rows[0]["token_loss"] - rows[1]["token_loss"]) > 1e-4
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 8
 
-    done = subprocess.run([*map(str, command), "--limit", "1", "--swap-media"], capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), "--limit", "1", "--swap-media"], capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and "cannot be swapped" in done.stderr and "Traceback" not in done.stderr

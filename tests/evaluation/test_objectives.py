@@ -115,7 +115,7 @@ def test_a_checkpoint_is_scored_beside_the_untrained_model_from_the_command_line
 
     def tool(checkpoint, *words):
         command = [sys.executable, "tools/score_objectives.py", "--input", samples, "--checkpoint", checkpoint, *words]
-        return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+        return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", cwd=ROOT)
 
     done = tool(folder, "--untrained", "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr

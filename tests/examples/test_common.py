@@ -56,7 +56,7 @@ class Checkout:
     def start(self, script: str, *options: str, **variables: str) -> subprocess.Popen:
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.home), **variables}
         return subprocess.Popen(
-            ["bash", str(self.root / "examples" / script), *options], cwd=self.home, env=environment, text=True,
+            ["bash", str(self.root / "examples" / script), *options], cwd=self.home, env=environment, encoding="utf-8",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
@@ -158,7 +158,9 @@ def test_what_is_no_place_for_an_output_is_refused(checkout, tmp_path, script, v
 def test_an_unset_variable_is_refused(checkout, words):
     """As a caller's shell makes the words."""
     command = f"exec bash {checkout.root}/examples/avt_33b/tiny.sh --output {words}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, encoding="utf-8", timeout=HANG_SECONDS, check=False
+    )
     assert done.returncode == 2 and "--output" in done.stderr and done.stderr.count("\n") == 1
     assert checkout.called() == []
 

@@ -51,7 +51,7 @@ class Offline:
     def run(self, command: list[str], path: str) -> subprocess.CompletedProcess:
         environment = {**self.environment, "PATH": f"{self.bin}{path}"}
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment, cwd=ROOT, check=False
+            command, capture_output=True, encoding="utf-8", timeout=HANG_SECONDS, env=environment, cwd=ROOT, check=False
         )
 
     def prepare(self, module: str, data: Path, cache: Path) -> subprocess.CompletedProcess:

@@ -34,7 +34,7 @@ def write_shapes(folder: Path) -> Path:
 def run(*options: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
 
 
 def test_shapes_are_captioned_where_both_answers_are_known(tmp_path):

@@ -67,7 +67,7 @@ def test_the_environment_is_that_at_hand_or_the_repositorys(tmp_path):
         path = f"{tmp_path / at_hand}{os.pathsep}{os.environ['PATH']}"
         given = {"PATH": path, "MEGATRON_MM_VENV": str(tmp_path / venv)}
         command = [script("synapse-70b"), "--dry-run"]
-        return subprocess.run(command, env=given, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, env=given, check=True, capture_output=True, encoding="utf-8").stdout.strip()
 
     assert python("bare", "venv") == "venv"
     assert python("container", "venv") == "container"
@@ -143,7 +143,7 @@ def facts(**given: str) -> dict[str, str]:
     """The environment that examples/cluster.sh leaves."""
     command = ["bash", "-euc", ". examples/cluster.sh; env -0"]
     given = {"PATH": os.environ["PATH"], **given}
-    said = subprocess.run(command, cwd=ROOT, env=given, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(command, cwd=ROOT, env=given, check=True, capture_output=True, encoding="utf-8").stdout
     return dict(line.split("=", 1) for line in said.split("\0") if line)
 
 

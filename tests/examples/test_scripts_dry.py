@@ -23,7 +23,7 @@ def test_no_script_is_missed():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
 def test_bash_can_read_it(path):
-    done = subprocess.run(["bash", "-n", ROOT / path], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-n", ROOT / path], capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -34,7 +34,7 @@ def write_questions(folder: Path) -> None:
 def run(system: str, *options: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / system / "tiny.sh"), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
 
 
 def test_a_loss_must_be_below_its_baseline(tmp_path, capsys):

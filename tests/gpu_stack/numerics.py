@@ -76,7 +76,7 @@ class Case:
     node: Callable[[LayerSettings], Node]
     batch: Callable[[], Microbatch]
     comms: tuple[str, ...] = ("all_gather",)
-    text: bool = True
+    sharded: bool = True
     within: bool = False
     """Context parallelism is Transformer Engine's own."""
 
@@ -87,7 +87,7 @@ CASES = (
     Case("one document a row, causal", self_attention(True), single, ("all_gather", "a2a", "p2p"), within=True),
     Case("one document a row, both directions", self_attention(False), single, ("all_gather", "a2a", "p2p")),
     Case("media of documents", named("decoder.cross_layers.0"), packed),
-    Case("images", named("vision.layers.0"), packed, text=False),
+    Case("images", named("vision.layers.0"), packed, sharded=False),
 )
 
 

@@ -236,7 +236,7 @@ def test_megatron_core_loads_a_restored_checkpoint(folders, tmp_path):
     torch.save({name: tuple(weights[name].shape) for name in names}, tmp_path / "out.pt.shapes")
     script = tmp_path / "load.py"
     script.write_text(LOAD_WITH_MEGATRON)
-    run = subprocess.run([sys.executable, script, restored, tmp_path / "out.pt"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, restored, tmp_path / "out.pt"], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr[-2000:]
     loaded = torch.load(tmp_path / "out.pt", weights_only=False)
     for name in names:
@@ -322,7 +322,7 @@ def test_export_loads_where_there_is_no_megatron(folders, tmp_path):
     files = [draw(tmp_path / "a.png"), sing(tmp_path / "a.wav")]
     run = subprocess.run(
         [sys.executable, "-c", LOAD_WITHOUT_MEGATRON, exported, tmp_path / "batch.pt", *files, tmp_path / "out.pt"],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True, encoding="utf-8", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     out = torch.load(tmp_path / "out.pt")
@@ -566,7 +566,7 @@ def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
         command = [sys.executable, "-c", MEASURE, what, tmp_path / source, tmp_path / target, tmp_path / "recipe.yaml"]
         # Blocks of a real model are always returned when freed; below 32 MiB glibc would keep them for itself.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
         assert run.returncode == 0, run.stderr[-2000:]
         assert int(run.stdout) < 2 * largest, f"{what}: {int(run.stdout) / largest:.2f} × the largest tensor"
 
@@ -576,7 +576,7 @@ def test_the_tool_converts_and_says_what_is_wrong(folders, tmp_path):
     tool = ROOT / "tools" / "convert_checkpoint.py"
 
     def run(*arguments):
-        return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, text=True)
+        return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, encoding="utf-8")
 
     done = run("export", "--checkpoint", folders[3], "--output", tmp_path / "out", "--dtype", "bf16")
     assert done.returncode == 0 and f"wrote {tmp_path / 'out'}" in done.stdout, done.stderr

@@ -292,6 +292,6 @@ def test_prompts_are_not_replaced_by_answers(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_tool_runs_from_the_command_line_on_a_checkpoint(work, generator):
     command = [sys.executable, ROOT / "tools" / "generate.py", "--model", work / "run", "--image", work / "a.png"]
-    done = subprocess.run([*command, "--max-new-tokens", "5"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--max-new-tokens", "5"], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip("\n") == next(generator.generate([{"images": [work / "a.png"]}], Decoding(5)))

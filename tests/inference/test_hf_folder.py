@@ -186,7 +186,7 @@ def test_a_proof_that_does_not_fit_in_memory_says_so(exported, monkeypatch):
 def test_the_tool_ends_with_the_proof(run, tmp_path):
     command = [sys.executable, "tools/convert_checkpoint.py", "export"]
     command += ["--checkpoint", str(run), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "without it and by the training model, agree" in done.stdout
     assert done.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"

@@ -128,7 +128,7 @@ assert not any(name == "megatron" or name.startswith(("megatron.", "megatron_mm.
 def test_exports_load_where_there_is_no_megatron(media, works, tmp_path):
     folders = [str(work.exported) for work in works.values()]
     command = [sys.executable, "-c", LOAD, str(media), str(tmp_path / "out.pt"), *folders]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt")
     assert found.keys() == works.keys()

@@ -26,7 +26,7 @@ def launch(*arguments: object, processes: int = 1) -> None:
     """Run the training side; the test fails with its errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "tests.inference.train_and_save", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -61,7 +61,7 @@ def differences(name: str, folder: Path, tp: int = 2) -> dict[str, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
     command += ["-m", "tests.models.tensor_parallel", name, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(tp)]
     expected, _ = run_case(name, ParallelSizes())

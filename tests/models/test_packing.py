@@ -69,7 +69,7 @@ def test_media_of_documents(cp_size: int, counted: bool):
     query = torch.randn(rows, length, 1, 8)
     image_key, image_value = torch.randn(2, batch.plan.num_images, images, 1, 8)
     sound_key, sound_value = torch.randn(2, batch.plan.num_sounds, sounds, 1, 8)
-    core = MediaAttention(layer_config(LayerSettings(), decoder_shape(config.decoder, config.init_std), text=True))
+    core = MediaAttention(layer_config(LayerSettings(), decoder_shape(config.decoder, config.init_std), sharded=True))
     expected = core(
         query,
         (image_key, image_value),

@@ -58,7 +58,7 @@ def test_frozen_tower_keeps_its_temporal_table_trainable():
 def test_heads_that_tensor_parallelism_would_split_are_refused():
     settings = LayerSettings(sizes=ParallelSizes(tp=3))
     with pytest.raises(ValueError, match="8 attention heads do not divide over tensor parallel size 3"):
-        layer_config(settings, decoder_shape(case.tiny_config().decoder, 0.02), text=True)
+        layer_config(settings, decoder_shape(case.tiny_config().decoder, 0.02), sharded=True)
 
 
 def test_nothing_reads_a_tensors_value():

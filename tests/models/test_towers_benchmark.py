@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "benchmarks" / "towers.py", "--threads", "1", *options]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.mark.slow

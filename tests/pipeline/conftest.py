@@ -19,7 +19,7 @@ def train_in_processes(tmp_path):
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         words += ["-m", "tests.pipeline.toy", json.dumps([dataclasses.asdict(case) for case in cases]), str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return torch.load(output, weights_only=True)
 

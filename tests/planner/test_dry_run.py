@@ -17,7 +17,7 @@ from tests.recipes import small_config, small_perceiver_fusion
 def run_dry(path, world_size: int, output, *words: str) -> dict:
     command = [sys.executable, "pretrain_multimodal.py", "--config", str(path), "--dry-run"]
     command += ["--world-size", str(world_size), "--dry-run-json", str(output), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(output.read_text())
 

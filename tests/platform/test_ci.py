@@ -33,7 +33,7 @@ def integrate(tmp_path):
         files["newest"].write_text(newest)
         words = [str(tmp_path / ".ci" / "run")]
         environment = {**os.environ, "SECONDS": str(seconds)}  # bash counts on from there
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, check=False)
         return done.returncode, (done.stdout + done.stderr).splitlines(), files["notes"].read_text().splitlines()
 
     return run
@@ -110,7 +110,7 @@ def run_tests(tmp_path):
         python.chmod(0o755)
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(python)}
         command = [str(tmp_path / "tests" / "run.sh"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
         calls = [line for line in notes.read_text().splitlines() if "-m pytest" in line]
         return done.returncode, done.stdout + done.stderr, calls
 

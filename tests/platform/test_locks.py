@@ -122,7 +122,7 @@ def test_what_is_no_lock_is_refused_by_line(line):
 
 def run(*words: str, given: str = "") -> str:
     command = [sys.executable, "tools/locks.py", *words]
-    return subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    return subprocess.run(command, input=given, capture_output=True, encoding="utf-8", cwd=ROOT, check=True).stdout
 
 
 def test_clean_leaves_out_torch_and_another_lock_and_sorts(tmp_path):
@@ -188,7 +188,7 @@ def update(tmp_path):
         command = [str(tmp_path / "tools" / "update_locks.sh"), *words]
         # Not through the link, which would be taken for an environment of its own without setuptools.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
         return done.returncode, done.stdout + done.stderr
 
     return run_script
@@ -236,7 +236,7 @@ def peers(folder: Path, tmp_path: Path, minor: int) -> subprocess.CompletedProce
     python.chmod(0o755)
     command = [str(ROOT / "benchmarks" / "peers.sh"), str(folder)]
     environment = {**os.environ, "PYTHON": str(python)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
 
 
 def test_peers_are_not_installed_over_something_else(tmp_path):

@@ -41,7 +41,7 @@ def fill(folder: Path, files: list[str]) -> Path:
 
 def new_venv(folder: Path, *options: str) -> subprocess.CompletedProcess:
     command = [str(ROOT / "tools/new_venv.sh"), sys.executable, str(folder), "--without-pip", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.mark.parametrize("kind", [*OURS, "nothing", "empty folders"])
@@ -84,6 +84,6 @@ def test_the_checks_of_the_gpu_stack_empty_no_other_environment(tmp_path):
     given = {"MEGATRON_MM_VENV": "venv", "MEGATRON_MM_GPU_STACK_VENV": "mine"}
     environment = {**os.environ, **given, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", tmp_path / "tests/gpu_stack/run.sh"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and "error: mine is not empty" in done.stderr
     assert "--clear" not in (tmp_path / "called").read_text() and (tmp_path / "mine" / SITE / "torch.py").exists()

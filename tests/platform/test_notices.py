@@ -79,7 +79,7 @@ for number, (kind, module, words) in enumerate(json.load(sys.stdin)):
 def shown(said: list[tuple[str, str, str]]) -> list[int]:
     """Numbers of what a process on a CPU shows."""
     command, given = [sys.executable, "-c", SAY], json.dumps(said)
-    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", check=True)
     return [number for number in range(len(said)) if f"#{number}#" in done.stderr]
 
 

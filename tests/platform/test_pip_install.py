@@ -33,7 +33,7 @@ def wheels(tmp_path) -> Path:
 
 def install(what: str, *words: str) -> subprocess.CompletedProcess:
     command = [str(ROOT / "tools" / "pip_install.sh"), sys.executable, what, "--isolated", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.fixture

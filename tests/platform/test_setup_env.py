@@ -69,7 +69,7 @@ class Scripts:
         environment = {"PATH": os.environ["PATH"], "MEGATRON_MM_VENV": str(self.venv), "PYTHON": str(python)}
         words = ["bash", "-euc", ". tools/setup_env.sh && command -v python"]
         done = subprocess.run(
-            words, capture_output=True, text=True, cwd=self.folder, env={**environment, **given}, check=False
+            words, capture_output=True, encoding="utf-8", cwd=self.folder, env={**environment, **given}, check=False
         )
         return done.returncode, done.stdout + done.stderr, notes.read_text().splitlines()
 
@@ -217,7 +217,12 @@ def test_a_python_that_does_not_run_is_named(make):
     words = ["bash", "-c", ". tools/setup_env.sh"]
     for python in (str(shim), "python3.99"):
         done = subprocess.run(
-            words, capture_output=True, text=True, cwd=make.folder, env={**os.environ, "PYTHON": python}, check=False
+            words,
+            capture_output=True,
+            encoding="utf-8",
+            cwd=make.folder,
+            env={**os.environ, "PYTHON": python},
+            check=False,
         )
         assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"{python} is missing, does not run")
 

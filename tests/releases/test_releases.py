@@ -25,7 +25,7 @@ def test_folders_of_every_system_are_right_in_this_release_and_raise_where_their
         [sys.executable, "-m", "tests.releases.prepare", str(folders)],
         [sys.executable, "-W", "ignore", "tests/releases/check.py", str(folders), str(figures)],
     ):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     systems = json.loads(figures.read_text())["systems"]
     assert sorted(systems) == ["avt", "dual_encoder", "perceiver_fusion", "synapse", "vlm"]

@@ -86,7 +86,7 @@ def test_no_copy_of_a_frozen_weight_moves(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [*words, "-m", "tests.training.test_frozen_ties", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     for system, found in json.loads(output.read_text()).items():
         one = learn(system, "DP1")

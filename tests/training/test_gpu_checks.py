@@ -123,7 +123,7 @@ def tool(*words: object) -> list[str]:
 
 
 def run(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run(tool(*words), capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run(tool(*words), capture_output=True, encoding="utf-8", check=False, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_two_nodes_run_here_as_two_programs(tmp_path):
     port = free_ports(11)  # of the first node, and ten for runs
     words = ["two-nodes", "--steps", 4, "--gpus", 1, "--output", tmp_path, "--master-port", port]
     with socket.create_server(("", port + 2)):  # something else has it: another of the ten is used
-        second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        second = subprocess.Popen(tool(*words, "--node-rank", 1), cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         done = run(*words, "--node-rank", 0)
     assert done.returncode == 0, done.stdout + done.stderr
     assert second.wait() == 0 and second.stdout.read() == ""

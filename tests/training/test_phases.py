@@ -43,7 +43,7 @@ def run(path: Path, processes: int = 1, *words: str) -> subprocess.CompletedProc
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launcher = launcher if processes > 1 else [sys.executable]
     command = [*launcher, "pretrain_multimodal.py", "--config", str(path), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 
 def metrics(output: Path) -> list[dict]:

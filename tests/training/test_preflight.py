@@ -24,7 +24,7 @@ PLACES = [Place(rank, f"node{rank // 2}", rank % 2) for rank in range(8)]
 def run(*words: object, **environment: str) -> subprocess.CompletedProcess:
     command = [str(word) for word in words]
     given = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=given)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=ROOT, env=given)
 
 
 # Judgement, without processes

@@ -54,11 +54,11 @@ def held(words: list[str], step: int, **options) -> subprocess.Popen:
     """Starts a run that waits for a signal after a step, and takes as long as it needs to save then."""
     environment = {"HELD_AFTER": str(step), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(HANG_SECONDS))}
     words = [*words, "--data.builder", "tests/training/held_data.py:build"]
-    return subprocess.Popen(words, env={**os.environ, **environment}, text=True, **options)
+    return subprocess.Popen(words, env={**os.environ, **environment}, encoding="utf-8", **options)
 
 
 def run(path: Path, processes: int = 1, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(path, processes, *words), capture_output=True, text=True, check=False)
+    return subprocess.run(command(path, processes, *words), capture_output=True, encoding="utf-8", check=False)
 
 
 def metrics(output: Path) -> list[dict]:
@@ -218,7 +218,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(corpus, uninterrupted, 
     path = recipe(corpus, tmp_path)
     assert run(path, 1, "--train-iters", "4").returncode == 0
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "limited", *command(path, 1, "--train-iters", "9")]
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    done = subprocess.run(limited, capture_output=True, encoding="utf-8", check=False)
     assert "warning: checkpoint" in done.stdout and "earlier checkpoints are whole" in done.stdout  # at iteration 8
     assert done.returncode == 1 and "error: checkpoint" in done.stderr  # the last one: nothing will try again
     assert "Traceback" not in done.stderr

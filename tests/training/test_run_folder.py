@@ -93,7 +93,7 @@ def test_the_command_ends_before_it_trains(tmp_path, output):
     (tmp_path / "metrics.jsonl").write_text("mine\n")
     words = [sys.executable, str(ROOT / "pretrain_multimodal.py"), "--config", "config.yaml"]
     environment, words = {**os.environ, "PYTHONPATH": str(ROOT)}, [*words, "--logging.output", output]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False, env=environment)
     assert done.returncode == 2 and "error: logging.output" in done.stderr, done.stderr[-1000:]
     assert (tmp_path / "config.yaml").read_text() == TINY.read_text()
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl"]

@@ -63,7 +63,7 @@ def test_the_first_process_reads_for_all(tmp_path):
     build_corpus(tmp_path)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     words += ["-m", "tests.training.test_shared_reading", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(path.read_text()) for path in tmp_path.glob("told_*.json")]
     assert len(told) == 4 and all(one["same"] == [True] * STEPS for one in told)

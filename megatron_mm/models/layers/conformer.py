@@ -177,7 +177,7 @@ class ConformerLayer(MegatronModule):
     """One block; a pure function of its stream."""
 
     def __init__(self, settings: LayerSettings, shape: StackShape, kernel_size: int) -> None:
-        config, backend = layer_config(settings, shape, text=False), backend_of(settings)
+        config, backend = layer_config(settings, shape, sharded=False), backend_of(settings)
         super().__init__(config)
         self.ffn1_layernorm = backend.norm(config, shape.hidden_size)
         self.ffn1 = FeedForward(config, backend, shape)
@@ -247,7 +247,7 @@ def conformer_cost(
     flops = 2.0 * positions * products + 2.0 * sizes.cp * distances * hidden**2
     flops += 2.0 * positions * hidden * (2 * length + distances)
     # Inputs of five norms, and of the linears after four of them.
-    whole = 9 * hidden * (copies(sizes, text=False) // sizes.cp)
+    whole = 9 * hidden * (copies(sizes, sharded=False) // sizes.cp)
     # Before and after swish, twice; q with either bias, k, v, attention output; in the convolution module: value and
     # gate, then what each of the four operations reads.
     sharded = 4 * ffn + 5 * hidden + 6 * hidden

@@ -12,17 +12,17 @@ from megatron_mm.models.graph import NodeCost, ParallelSizes
 from megatron_mm.models.layers.settings import StackShape
 
 
-def copies(sizes: ParallelSizes, *, text: bool) -> int:
+def copies(sizes: ParallelSizes, *, sharded: bool) -> int:
     """How many processes keep a value that is not sharded over heads or columns.
 
     Text: TP without sequence parallelism. A tower, which is whole on every process: TP × CP.
     """
-    if text:
+    if sharded:
         return 1 if sizes.sequence_parallel else sizes.tp
     return sizes.tp * sizes.cp
 
 
-def layer_cost(shape: StackShape, sequences: int, length: int, sizes: ParallelSizes, *, text: bool) -> NodeCost:
+def layer_cost(shape: StackShape, sequences: int, length: int, sizes: ParallelSizes, *, sharded: bool) -> NodeCost:
     """A layer of self-attention and MLP on `sequences` × `length` positions."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     query, key_value = shape.num_attention_heads * shape.head_dim, 2 * shape.num_query_groups * shape.head_dim
@@ -30,11 +30,11 @@ def layer_cost(shape: StackShape, sequences: int, length: int, sizes: ParallelSi
     matrices = hidden * (query + key_value) + query * hidden + hidden * fc1 + ffn * hidden
     biases = query + key_value + hidden + fc1 + hidden if shape.bias else 0
     norms = 2 * hidden * (2 if shape.normalization == "LayerNorm" else 1)
-    positions = sequences * length * (1 if text else sizes.cp)
+    positions = sequences * length * (1 if sharded else sizes.cp)
     flops = 2.0 * positions * matrices + 4.0 * positions * length * query
     # Inputs of both norms and of the linears after them; then, sharded by TP: q k v, attention output with its
     # log-sum-exp (4 bytes a head), what the activation reads and, for SwiGLU, its product's factors; input of fc2.
-    whole = 4 * hidden * (copies(sizes, text=text) // (1 if text else sizes.cp))
+    whole = 4 * hidden * (copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp))
     sharded = 2 * query + key_value + fc1 + (2 * ffn if shape.gated else ffn)
     stored = positions * (2.0 * (whole + sharded) + 4.0 * shape.num_attention_heads)
     return NodeCost(matrices + biases + norms, flops, stored)
@@ -62,7 +62,9 @@ def cross_cost(
     keys = sum(tokens * slots for _, _, tokens, slots in memories)
     flops = 2.0 * positions * 2 * hidden * query + 4.0 * positions * keys * query
     # Input of the norm and of q, output before the gate; q before and after its norm, attention output; gathered k v.
-    values = float(positions * (3 * hidden * copies(sizes, text=True) + 3 * query) + sizes.cp * rows * keys * key_value)
+    values = float(
+        positions * (3 * hidden * copies(sizes, sharded=True) + 3 * query) + sizes.cp * rows * keys * key_value
+    )
     for width, media, tokens, _ in memories:
         # Every context-parallel process projects all media. The memory itself is kept by the node that wrote it.
         flops += 2.0 * sizes.cp * media * tokens * width * key_value
@@ -82,7 +84,7 @@ def head_cost(
     positions: int,
     sizes: ParallelSizes,
     *,
-    text: bool = True,
+    sharded: bool = True,
     output_width: int | None = None,
     tied: bool = False,
 ) -> NodeCost:
@@ -95,10 +97,10 @@ def head_cost(
     hidden, width = shape.hidden_size, output_width or shape.hidden_size
     norm = hidden * (2 if shape.normalization == "LayerNorm" else 1)
     projection = hidden * width if output_width else 0
-    times = 1 if text else sizes.cp
+    times = 1 if sharded else sizes.cp
     flops = 2.0 * positions * times * (width * vocab_size + projection * sizes.tp)
     whole = hidden + width + (hidden if output_width else 0)
-    stored = positions * (2.0 * whole * copies(sizes, text=text) + 4.0 * vocab_size * times)
+    stored = positions * (2.0 * whole * copies(sizes, sharded=sharded) + 4.0 * vocab_size * times)
     return NodeCost(norm + projection + (0 if tied else vocab_size * width), flops, stored)
 
 

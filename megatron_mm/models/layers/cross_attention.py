@@ -140,13 +140,13 @@ class GatedCrossAttention(MegatronModule):
         sound_tokens: int,
         qk_layernorm: bool,
     ) -> None:
-        config = layer_config(settings, shape, text=True)
+        config = layer_config(settings, shape, sharded=True)
         super().__init__(config)
         backend = backend_of(settings)
         self.image_tokens, self.sound_tokens = image_tokens, sound_tokens
         self.width = shape.head_dim
         inner = shape.num_attention_heads * self.width
-        memory = layer_config(settings, replace(shape, bias=False), text=False)
+        memory = layer_config(settings, replace(shape, bias=False), sharded=False)
         kv = 2 * shape.num_query_groups * self.width
         self.input_layernorm = backend.norm(config, shape.hidden_size)
         self.linear_q = backend.column_linear(config, shape.hidden_size, inner)

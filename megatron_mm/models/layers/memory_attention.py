@@ -66,13 +66,13 @@ ViewMaker = Callable[[Microbatch], tuple[torch.Tensor | None, torch.Tensor]]
 
 
 def memory_view(
-    context: ForwardContext, key: str, make: ViewMaker, dtype: torch.dtype, *, text: bool, sequence_parallel: bool
+    context: ForwardContext, key: str, make: ViewMaker, dtype: torch.dtype, *, sharded: bool, sequence_parallel: bool
 ) -> MemoryView:
     """The view of this microbatch, made once per chunk.
 
     Args:
         key: names the view.
-        text: queries are a shard of the text [s, 1, H]; otherwise rows [R, L, H].
+        sharded: queries are a shard of the text [s, 1, H]; otherwise rows [R, L, H].
     """
 
     def build(batch: Microbatch) -> MemoryView:
@@ -85,7 +85,7 @@ def memory_view(
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
         visible = rows.to(dtype)
-        if text:
+        if sharded:
             local = batch.plan.row_length // parallel_state.get_context_parallel_world_size()
             visible = visible[:, None].expand(-1, local).reshape(-1, 1, 1)
             visible = sequence_parallel_slice(visible) if sequence_parallel else visible
@@ -93,7 +93,7 @@ def memory_view(
             visible = visible[:, None, None]
         return MemoryView(index, AttentionPlan(rows.shape[0], mask=mask), visible)
 
-    return context.derived(f"memory_view/{key}/{dtype}/{text}", build)
+    return context.derived(f"memory_view/{key}/{dtype}/{sharded}", build)
 
 
 class MemoryAttention(MegatronModule):
@@ -113,7 +113,7 @@ class MemoryAttention(MegatronModule):
         backend = backend_of(settings)
         self.width = shape.head_dim
         inner = shape.num_attention_heads * self.width
-        memory = layer_config(settings, replace(shape, bias=False), text=False)
+        memory = layer_config(settings, replace(shape, bias=False), sharded=False)
         self.linear_q = backend.column_linear(config, shape.hidden_size, inner)
         self.linear_kv = backend.column_linear(memory, memory_width, 2 * shape.num_query_groups * self.width)
         self.q_layernorm = self.k_layernorm = None
@@ -210,7 +210,7 @@ def memory_layer(
     *,
     name: str,
     memory_width: int,
-    text: bool,
+    sharded: bool,
     plan: Callable[[torch.Tensor, ForwardContext], object] | None = None,
     cross_query_groups: int | None = None,
     qk_layernorm: bool = False,
@@ -226,7 +226,7 @@ def memory_layer(
         gate_init: makes a gated layer without self-attention, whose gates begin with this.
     """
     backend, gated = backend_of(settings), gate_init is not None
-    config = layer_config(settings, shape, text=text)
+    config = layer_config(settings, shape, sharded=sharded)
     across = replace(shape, num_query_groups=cross_query_groups or shape.num_query_groups)
     parts = backend.layer_submodules()
     cross = {
@@ -245,7 +245,7 @@ def memory_layer(
 
     def view_of(context: ForwardContext) -> MemoryView:
         return memory_view(
-            context, name, view, settings.dtype, text=text, sequence_parallel=config.sequence_parallel
+            context, name, view, settings.dtype, sharded=sharded, sequence_parallel=config.sequence_parallel
         )
 
     layer = (GatedMemoryLayer if gated else MemoryLayer)(config, parts, layer_number, plan, view_of)
@@ -276,7 +276,7 @@ def memory_layer_cost(
     memories: int,
     memory_length: int,
     memory_width: int,
-    text: bool,
+    sharded: bool,
     cross_query_groups: int | None = None,
     qk_layernorm: bool = False,
     gated: bool = False,
@@ -290,23 +290,23 @@ def memory_layer_cost(
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     key_value = 2 * (cross_query_groups or shape.num_query_groups) * shape.head_dim
     norm = hidden * (2 if shape.normalization == "LayerNorm" else 1)
-    positions = rows * length * (1 if text else sizes.cp)
-    whole = layer_cost(shape, rows, length, sizes, text=text)
+    positions = rows * length * (1 if sharded else sizes.cp)
+    whole = layer_cost(shape, rows, length, sizes, sharded=sharded)
     parameters = 2 * hidden * query + memory_width * key_value + norm + (2 * shape.head_dim if qk_layernorm else 0)
     flops = 2.0 * positions * 2 * hidden * query + 4.0 * positions * memory_length * query
     flops += 2.0 * sizes.cp * memories * memory_length * memory_width * key_value
-    kept = copies(sizes, text=text) // (1 if text else sizes.cp)
+    kept = copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp)
     values = positions * (3 * hidden * kept + 3 * query) + sizes.cp * (memories + rows) * memory_length * key_value
     stored = 2.0 * values + 4.0 * positions * shape.num_attention_heads
     if gated:
-        self_attention = attention_only_cost(shape, rows, length, sizes, text=text)
+        self_attention = attention_only_cost(shape, rows, length, sizes, sharded=sharded)
         whole = whole - self_attention
         parameters += 2
     return whole + NodeCost(parameters, flops, stored)
 
 
 def attention_only_cost(
-    shape: StackShape, sequences: int, length: int, sizes: ParallelSizes, *, text: bool
+    shape: StackShape, sequences: int, length: int, sizes: ParallelSizes, *, sharded: bool
 ) -> NodeCost:
     """The self-attention of a layer, with its norm: what `layer_cost` counts beyond the MLP."""
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
@@ -314,7 +314,7 @@ def attention_only_cost(
     matrices = hidden * (query + key_value) + query * hidden
     biases = query + key_value + hidden if shape.bias else 0
     norm = hidden * (2 if shape.normalization == "LayerNorm" else 1)
-    positions = sequences * length * (1 if text else sizes.cp)
-    kept = copies(sizes, text=text) // (1 if text else sizes.cp)
+    positions = sequences * length * (1 if sharded else sizes.cp)
+    kept = copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp)
     stored = positions * (2.0 * (2 * hidden * kept + 2 * query + key_value) + 4.0 * shape.num_attention_heads)
     return NodeCost(matrices + biases + norm, 2.0 * positions * matrices + 4.0 * positions * length * query, stored)

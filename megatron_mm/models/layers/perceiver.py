@@ -111,7 +111,7 @@ class QueryBlock(MegatronModule):
         num_queries: int,
         rows: Callable[[MicrobatchPlan], int],
     ) -> None:
-        super().__init__(layer_config(settings, shape, text=False))
+        super().__init__(layer_config(settings, shape, sharded=False))
         self.rows = rows
         self.queries = empty_parameter(num_queries, shape.hidden_size, dtype=settings.dtype)
         self.cross = latent_layer(settings, shape, memory_width=shape.hidden_size)
@@ -136,7 +136,7 @@ def latent_layer(settings: LayerSettings, shape: StackShape, *, memory_width: in
         mlp_bda=parts.mlp_bda,
         sharded_state_dict_keys_map={"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."},
     )
-    return _describe(LatentLayer(layer_config(settings, shape, text=False), parts), shape)
+    return _describe(LatentLayer(layer_config(settings, shape, sharded=False), parts), shape)
 
 
 def query_block(
@@ -174,6 +174,6 @@ def latent_layer_cost(
     flops = 2.0 * positions * position + 2.0 * keys * memory + 4.0 * positions * memory_length * size
     # Inputs of both norms and of the linears after them, and the normed memory; then, sharded by TP: queries, attention
     # output before and after rows without memory are zeroed, with its log-sum-exp, MLP; keys and values.
-    whole = copies(sizes, text=False) // sizes.cp
+    whole = copies(sizes, sharded=False) // sizes.cp
     values = positions * (4.0 * size * whole + 3 * size + 2 * ffn) + keys * (memory_width * whole + 2.0 * size)
     return NodeCost(parameters, flops, 2.0 * values + 4.0 * positions * shape.num_attention_heads)

@@ -81,7 +81,7 @@ class EmbeddingHead(nn.Module):
         self._pool = pool
         self.pooled_layernorm = None
         if norm is not None:
-            self.pooled_layernorm = backend_of(settings).norm(layer_config(settings, norm, text=False), width)
+            self.pooled_layernorm = backend_of(settings).norm(layer_config(settings, norm, sharded=False), width)
         self.projection = empty_parameter(embedding_size, width, dtype=settings.dtype)
 
     def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:

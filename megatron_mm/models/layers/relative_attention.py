@@ -258,7 +258,7 @@ def relative_layer(
             **parts.sharded_state_dict_keys_map, "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         },
     )  # fmt: skip
-    layer = StackLayer(layer_config(settings, shape, text=False), parts, layer_number, plan)
+    layer = StackLayer(layer_config(settings, shape, sharded=False), parts, layer_number, plan)
     heads = shape.num_attention_heads
     describe(
         layer,
@@ -288,6 +288,6 @@ def relative_layer_cost(
     flops = 2.0 * positions * (token + (2 + 3 + 2) * length * size) + 2.0 * sizes.cp * 3 * length * size * size
     # Inputs of both norms and of the linears after them; then, sharded by TP: queries, keys and values with their
     # memory, probabilities, attention output, what the activation reads and gives.
-    whole = 4 * size * (copies(sizes, text=False) // sizes.cp)
+    whole = 4 * size * (copies(sizes, sharded=False) // sizes.cp)
     sharded = (1 + 2 + 2 + 1) * size + 2 * length * heads + 2 * ffn
     return NodeCost(parameters, flops, 2.0 * (positions * (whole + sharded) + sizes.cp * 3 * length * size))

@@ -71,12 +71,12 @@ class StackShape:
 
 
 def layer_config(
-    settings: LayerSettings, shape: StackShape, *, text: bool, decoder: bool = False
+    settings: LayerSettings, shape: StackShape, *, sharded: bool, decoder: bool = False
 ) -> TransformerConfig:
     """The megatron-core configuration of one stack.
 
     Args:
-        text: the stack follows sequence and context parallelism; otherwise it is whole on every process but for TP.
+        sharded: the stack follows sequence and context parallelism; otherwise it is whole on every process but for TP.
         decoder: a decoder's self-attention and MLP, whose tokens are as many in every microbatch and divide as FP8 and
             Transformer Engine's communication buffers need.
 
@@ -110,8 +110,8 @@ def layer_config(
         init_method_std=shape.init_std,
         tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=1,
-        context_parallel_size=sizes.cp if text else 1,
-        sequence_parallel=text and sizes.sequence_parallel and sizes.tp > 1,
+        context_parallel_size=sizes.cp if sharded else 1,
+        sequence_parallel=sharded and sizes.sequence_parallel and sizes.tp > 1,
         params_dtype=settings.dtype,
         bf16=settings.dtype is torch.bfloat16,
         autocast_dtype=settings.dtype,
@@ -127,7 +127,7 @@ def layer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=fused and shape.normalization == "LayerNorm",
         apply_rope_fusion=False,
-        cp_comm_type=settings.cp_comm_type if text and sizes.cp > 1 else None,
+        cp_comm_type=settings.cp_comm_type if sharded and sizes.cp > 1 else None,
         recompute_granularity="selective" if selective else None,
         recompute_modules=["core_attn"] if selective else None,
         **megatron_versions.no_cuda_graphs(),

@@ -29,7 +29,7 @@ class TokenEmbedding(MegatronModule):
         vocab_size: int,
         tokens: Callable[[Microbatch], torch.Tensor],
     ) -> None:
-        config = layer_config(settings, shape, text=True)
+        config = layer_config(settings, shape, sharded=True)
         super().__init__(config)
         self._tokens = tokens
         self.word_embeddings = VocabParallelEmbedding(
@@ -52,7 +52,7 @@ class LanguageHead(MegatronModule):
     """Final norm and output projection: states -> logits [positions, 1, V/TP].
 
     Args:
-        text: states are this process's shard of the text [s, 1, H]; otherwise whole rows [R, T, H].
+        sharded: states are this process's shard of the text [s, 1, H]; otherwise whole rows [R, T, H].
         output_width: width of the vocabulary's vectors where it is not that of the states, which are projected first.
     """
 
@@ -62,10 +62,10 @@ class LanguageHead(MegatronModule):
         shape: StackShape,
         vocab_size: int,
         *,
-        text: bool = True,
+        sharded: bool = True,
         output_width: int | None = None,
     ) -> None:
-        config = layer_config(settings, shape, text=text)
+        config = layer_config(settings, shape, sharded=sharded)
         super().__init__(config)
         self.final_layernorm = backend_of(settings).norm(config, shape.hidden_size)
         self.projection = None

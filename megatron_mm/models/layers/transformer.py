@@ -71,11 +71,11 @@ def stack_layer(
     layer_number: int,
     plan: Callable[[torch.Tensor, ForwardContext], object],
     *,
-    text: bool,
+    sharded: bool,
 ) -> StackLayer:
     """Layer `layer_number` (from 1) of a stack, its weights not yet filled."""
     backend = backend_of(settings)
-    config = layer_config(settings, shape, text=text, decoder=text)
+    config = layer_config(settings, shape, sharded=sharded, decoder=sharded)
     layer = StackLayer(config, backend.layer_submodules(), layer_number, plan)
     gated = ("linear_fc1",) if shape.gated else ()
     return describe(

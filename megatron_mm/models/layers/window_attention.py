@@ -86,7 +86,7 @@ class PositionBias(MegatronModule):
     """The MLP from offsets to each head's bias, between 0 and 16: 3 -> 512 -> heads."""
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        super().__init__(layer_config(settings, shape, text=False))
+        super().__init__(layer_config(settings, shape, sharded=False))
         heads = shape.num_attention_heads // settings.sizes.tp
         place = {"dtype": settings.dtype, "device": torch.cuda.current_device()}
         self.linear_offset = nn.utils.skip_init(nn.Linear, 3, POSITION_WIDTH, **place)
@@ -118,7 +118,7 @@ class WindowAttention(MegatronModule):
     attention_kernel = "torch's scaled_dot_product_attention, with a position bias in windows"
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        config = layer_config(settings, shape, text=False)
+        config = layer_config(settings, shape, sharded=False)
         super().__init__(config)
         backend, dtype = backend_of(settings), settings.dtype
         self.width, heads = shape.head_dim, shape.num_attention_heads // settings.sizes.tp

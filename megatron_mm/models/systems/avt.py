@@ -196,7 +196,9 @@ class FusionOutput(nn.Module):
     def __init__(self, config: AVTConfig, settings: LayerSettings) -> None:
         super().__init__()
         shape = _fusion_shape(config)
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
         self.projection = empty_parameter(config.decoder.hidden_size, shape.hidden_size, dtype=settings.dtype)
 
     def forward(
@@ -255,14 +257,14 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
                 memories=plan.num_rows,
                 memory_length=other,
                 memory_width=hidden,
-                text=False,
+                sharded=False,
             )
             for own, other in (lengths, lengths[::-1])
         )
         return vision + audio
 
     def projection_cost(positions: int, inputs: int, outputs: int) -> NodeCost:
-        everywhere = positions * copies(sizes, text=False)
+        everywhere = positions * copies(sizes, sharded=False)
         return NodeCost(inputs * outputs, 2.0 * everywhere * inputs * outputs, 2.0 * everywhere * inputs)
 
     def inputs_cost(plan: MicrobatchPlan) -> NodeCost:
@@ -273,7 +275,7 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
         positions = plan.num_rows * (vision_length(config.vision, plan) + sounds)
-        norm = NodeCost(hidden, 0.0, 2.0 * positions * hidden * copies(sizes, text=False))
+        norm = NodeCost(hidden, 0.0, 2.0 * positions * hidden * copies(sizes, sharded=False))
         return norm + projection_cost(positions, hidden, width)
 
     rows = (vision_rows, audio_rows)
@@ -324,7 +326,7 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> 
             memories=plan.num_rows,
             memory_length=vision_length(config.vision, plan) + sounds,
             memory_width=width,
-            text=True,
+            sharded=True,
         )
 
     def layer(index: int) -> Node:

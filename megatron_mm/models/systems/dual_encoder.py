@@ -83,7 +83,7 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
             memories=plan.num_images,
             memory_length=vision.tokens_per_image,
             memory_width=vision.hidden_size,
-            text=False,
+            sharded=False,
         )
 
     def layer(index: int) -> Node:
@@ -95,7 +95,7 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
             row_images,
             name="row_images",
             memory_width=vision.hidden_size,
-            text=False,
+            sharded=False,
             plan=causal_plan,
         )
         name, reads = f"fusion.layers.{index}", ("text", "image_memory")
@@ -103,11 +103,11 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
 
     def output_cost(plan) -> NodeCost:
         positions = plan.num_rows * plan.row_length
-        return head_cost(shape, config.text.vocab_size, positions, settings.sizes, text=False, tied=True)
+        return head_cost(shape, config.text.vocab_size, positions, settings.sizes, sharded=False, tied=True)
 
     output = Node(
         "fusion.output",
-        partial(language_head, settings, shape, config.text.vocab_size, text=False),
+        partial(language_head, settings, shape, config.text.vocab_size, sharded=False),
         ("text",),
         (logits,),
         output_cost,

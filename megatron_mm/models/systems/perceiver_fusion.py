@@ -134,7 +134,7 @@ def _pairs(
 
     def cost(plan: MicrobatchPlan) -> NodeCost:
         """The memory, which the latents' norms keep, and the similarities of own rows to those of the pool, twice."""
-        sizes, everywhere = settings.sizes, copies(settings.sizes, text=False)
+        sizes, everywhere = settings.sizes, copies(settings.sizes, sharded=False)
         pool = plan.num_rows * sizes.dp if matches else 0
         flops = 4.0 * plan.num_rows * pool * config.contrastive.embedding_size * everywhere
         return NodeCost(0, flops, 2.0 * pairs(plan) * length(plan) * width * everywhere)
@@ -179,11 +179,11 @@ def _masked_head(config: PerceiverFusionConfig, settings: LayerSettings) -> Node
 
     def cost(plan: MicrobatchPlan) -> NodeCost:
         positions = plan.num_rows * plan.row_length
-        return head_cost(shape, vocab, positions, settings.sizes, text=False, output_width=width, tied=True)
+        return head_cost(shape, vocab, positions, settings.sizes, sharded=False, output_width=width, tied=True)
 
     return Node(
         "masked_lm.output",
-        partial(language_head, settings, shape, vocab, text=False, output_width=width),
+        partial(language_head, settings, shape, vocab, sharded=False, output_width=width),
         ("query_states",),
         (logits,),
         cost,

@@ -78,7 +78,7 @@ def _gated_block(config: VLMConfig, settings: LayerSettings, decoder: DecoderNod
         row_images,
         name="row_images",
         memory_width=vision.hidden_size,
-        text=True,
+        sharded=True,
         qk_layernorm=cross.qk_layernorm,
         gate_init=cross.gate_init,
     )
@@ -92,7 +92,7 @@ def _gated_block(config: VLMConfig, settings: LayerSettings, decoder: DecoderNod
             memories=plan.num_images,
             memory_length=vision.tokens_per_image,
             memory_width=vision.hidden_size,
-            text=True,
+            sharded=True,
             qk_layernorm=cross.qk_layernorm,
             gated=True,
         )

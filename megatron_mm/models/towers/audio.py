@@ -53,7 +53,9 @@ class AudioOutput(nn.Module):
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
 
     def forward(self, audio_memory: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[A, M, C] -> [A, M, C]."""
@@ -94,13 +96,13 @@ def audio_nodes(tower: AudioTowerConfig, settings: LayerSettings, init_std: floa
 
     def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
         conv1, conv2 = 3 * bins * width, 3 * width * width
-        frames = plan.num_sounds * tower.num_frames * copies(settings.sizes, text=False)  # on every process
+        frames = plan.num_sounds * tower.num_frames * copies(settings.sizes, sharded=False)  # on every process
         # Inputs of both convolutions and of both GELUs.
         stored = 2.0 * frames * (bins + 2 * width + width / 2)
         return NodeCost(conv1 + conv2 + 2 * width, 2.0 * frames * (conv1 + conv2 / 2), stored)
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, text=False)
+        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, sharded=False)
         return NodeCost(2 * width, 0.0, stored)
 
     learns = not tower.frozen
@@ -111,10 +113,10 @@ def audio_nodes(tower: AudioTowerConfig, settings: LayerSettings, init_std: floa
         nodes.append(
             Node(
                 f"audio.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, sound_plan, text=False),
+                partial(stack_layer, settings, shape, index + 1, sound_plan, sharded=False),
                 ("audio_memory",),
                 (memory,),
-                lambda plan: layer_cost(shape, plan.num_sounds, tokens, settings.sizes, text=False),
+                lambda plan: layer_cost(shape, plan.num_sounds, tokens, settings.sizes, sharded=False),
                 trainable=learns,
                 recomputable=True,
             )

@@ -57,7 +57,7 @@ class WaveformFront(nn.Module):
             StridedConvolution(width, channels, kernel, stride, eps, dtype)
             for width, kernel, stride in zip(inputs, tower.front_kernels, tower.front_strides, strict=True)
         )
-        self.projection_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), channels)
+        self.projection_layernorm = backend_of(settings).norm(layer_config(settings, shape, sharded=False), channels)
         place = {"dtype": dtype, "device": torch.cuda.current_device()}
         self.projection = nn.utils.skip_init(nn.Linear, channels, tower.hidden_size, **place)
 
@@ -102,7 +102,7 @@ def conformer_nodes(tower: ConformerConfig, settings: LayerSettings, init_std: f
         return describe(AudioOutput(settings, shape), init_std=init_std)
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, text=False)
+        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, sharded=False)
         return NodeCost(2 * width, 0.0, stored)
 
     learns = not tower.frozen
@@ -146,5 +146,5 @@ def _front_cost(tower: ConformerConfig, settings: LayerSettings, plan: Microbatc
     parameters += 2 * width + width * hidden + hidden
     products += length * width * hidden
     stored += length * width  # input of the projection
-    sounds = plan.num_sounds * copies(settings.sizes, text=False)
+    sounds = plan.num_sounds * copies(settings.sizes, sharded=False)
     return NodeCost(parameters, 2.0 * sounds * products, 2.0 * sounds * stored)

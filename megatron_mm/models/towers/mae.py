@@ -55,7 +55,9 @@ class MAEOutput(nn.Module):
 
     def __init__(self, tower: ViTConfig, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
         self.linear = _linear(shape.hidden_size, 3 * tower.patch_size**2, settings)
 
     def forward(self, mae_hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -66,7 +68,7 @@ class MAEOutput(nn.Module):
 def mae_nodes(tower: ViTConfig, mae: MAEConfig, settings: LayerSettings, init_std: float) -> list[Node]:
     """Nodes of the decoder; LayerNorms have the tower's epsilon."""
     shape = vit_shape(mae, tower.layernorm_epsilon, init_std)
-    patches, width, whole = tower.num_patches, mae.hidden_size, copies(settings.sizes, text=False)
+    patches, width, whole = tower.num_patches, mae.hidden_size, copies(settings.sizes, sharded=False)
     visible, pixels = mae.visible_patches(patches), 3 * tower.patch_size**2
     hidden = Stream("mae_hidden", lambda plan: (plan.num_images, 1 + patches, width))
     prediction = Stream("mae_prediction", lambda plan: (plan.num_images, patches, pixels))
@@ -96,10 +98,10 @@ def mae_nodes(tower: ViTConfig, mae: MAEConfig, settings: LayerSettings, init_st
         nodes.append(
             Node(
                 f"mae.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, image_plan, text=False),
+                partial(stack_layer, settings, shape, index + 1, image_plan, sharded=False),
                 ("mae_hidden",),
                 (hidden,),
-                lambda plan: layer_cost(shape, plan.num_images, 1 + patches, settings.sizes, text=False),
+                lambda plan: layer_cost(shape, plan.num_images, 1 + patches, settings.sizes, sharded=False),
                 recomputable=True,
             )
         )

@@ -106,10 +106,10 @@ def perceiver_nodes(
             nodes.append(
                 Node(
                     f"perceiver.blocks.{block}.layers.{index}",
-                    partial(stack_layer, settings, shape, number, latent_plan, text=False),
+                    partial(stack_layer, settings, shape, number, latent_plan, sharded=False),
                     ("latents",),
                     (latents,),
-                    lambda plan: layer_cost(shape, pairs(plan), count, sizes, text=False),
+                    lambda plan: layer_cost(shape, pairs(plan), count, sizes, sharded=False),
                     recomputable=True,
                 )
             )

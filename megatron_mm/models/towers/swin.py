@@ -77,7 +77,7 @@ class PatchEmbedding(nn.Module):
         self.kernel = (tower.temporal_patch_size, tower.patch_size, tower.patch_size)
         self.weight = empty_parameter(width, 3, *self.kernel, dtype=dtype)
         self.bias = empty_parameter(width, dtype=dtype)
-        self.layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), width)
+        self.layernorm = backend_of(settings).norm(layer_config(settings, shape, sharded=False), width)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[S, C] of the microbatch's images and clips."""
@@ -104,7 +104,7 @@ class SwinBlock(MegatronModule):
     """Windowed attention and MLP, each normalised after it and before its residual is added (res-post-norm)."""
 
     def __init__(self, tower: SwinConfig, settings: LayerSettings, shape: StackShape, stage: int, block: int) -> None:
-        config = layer_config(settings, shape, text=False)
+        config = layer_config(settings, shape, sharded=False)
         super().__init__(config)
         backend, width = backend_of(settings), shape.hidden_size
         self.tower, self.stage, self.shifted = tower, stage, block % 2 == 1
@@ -139,7 +139,7 @@ class PatchMerging(MegatronModule):
     """Two by two patches become one of twice the width: a linear layer on all four, then LayerNorm."""
 
     def __init__(self, settings: LayerSettings, shape: StackShape, side: int) -> None:
-        config = layer_config(settings, shape, text=False)
+        config = layer_config(settings, shape, sharded=False)
         super().__init__(config)
         backend, width = backend_of(settings), shape.hidden_size
         self.side, self.gather = side, settings.sizes.tp > 1
@@ -161,7 +161,9 @@ class SwinOutput(nn.Module):
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
 
     def forward(self, vision_memory: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[S, C] -> [S, C]."""
@@ -192,7 +194,7 @@ def merge_cost(tower: SwinConfig, settings: LayerSettings, stage: int, plan: Mic
     """The merging after a stage."""
     width, sizes = tower.embed_dim * 2**stage, settings.sizes
     tokens = total_frames(tower, plan) * (tower.image_size // tower.patch_size // 2 ** (stage + 1)) ** 2
-    stored = 2.0 * tokens * 6 * width * copies(sizes, text=False)
+    stored = 2.0 * tokens * 6 * width * copies(sizes, sharded=False)
     return NodeCost(8 * width**2 + 4 * width, 16.0 * tokens * width**2 * sizes.cp, stored)
 
 
@@ -234,13 +236,13 @@ def swin_nodes(tower: SwinConfig, settings: LayerSettings, init_std: float) -> l
         deep = plan.num_images + plan.num_clips * clip_depth(tower, plan.clip_frames) * depth
         tokens = total_frames(tower, plan) * side**2
         parameters = pixels * tower.temporal_patch_size * width + 3 * width
-        every = copies(settings.sizes, text=False)
+        every = copies(settings.sizes, sharded=False)
         stored = 2.0 * every * (deep * side**2 * pixels + tokens * width)
         return NodeCost(parameters, 2.0 * every * deep * side**2 * pixels * width, stored)
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
         tokens, width = total_frames(tower, plan) * tower.grid_size**2, tower.hidden_size
-        return NodeCost(2 * width, 0.0, 2.0 * tokens * width * copies(settings.sizes, text=False))
+        return NodeCost(2 * width, 0.0, 2.0 * tokens * width * copies(settings.sizes, sharded=False))
 
     reads, fields = ("vision_memory",), frozenset({"images_ICHW", "clips_VFCHW"})
     nodes = [Node("vision.embeddings", embeddings, (), (memory(0),), embeddings_cost, fields, learns)]

@@ -35,7 +35,7 @@ class TextEmbedding(MegatronModule):
     """Tokens and learned positions -> [R, T, C]."""
 
     def __init__(self, text: TextEncoderConfig, settings: LayerSettings, shape: StackShape) -> None:
-        config = layer_config(settings, shape, text=False)
+        config = layer_config(settings, shape, sharded=False)
         super().__init__(config)
         self.word_embeddings = VocabParallelEmbedding(
             text.vocab_size,
@@ -57,7 +57,9 @@ class FinalNorm(nn.Module):
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
 
     def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The stream, normalised."""
@@ -97,11 +99,11 @@ def text_nodes(text: TextEncoderConfig, settings: LayerSettings, init_std: float
         return describe(FinalNorm(settings, shape), init_std=init_std)
 
     def embedding_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 8.0 * plan.num_rows * plan.row_length * copies(settings.sizes, text=False)
+        stored = 8.0 * plan.num_rows * plan.row_length * copies(settings.sizes, sharded=False)
         return NodeCost((text.vocab_size + text.max_positions) * width, 0.0, stored)
 
     def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 2.0 * plan.num_rows * plan.row_length * width * copies(settings.sizes, text=False)
+        stored = 2.0 * plan.num_rows * plan.row_length * width * copies(settings.sizes, sharded=False)
         return NodeCost(2 * width, 0.0, stored)
 
     nodes = [Node("text.embedding", embedding, (), (stream,), embedding_cost, frozenset({"tokens_RT"}))]
@@ -109,10 +111,10 @@ def text_nodes(text: TextEncoderConfig, settings: LayerSettings, init_std: float
         nodes.append(
             Node(
                 f"text.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, causal_plan, text=False),
+                partial(stack_layer, settings, shape, index + 1, causal_plan, sharded=False),
                 ("text",),
                 (stream,),
-                lambda plan: layer_cost(shape, plan.num_rows, plan.row_length, settings.sizes, text=False),
+                lambda plan: layer_cost(shape, plan.num_rows, plan.row_length, settings.sizes, sharded=False),
                 recomputable=True,
             )
         )

@@ -41,7 +41,7 @@ class VariantEmbedding(MegatronModule):
     def __init__(
         self, settings: LayerSettings, shape: StackShape, vocab_size: int, variants: tuple[str, ...]
     ) -> None:
-        config = layer_config(settings, shape, text=False)
+        config = layer_config(settings, shape, sharded=False)
         super().__init__(config)
         self.variants = variants
         self.word_embeddings = VocabParallelEmbedding(
@@ -62,7 +62,9 @@ class TextOutput(nn.Module):
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
 
     def forward(self, text: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]."""
@@ -124,7 +126,7 @@ def transformer_xl_nodes(
         return describe(TextOutput(settings, shape), init_std=init_std)
 
     def tokens(plan: MicrobatchPlan) -> int:
-        return len(variants) * plan.num_rows * plan.row_length * copies(settings.sizes, text=False)
+        return len(variants) * plan.num_rows * plan.row_length * copies(settings.sizes, sharded=False)
 
     def embedding_cost(plan: MicrobatchPlan) -> NodeCost:
         return NodeCost(text.vocab_size * text.hidden_size, 0.0, 8.0 * tokens(plan))

@@ -35,7 +35,7 @@ class PatchEmbedding(nn.Module):
         )
         self.class_embedding = empty_parameter(width, dtype=dtype)
         self.position_embedding = empty_parameter(tower.tokens_per_image, width, dtype=dtype)
-        self.pre_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), width)
+        self.pre_layernorm = backend_of(settings).norm(layer_config(settings, shape, sharded=False), width)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[I, 1 + patches, C] of the microbatch's images."""
@@ -94,7 +94,7 @@ def vision_nodes(tower: VisionTowerConfig, settings: LayerSettings, init_std: fl
     def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
         patch = 3 * tower.patch_size**2 * width
         parameters = patch + width + tokens * width + 2 * width
-        images = plan.num_images * copies(settings.sizes, text=False)  # every process embeds all images
+        images = plan.num_images * copies(settings.sizes, sharded=False)  # every process embeds all images
         stored = 2.0 * images * (3 * tower.image_size**2 + 2 * tokens * width)
         return NodeCost(parameters, 2.0 * images * (tokens - 1) * patch, stored)
 
@@ -109,10 +109,10 @@ def vision_nodes(tower: VisionTowerConfig, settings: LayerSettings, init_std: fl
         nodes.append(
             Node(
                 f"vision.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, image_plan, text=False),
+                partial(stack_layer, settings, shape, index + 1, image_plan, sharded=False),
                 ("image_memory",),
                 (memory,),
-                lambda plan: layer_cost(shape, plan.num_images, tokens, settings.sizes, text=False),
+                lambda plan: layer_cost(shape, plan.num_images, tokens, settings.sizes, sharded=False),
                 trainable=learns,
                 recomputable=True,
             )

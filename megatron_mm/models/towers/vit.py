@@ -115,7 +115,9 @@ class ViTOutput(nn.Module):
 
     def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
         super().__init__()
-        self.final_layernorm = backend_of(settings).norm(layer_config(settings, shape, text=False), shape.hidden_size)
+        self.final_layernorm = backend_of(settings).norm(
+            layer_config(settings, shape, sharded=False), shape.hidden_size
+        )
 
     def forward(self, *inputs: torch.Tensor | ForwardContext) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """(stream, …, context) -> each stream, normalised."""
@@ -153,7 +155,7 @@ def vit_nodes(
     if not full and masked is None:
         raise ValueError("a vision tower must be applied to whole images (full), to masked images (masked), or to both")
     shape = vit_shape(tower, tower.layernorm_epsilon, init_std)
-    patches, width, whole = tower.num_patches, tower.hidden_size, copies(settings.sizes, text=False)
+    patches, width, whole = tower.num_patches, tower.hidden_size, copies(settings.sizes, sharded=False)
     visible = None if masked is None else masked.visible_patches(patches)
     if visible == 0:
         raise ValueError(f"a mask ratio of {masked.mask_ratio} leaves none of an image's {patches} patches visible")
@@ -182,7 +184,9 @@ def vit_nodes(
         return NodeCost((patch + 2) * width, 2.0 * embedded * patch * width, 2.0 * embedded * patch + 8.0 * picked)
 
     def layers_cost(plan: MicrobatchPlan) -> NodeCost:
-        costs = [layer_cost(shape, plan.num_images, length, settings.sizes, text=False) for length in lengths.values()]
+        costs = [
+            layer_cost(shape, plan.num_images, length, settings.sizes, sharded=False) for length in lengths.values()
+        ]
         return NodeCost(
             costs[0].parameters, sum(cost.forward_flops for cost in costs), sum(c.activation_bytes for c in costs)
         )
@@ -197,7 +201,7 @@ def vit_nodes(
         nodes.append(
             Node(
                 f"vision.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, image_plan, text=False),
+                partial(stack_layer, settings, shape, index + 1, image_plan, sharded=False),
                 names,
                 streams,
                 layers_cost,
