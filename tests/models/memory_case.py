@@ -49,7 +49,7 @@ def half_seen(batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def memory_node(settings: LayerSettings, shape: StackShape, stream: Stream, name: str, view, **kind) -> Node:
     """A layer on `stream` that reads `image_memory`."""
-    cost_kind = {"text": kind["text"], "qk_layernorm": kind.get("qk_layernorm", False)}
+    cost_kind = {"sharded": kind["sharded"], "qk_layernorm": kind.get("qk_layernorm", False)}
 
     def cost(plan: MicrobatchPlan):
         return memory_layer_cost(
@@ -74,7 +74,7 @@ def every_kind(settings: LayerSettings) -> Case:
     decoder = DecoderNodes(DECODER, settings, 0.3, lambda plan: False)
     part = ContrastiveConfig(embedding_size=8, temperature=0.5)
     states = Stream("states", lambda plan: (plan.num_rows, plan.row_length, 32), dtype=torch.float32)
-    gates = {"text": True, "qk_layernorm": True, "gate_init": 0.5, "cross_query_groups": 4}
+    gates = {"sharded": True, "qk_layernorm": True, "gate_init": 0.5, "cross_query_groups": 4}
     text_pool = partial(last_state, sequence_parallel=settings.sizes.sequence_parallel)
     nodes = [
         table_node("image_memory", MEMORY, MEMORY_WIDTH),

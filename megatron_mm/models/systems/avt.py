@@ -241,7 +241,7 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
     def layer(index: int) -> nn.Module:
         def modality(view: ViewMaker, name: str, plan: Callable) -> nn.Module:
             number = index + 1
-            kind = {"name": name, "memory_width": hidden, "text": False, "plan": plan}
+            kind = {"name": name, "memory_width": hidden, "sharded": False, "plan": plan}
             return memory_layer(settings, shape, number, view, **kind)
 
         return FusionLayer(modality(heard, "heard", vision_plan), modality(seen, "seen", audio_plan))
@@ -330,7 +330,7 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> 
         )
 
     def layer(index: int) -> Node:
-        kind = {"name": "fused", "memory_width": width, "text": True, "plan": decoder.plan}
+        kind = {"name": "fused", "memory_width": width, "sharded": True, "plan": decoder.plan}
         build = partial(memory_layer, settings, decoder.shape, index + 1, fused, **kind)
         name = f"decoder.layers.{index}"
         return Node(name, build, ("text", "memory"), (decoder.text,), cost, recomputable=True)
