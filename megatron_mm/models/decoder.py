@@ -16,10 +16,11 @@ from megatron_mm.config.towers import DecoderConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan, text_plan
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import embedding_cost, head_cost, layer_cost
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.text_ends import language_head, token_embedding
-from megatron_mm.models.layers.transformer import backend_of, stack_layer
+from megatron_mm.models.layers.transformer import stack_layer
 
 
 def causal(plan: MicrobatchPlan) -> bool:

@@ -8,7 +8,7 @@ nodes (`Graph.carries_gradient`). Nothing here knows about processes or about an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -107,12 +107,16 @@ class ForwardContext:
 
     def __init__(self, batch: Microbatch) -> None:
         self.batch = batch
-        self._derived: dict[str, Any] = {}
+        self._derived: dict[tuple, Any] = {}
 
-    def derived(self, key: str, make: Callable[[Microbatch], Any]) -> Any:
-        """`make(batch)`, computed at the first call with this key."""
+    def derived(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
+        """`make(batch, *arguments)`, computed at the first call with this function and these arguments.
+
+        A function made anew at each call would be computed anew: `make` is one that all layers share.
+        """
+        key = (make, *arguments)
         if key not in self._derived:
-            self._derived[key] = make(self.batch)
+            self._derived[key] = make(self.batch, *arguments)
         return self._derived[key]
 
 

@@ -99,9 +99,9 @@ def inputs(case: Case, batch: Microbatch) -> tuple[list[torch.Tensor], torch.Ten
     shapes += [(plan.num_images, CONFIG.vision.tokens_per_image, CONFIG.vision.hidden_size)]
     shapes += [(plan.num_sounds, CONFIG.audio.tokens_per_sound, CONFIG.audio.hidden_size)]
     streams = [torch.randn(shape, generator=generator) for shape in shapes]
-    streams = streams[: len(case.node(LayerSettings()).reads)] if case.text else streams[1:2]
+    streams = streams[: len(case.node(LayerSettings()).reads)] if case.sharded else streams[1:2]
     weight = torch.randn(streams[0].shape, generator=generator)
-    if case.text:
+    if case.sharded:
         weight = weight * (batch.document_ids_RT >= 0)[:, :, None]  # what padding computes is nobody's business
     return streams, weight
 
@@ -111,10 +111,10 @@ def figures(case: Case, settings: LayerSettings) -> dict[str, torch.Tensor]:
     batch = case.batch()
     module: nn.Module = synapse_case.fill(case.node(settings).build())
     whole, weight = inputs(case, batch)
-    share = local_text if case.text else lambda values: values
+    share = local_text if case.sharded else lambda values: values
     first, *others = [share(whole[0]), *whole[1:]]
     streams = [values.to(settings.dtype).requires_grad_() for values in (first, *others)]
-    read = [streams[0].flatten(0, 1)[:, None], *streams[1:]] if case.text else streams
+    read = [streams[0].flatten(0, 1)[:, None], *streams[1:]] if case.sharded else streams
     update = module(*read, ForwardContext(batch)).view(first.shape) - streams[0]
     weight = share(weight)
     (update.float() * weight).sum().backward()
@@ -146,7 +146,7 @@ def difference(case: Case, cp_size: int, comm: str) -> tuple[float, str]:
         return float("inf"), f"Transformer Engine's own exchange: {asked or 'none'}"
     worst = (0.0, "")
     for name, value in expected.items():
-        if case.text and name in ("output", "gradient of stream 0"):
+        if case.sharded and name in ("output", "gradient of stream 0"):
             value = local_text(value)
         worst = max(worst, ((found[name].float() - value).abs().max().item() / value.abs().max().item(), name))
     return worst
@@ -158,7 +158,7 @@ def main() -> int:
     flash.install()
     failed = count = 0
     for case in CASES:
-        layouts = [(1, "all_gather"), *((PROCESSES, comm) for comm in case.comms if case.text)]
+        layouts = [(1, "all_gather"), *((PROCESSES, comm) for comm in case.comms if case.sharded)]
         for cp_size, comm in layouts:
             worst, name = difference(case, cp_size, comm)
             everywhere = torch.tensor(worst)

@@ -87,25 +87,32 @@ def text_plan(
         packed: the backend is Transformer Engine: it takes segments, not masks, and has context parallelism of its own.
         causal: tokens see earlier ones only; otherwise all of their document.
     """
+    return context.derived(_text_plan, head_dim, rotary_base, dtype, packed, cp_comm_type, causal)
+
+
+def _text_plan(
+    batch: Microbatch,
+    head_dim: int,
+    rotary_base: float,
+    dtype: torch.dtype,
+    packed: bool,
+    cp_comm_type: str,
+    causal: bool,
+) -> AttentionPlan:
     cp_size = parallel_state.get_context_parallel_world_size()
-    cp_rank = parallel_state.get_context_parallel_rank()
-
-    def make(batch: Microbatch) -> AttentionPlan:
-        cos, sin = rotary_factors(local_text(batch.position_ids_RT), head_dim, rotary_base, dtype)
-        rows, triangle = batch.plan.num_rows, causal and batch.plan.one_document_per_row
-        exchange = "none"
-        if cp_size > 1:
-            exchange = "core" if packed and triangle else "heads" if cp_comm_type == "a2a" else "gather"
-        if triangle and exchange != "gather":
-            return AttentionPlan(rows, cos, sin, causal=True, exchange=exchange)
-        size, rank = (cp_size, cp_rank) if exchange == "gather" else (1, 0)
-        if packed:
-            segments = document_segments(batch, size, rank, causal)
-            return AttentionPlan(rows, cos, sin, causal=causal, segments=segments, exchange=exchange)
-        mask = document_mask(batch, dtype, causal, size, rank)
-        return AttentionPlan(rows, cos, sin, mask, exchange=exchange)
-
-    return context.derived(f"text_plan/{head_dim}/{rotary_base}/{dtype}/{causal}", make)
+    cos, sin = rotary_factors(local_text(batch.position_ids_RT), head_dim, rotary_base, dtype)
+    rows, triangle = batch.plan.num_rows, causal and batch.plan.one_document_per_row
+    exchange = "none"
+    if cp_size > 1:
+        exchange = "core" if packed and triangle else "heads" if cp_comm_type == "a2a" else "gather"
+    if triangle and exchange != "gather":
+        return AttentionPlan(rows, cos, sin, causal=True, exchange=exchange)
+    size, rank = (cp_size, parallel_state.get_context_parallel_rank()) if exchange == "gather" else (1, 0)
+    if packed:
+        segments = document_segments(batch, size, rank, causal)
+        return AttentionPlan(rows, cos, sin, causal=causal, segments=segments, exchange=exchange)
+    mask = document_mask(batch, dtype, causal, size, rank)
+    return AttentionPlan(rows, cos, sin, mask, exchange=exchange)
 
 
 def rotary_factors(

@@ -25,12 +25,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
+from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, NodeCost
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.channels import ChannelNorm, DepthwiseConvolution, ShardedModule
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter, shard
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of
 
 
 def relative_sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
@@ -205,9 +206,14 @@ class ConformerLayer(MegatronModule):
 
 def relative_positions(hidden_ALC: torch.Tensor, context: ForwardContext) -> torch.Tensor:
     """The table of distances [P, C], made once per microbatch and chunk."""
-    (_, length, width), device, dtype = hidden_ALC.shape, hidden_ALC.device, hidden_ALC.dtype
-    key = f"relative_sinusoids/{length}/{width}/{dtype}"
-    return context.derived(key, lambda batch: relative_sinusoids(length, width, device).to(dtype))
+    _, length, width = hidden_ALC.shape
+    return context.derived(_relative_positions, length, width, hidden_ALC.device, hidden_ALC.dtype)
+
+
+def _relative_positions(
+    batch: Microbatch, length: int, width: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    return relative_sinusoids(length, width, device).to(dtype)
 
 
 def conformer_layer(settings: LayerSettings, shape: StackShape, kernel_size: int) -> ConformerLayer:

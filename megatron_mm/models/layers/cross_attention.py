@@ -15,6 +15,7 @@ row, E keys of a row (all slots, images before sounds), G key-value heads, N que
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,12 +26,13 @@ from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
-from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.elementwise import rms_norm
+from megatron_mm.models.layers.media_attention import seen_slots
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_gradient_over_tp
-from megatron_mm.models.layers.transformer import backend_of, dropout_region
+from megatron_mm.models.layers.sharding import sequence_parallel_slice, sum_gradient_over_tp
+from megatron_mm.models.layers.transformer import dropout_region
 
 
 @dataclass(frozen=True)
@@ -46,71 +48,26 @@ class CrossPlan:
     keys: object
 
 
-@dataclass(frozen=True)
-class SlotKeys:
-    """Keys of the local core: the media of each row's slots, all of them, under a mask.
+def cross_plan(
+    batch: Microbatch,
+    make_keys: Callable[..., object],
+    image_tokens: int,
+    sound_tokens: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+) -> CrossPlan:
+    """The plan of a microbatch, which all sublayers share.
 
-    Attributes:
-        image_index, sound_index: [R·K], [R·J] media of the slots; an empty slot names medium 0 and is hidden.
-        plan: its mask [R, 1, L, E] is zero where nothing is visible, so that softmax stays finite.
+    Args:
+        make_keys: `keys` of the backend's core attention.
     """
-
-    image_index: torch.Tensor
-    sound_index: torch.Tensor
-    plan: AttentionPlan
-
-
-def seen_slots(batch: Microbatch) -> torch.Tensor:
-    """[R, L, K + J]: whether a token's document owns a slot, images before sounds."""
-    slots_R1K = torch.cat((batch.image_slot_documents_RK, batch.sound_slot_documents_RJ), dim=1)[:, None]
-    return local_text(batch.document_ids_RT)[:, :, None] == slots_R1K  # an empty slot is -2, padding -1: never equal
-
-
-class MediaAttention(CoreAttention):
-    """The local core: each row attends to the media of its slots under a mask."""
-
-    @staticmethod
-    def keys(
-        batch: Microbatch, image_tokens: int, sound_tokens: int, dtype: torch.dtype, cp_size: int, cp_rank: int
-    ) -> SlotKeys:
-        """The part of a cross plan that this core needs."""
-        seen_RLK = seen_slots(batch)
-        hidden_RLK = ~seen_RLK & seen_RLK.any(dim=-1, keepdim=True)
-        mask_RLK = torch.zeros(hidden_RLK.shape, dtype=dtype, device=hidden_RLK.device)
-        mask_RLK = mask_RLK.masked_fill(hidden_RLK, float("-inf"))
-        images, sounds = mask_RLK.split((batch.plan.image_slots, batch.plan.sound_slots), dim=-1)
-        mask_RLE = torch.cat((_repeat(images, image_tokens), _repeat(sounds, sound_tokens)), dim=-1)
-        return SlotKeys(
-            batch.image_slots_RK.clamp(min=0).flatten(),
-            batch.sound_slots_RJ.clamp(min=0).flatten(),
-            AttentionPlan(batch.plan.num_rows, mask=mask_RLE[:, None]),
-        )
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        images: tuple[torch.Tensor, torch.Tensor],
-        sounds: tuple[torch.Tensor, torch.Tensor],
-        keys: SlotKeys,
-    ) -> torch.Tensor:
-        """Queries [R, L, N, D]; keys and values of all media, [I, M, G, D] -> [R, L, N·D]."""
-        rows = keys.plan.rows
-        key_REGD, value_REGD = (
-            _pick(rows, (image, keys.image_index), (sound, keys.sound_index))
-            for image, sound in zip(images, sounds)
-        )
-        return super().forward(query, key_REGD, value_REGD, keys.plan)
-
-
-def _pick(rows: int, *media: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The media of each row's slots, one after another: [I, M, G, D] -> [R, E, G, D]."""
-    return torch.cat(
-        [values.index_select(0, index).view(rows, -1, *values.shape[2:]) for values, index in media], dim=1
+    visible = seen_slots(batch).any(dim=-1).to(dtype).reshape(-1, 1, 1)
+    cp_size = parallel_state.get_context_parallel_world_size()
+    cp_rank = parallel_state.get_context_parallel_rank()
+    return CrossPlan(
+        sequence_parallel_slice(visible) if sequence_parallel else visible,
+        make_keys(batch, image_tokens, sound_tokens, dtype, cp_size, cp_rank),
     )
-
-
-def _repeat(values: torch.Tensor, times: int) -> torch.Tensor:
-    return values[..., None].expand(*values.shape, times).flatten(-2)
 
 
 class HeadNorm(nn.Module):
@@ -166,7 +123,14 @@ class GatedCrossAttention(MegatronModule):
         self, text: torch.Tensor, image_memory: torch.Tensor, audio_memory: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
         """text [s, 1, H], image_memory [I, M, C], audio_memory [A, M', C'] -> text."""
-        plan = self._plan(context, text.dtype)
+        plan = context.derived(
+            cross_plan,
+            self.core_attention.keys,
+            self.image_tokens,
+            self.sound_tokens,
+            text.dtype,
+            self.config.sequence_parallel,
+        )
         rows = context.batch.plan.num_rows
         query, _ = self.linear_q(self.input_layernorm(text))
         query_RLND = query.view(rows, -1, query.shape[-1] // self.width, self.width)
@@ -183,25 +147,6 @@ class GatedCrossAttention(MegatronModule):
         with dropout_region(self.config, self.training):
             dropped = functional.dropout(output, self.config.hidden_dropout, self.training)
         return torch.addcmul(text, dropped, scale)
-
-    def _plan(self, context: ForwardContext, dtype: torch.dtype) -> CrossPlan:
-        """Made once per microbatch and chunk: all sublayers share it."""
-
-        def make(batch: Microbatch) -> CrossPlan:
-            visible = seen_slots(batch).any(dim=-1).to(dtype).reshape(-1, 1, 1)
-            return CrossPlan(
-                sequence_parallel_slice(visible) if self.config.sequence_parallel else visible,
-                self.core_attention.keys(
-                    batch,
-                    self.image_tokens,
-                    self.sound_tokens,
-                    dtype,
-                    parallel_state.get_context_parallel_world_size(),
-                    parallel_state.get_context_parallel_rank(),
-                ),
-            )
-
-        return context.derived(f"cross_plan/{self.image_tokens}/{self.sound_tokens}/{dtype}", make)
 
     def _project(
         self, linear: nn.Module, memory: torch.Tensor, key_weight: torch.Tensor | None

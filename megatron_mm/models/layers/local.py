@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from megatron_mm.models.layers.attention import CoreAttention, SelfAttention
-from megatron_mm.models.layers.cross_attention import MediaAttention
 from megatron_mm.models.layers.elementwise import SwiGLU
 from megatron_mm.models.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_mm.models.layers.media_attention import MediaAttention
 from megatron_mm.models.layers.norms import Norm
 from megatron_mm.platform.megatron_versions import mlp_part
 

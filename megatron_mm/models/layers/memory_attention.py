@@ -30,12 +30,13 @@ from torch.nn import functional
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, NodeCost, ParallelSizes
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.cross_attention import HeadNorm
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import sequence_parallel_slice, sum_gradient_over_tp
-from megatron_mm.models.layers.transformer import backend_of, dropout_region
+from megatron_mm.models.layers.transformer import dropout_region
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,30 @@ ViewMaker = Callable[[Microbatch], tuple[torch.Tensor | None, torch.Tensor]]
 
 
 def memory_view(
-    context: ForwardContext, key: str, make: ViewMaker, dtype: torch.dtype, *, sharded: bool, sequence_parallel: bool
+    batch: Microbatch, make: ViewMaker, dtype: torch.dtype, sharded: bool, sequence_parallel: bool
 ) -> MemoryView:
-    """The view of this microbatch, made once per chunk.
+    """The view of a microbatch.
 
     Args:
-        key: names the view.
+        make: says which memory each row reads; a function that the layers share, so that they share the view.
         sharded: queries are a shard of the text [s, 1, H]; otherwise rows [R, L, H].
     """
-
-    def build(batch: Microbatch) -> MemoryView:
-        index, seen = make(batch)
-        mask = None
-        rows = seen
-        if seen.dim() == 2:
-            rows = seen.any(dim=1)
-            hidden = ~seen & rows[:, None]  # a row that sees nothing keeps finite scores: its output is zeroed
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
-        visible = rows.to(dtype)
-        if sharded:
-            local = batch.plan.row_length // parallel_state.get_context_parallel_world_size()
-            visible = visible[:, None].expand(-1, local).reshape(-1, 1, 1)
-            visible = sequence_parallel_slice(visible) if sequence_parallel else visible
-        else:
-            visible = visible[:, None, None]
-        return MemoryView(index, AttentionPlan(rows.shape[0], mask=mask), visible)
-
-    return context.derived(f"memory_view/{key}/{dtype}/{sharded}", build)
+    index, seen = make(batch)
+    mask = None
+    rows = seen
+    if seen.dim() == 2:
+        rows = seen.any(dim=1)
+        hidden = ~seen & rows[:, None]  # a row that sees nothing keeps finite scores: its output is zeroed
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
+    visible = rows.to(dtype)
+    if sharded:
+        local = batch.plan.row_length // parallel_state.get_context_parallel_world_size()
+        visible = visible[:, None].expand(-1, local).reshape(-1, 1, 1)
+        visible = sequence_parallel_slice(visible) if sequence_parallel else visible
+    else:
+        visible = visible[:, None, None]
+    return MemoryView(index, AttentionPlan(rows.shape[0], mask=mask), visible)
 
 
 class MemoryAttention(MegatronModule):
@@ -244,9 +241,7 @@ def memory_layer(
         parts = replace(parts, **cross)
 
     def view_of(context: ForwardContext) -> MemoryView:
-        return memory_view(
-            context, name, view, settings.dtype, sharded=sharded, sequence_parallel=config.sequence_parallel
-        )
+        return context.derived(memory_view, view, settings.dtype, sharded, config.sequence_parallel)
 
     layer = (GatedMemoryLayer if gated else MemoryLayer)(config, parts, layer_number, plan, view_of)
     for parameter in layer.pre_cross_attn_layernorm.parameters():  # Transformer Engine puts this off on meta

@@ -26,10 +26,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost, ParallelSizes
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of
 
 
 class LatentAttention(MegatronModule):

@@ -17,10 +17,10 @@ from torch import nn
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_over_context
-from megatron_mm.models.layers.transformer import backend_of
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:
@@ -30,28 +30,30 @@ def last_positions(batch: Microbatch) -> torch.Tensor:
 
 def last_state(text: torch.Tensor, context: ForwardContext, sequence_parallel: bool) -> torch.Tensor:
     """The state of each row's last token, from a shard of the text [s, 1, H] -> [R, H], whole on every process."""
-
-    def places(batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where in this shard each row's last token lies, and whether it lies there, [R] and [R, 1]."""
-        plan = batch.plan
-        positions_T = torch.arange(plan.row_length, device=batch.document_ids_RT.device)
-        chosen_RL = local_text((positions_T[None] == last_positions(batch)[:, None]).to(text.dtype))
-        rows = torch.eye(plan.num_rows, dtype=text.dtype, device=chosen_RL.device)
-        spread = (rows[:, :, None] * chosen_RL[None]).flatten(1)  # [R, R·L]
-        spread = sequence_parallel_slice(spread.t()).t() if sequence_parallel else spread
-        here, at = spread.max(dim=1)
-        return at, here[:, None]
-
-    at, here = context.derived(f"last_state/{text.dtype}/{sequence_parallel}", places)
+    at, here = context.derived(_last_places, text.dtype, sequence_parallel)
     pooled = text.squeeze(1).index_select(0, at) * here
     if sequence_parallel:
         pooled = reduce_from_tensor_model_parallel_region(pooled)
     return sum_over_context(pooled)
 
 
+def _last_places(
+    batch: Microbatch, dtype: torch.dtype, sequence_parallel: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in this shard each row's last token lies, and whether it lies there, [R] and [R, 1]."""
+    plan = batch.plan
+    positions_T = torch.arange(plan.row_length, device=batch.document_ids_RT.device)
+    chosen_RL = local_text((positions_T[None] == last_positions(batch)[:, None]).to(dtype))
+    rows = torch.eye(plan.num_rows, dtype=dtype, device=chosen_RL.device)
+    spread = (rows[:, :, None] * chosen_RL[None]).flatten(1)  # [R, R·L]
+    spread = sequence_parallel_slice(spread.t()).t() if sequence_parallel else spread
+    here, at = spread.max(dim=1)
+    return at, here[:, None]
+
+
 def last_row_state(text: torch.Tensor, context: ForwardContext) -> torch.Tensor:
     """The state of each row's last token, from whole rows [≥ R, T, C] -> [R, C]; further variants are left out."""
-    last = context.derived("last_positions", last_positions)
+    last = context.derived(last_positions)
     rows = text[: context.batch.plan.num_rows]
     return rows.gather(1, last[:, None, None].expand(-1, 1, rows.shape[2])).squeeze(1)
 

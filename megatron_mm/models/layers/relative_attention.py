@@ -33,11 +33,12 @@ from torch.nn import functional
 
 from megatron_mm.models.graph import ForwardContext, NodeCost, ParallelSizes
 from megatron_mm.models.initialization import Init
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.linear import ColumnParallelLinear
 from megatron_mm.models.layers.parameters import describe, empty_parameter, shard
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import StackLayer, backend_of
+from megatron_mm.models.layers.transformer import StackLayer
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.linear import ColumnParallelLinear
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text
-from megatron_mm.models.layers.transformer import backend_of
 
 
 class TokenEmbedding(MegatronModule):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import ModuleType
 
 import torch
 from megatron.core import tensor_parallel
@@ -17,19 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-
-
-def backend_of(settings: LayerSettings) -> ModuleType:
-    """The module that makes the layers of a backend: `layers.local` or `layers.transformer_engine`."""
-    if settings.backend == "transformer_engine":
-        from megatron_mm.models.layers import transformer_engine
-
-        return transformer_engine
-    from megatron_mm.models.layers import local
-
-    return local
 
 
 class StackLayer(TransformerLayer):

@@ -21,10 +21,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.parameters import empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import sum_gradient_over_tp
-from megatron_mm.models.layers.transformer import backend_of
 from megatron_mm.models.layers.windows import POSITION_WIDTH, WindowGroup, Windows
 
 _LARGEST_LOGIT_SCALE = math.log(100.0)

@@ -24,12 +24,12 @@ from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.decoder import DecoderNodes
 from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.memory_attention import ViewMaker, memory_layer, memory_layer_cost
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.pooling import masked_mean
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of
 from megatron_mm.models.systems.image_text import embedding_node, scale_node
 from megatron_mm.models.towers.conformer import conformer_nodes
 from megatron_mm.models.towers.swin import swin_nodes

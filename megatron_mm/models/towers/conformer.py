@@ -19,11 +19,11 @@ from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.initialization import Init
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.conformer import conformer_cost, conformer_layer
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of
 from megatron_mm.models.towers.audio import AudioOutput
 
 

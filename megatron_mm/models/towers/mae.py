@@ -18,10 +18,11 @@ from torch import nn
 from megatron_mm.config.towers import MAEConfig, ViTConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of, stack_layer
+from megatron_mm.models.layers.transformer import stack_layer
 from megatron_mm.models.towers.vision import image_plan
 from megatron_mm.models.towers.vit import shuffled_patches, sine_cosine_positions, vit_shape
 

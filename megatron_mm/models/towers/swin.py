@@ -22,12 +22,12 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_mm.config.towers import SwinConfig
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of
 from megatron_mm.models.layers.window_attention import WindowAttention
 from megatron_mm.models.layers.windows import POSITION_WIDTH, WindowGrid, Windows
 
@@ -56,6 +56,12 @@ def stage_grids(tower: SwinConfig, stage: int, shifted: bool, plan: MicrobatchPl
         depth = clip_depth(tower, plan.clip_frames)
         grids.append((WindowGrid.of((depth, side, side), window, shifted), plan.num_clips))
     return grids
+
+
+def _windows(
+    batch: Microbatch, grids: tuple[tuple[WindowGrid, int], ...], dtype: torch.dtype, device: torch.device
+) -> Windows:
+    return Windows.of(grids, dtype, device)
 
 
 def clip_depth(tower: SwinConfig, frames: int) -> int:
@@ -124,12 +130,8 @@ class SwinBlock(MegatronModule):
 
     def _windows(self, hidden: torch.Tensor, context: ForwardContext) -> Windows:
         """Made once per microbatch and chunk for all blocks of the stage that shift alike."""
-        return context.derived(
-            f"windows/{self.stage}/{self.shifted}",
-            lambda batch: Windows.of(
-                stage_grids(self.tower, self.stage, self.shifted, batch.plan), hidden.dtype, hidden.device
-            ),
-        )
+        grids = stage_grids(self.tower, self.stage, self.shifted, context.batch.plan)
+        return context.derived(_windows, tuple(grids), hidden.dtype, hidden.device)
 
     def _dropout(self, hidden: torch.Tensor) -> torch.Tensor:
         return functional.dropout(hidden, self.config.hidden_dropout, self.training)

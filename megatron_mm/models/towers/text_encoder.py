@@ -19,10 +19,11 @@ from megatron_mm.config.towers import TextEncoderConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of, stack_layer
+from megatron_mm.models.layers.transformer import stack_layer
 
 _ACTIVATIONS = {
     "gelu": functional.gelu,

@@ -20,6 +20,7 @@ from torch.nn import functional
 from megatron_mm.config.towers import TransformerXLConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.relative_attention import (
@@ -30,7 +31,6 @@ from megatron_mm.models.layers.relative_attention import (
     relative_layer_cost,
 )
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of
 
 _SHARED = ("self_attention.u", "self_attention.v")
 
@@ -80,15 +80,15 @@ def segment_plan(text: torch.Tensor, context: ForwardContext, segment_length: in
     rows, length, width = text.shape
     if length % segment_length:
         raise ValueError(f"rows of {length} tokens are not whole segments of text.segment_length {segment_length}")
+    return context.derived(_segment_plan, segment_length, rows, width, text.dtype)
 
-    def make(batch: Microbatch) -> SegmentPlan:
-        hidden = hidden_keys(batch.document_ids_RT < 0, segment_length)
-        return SegmentPlan(
-            hidden.repeat(rows // hidden.shape[0], 1, 1, 1),
-            distance_sinusoids(segment_length, width, text.dtype, text.device),
-        )
 
-    return context.derived(f"segment_plan/{segment_length}/{rows}/{width}/{text.dtype}", make)
+def _segment_plan(batch: Microbatch, segment_length: int, rows: int, width: int, dtype: torch.dtype) -> SegmentPlan:
+    hidden = hidden_keys(batch.document_ids_RT < 0, segment_length)
+    return SegmentPlan(
+        hidden.repeat(rows // hidden.shape[0], 1, 1, 1),
+        distance_sinusoids(segment_length, width, dtype, hidden.device),
+    )
 
 
 def text_shape(text: TransformerXLConfig, init_std: float) -> StackShape:

@@ -16,11 +16,12 @@ from megatron_mm.config.towers import VisionTowerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.elementwise import quick_gelu
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of, stack_layer
+from megatron_mm.models.layers.transformer import stack_layer
 
 
 class PatchEmbedding(nn.Module):

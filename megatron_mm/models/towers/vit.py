@@ -22,10 +22,11 @@ from torch.nn import functional
 from megatron_mm.config.towers import MAEConfig, ViTConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies, layer_cost
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import backend_of, stack_layer
+from megatron_mm.models.layers.transformer import stack_layer
 from megatron_mm.models.towers.vision import image_plan
 
 
@@ -53,11 +54,11 @@ def sine_cosine_positions(grid: int, width: int, device: torch.device | int | st
 
 def shuffled_patches(context: ForwardContext) -> torch.Tensor:
     """Patches [I, P] of each image in the order of their noise; a masked application sees the first of them."""
+    return context.derived(_shuffled_patches)
 
-    def make(batch: Microbatch) -> torch.Tensor:
-        return batch.patch_noise_IP.argsort(dim=1, stable=True)
 
-    return context.derived("shuffled_patches", make)
+def _shuffled_patches(batch: Microbatch) -> torch.Tensor:
+    return batch.patch_noise_IP.argsort(dim=1, stable=True)
 
 
 def pick(values_IPC: torch.Tensor, index_IV: torch.Tensor) -> torch.Tensor:

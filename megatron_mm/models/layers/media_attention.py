@@ -1,0 +1,81 @@
+"""The local backend's attention of text to media: each row sees the media of its slots, all of them, under a mask.
+
+Shape suffixes are those of cross_attention.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
+from megatron_mm.models.layers.sharding import local_text
+
+
+@dataclass(frozen=True)
+class SlotKeys:
+    """Keys of the local core: the media of each row's slots, all of them, under a mask.
+
+    Attributes:
+        image_index, sound_index: [R·K], [R·J] media of the slots; an empty slot names medium 0 and is hidden.
+        plan: its mask [R, 1, L, E] is zero where nothing is visible, so that softmax stays finite.
+    """
+
+    image_index: torch.Tensor
+    sound_index: torch.Tensor
+    plan: AttentionPlan
+
+
+def seen_slots(batch: Microbatch) -> torch.Tensor:
+    """[R, L, K + J]: whether a token's document owns a slot, images before sounds."""
+    slots_R1K = torch.cat((batch.image_slot_documents_RK, batch.sound_slot_documents_RJ), dim=1)[:, None]
+    return local_text(batch.document_ids_RT)[:, :, None] == slots_R1K  # an empty slot is -2, padding -1: never equal
+
+
+class MediaAttention(CoreAttention):
+    """The local core: each row attends to the media of its slots under a mask."""
+
+    @staticmethod
+    def keys(
+        batch: Microbatch, image_tokens: int, sound_tokens: int, dtype: torch.dtype, cp_size: int, cp_rank: int
+    ) -> SlotKeys:
+        """The part of a cross plan that this core needs."""
+        seen_RLK = seen_slots(batch)
+        hidden_RLK = ~seen_RLK & seen_RLK.any(dim=-1, keepdim=True)
+        mask_RLK = torch.zeros(hidden_RLK.shape, dtype=dtype, device=hidden_RLK.device)
+        mask_RLK = mask_RLK.masked_fill(hidden_RLK, float("-inf"))
+        images, sounds = mask_RLK.split((batch.plan.image_slots, batch.plan.sound_slots), dim=-1)
+        mask_RLE = torch.cat((_repeat(images, image_tokens), _repeat(sounds, sound_tokens)), dim=-1)
+        return SlotKeys(
+            batch.image_slots_RK.clamp(min=0).flatten(),
+            batch.sound_slots_RJ.clamp(min=0).flatten(),
+            AttentionPlan(batch.plan.num_rows, mask=mask_RLE[:, None]),
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        images: tuple[torch.Tensor, torch.Tensor],
+        sounds: tuple[torch.Tensor, torch.Tensor],
+        keys: SlotKeys,
+    ) -> torch.Tensor:
+        """Queries [R, L, N, D]; keys and values of all media, [I, M, G, D] -> [R, L, N·D]."""
+        rows = keys.plan.rows
+        key_REGD, value_REGD = (
+            _pick(rows, (image, keys.image_index), (sound, keys.sound_index))
+            for image, sound in zip(images, sounds)
+        )
+        return super().forward(query, key_REGD, value_REGD, keys.plan)
+
+
+def _pick(rows: int, *media: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The media of each row's slots, one after another: [I, M, G, D] -> [R, E, G, D]."""
+    return torch.cat(
+        [values.index_select(0, index).view(rows, -1, *values.shape[2:]) for values, index in media], dim=1
+    )
+
+
+def _repeat(values: torch.Tensor, times: int) -> torch.Tensor:
+    return values[..., None].expand(*values.shape, times).flatten(-2)
