@@ -128,7 +128,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))  # the cases are modules of the repository, not of the package
     import torch
 
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.platform import setup
 
     torch.set_num_threads(arguments.threads)

@@ -83,7 +83,7 @@ def make_inputs(config, arguments: Arguments):
 
 def our_step(config, batch) -> tuple[Callable[[], float], dict]:
     """A step of the training path (returns the loss), and its initial weights by training name."""
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.pipeline.schedule import run_batch
     from megatron_mm.platform import setup
     from megatron_mm.training.assembly import build_model

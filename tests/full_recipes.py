@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron_mm.config.load import parse_command_line
 from megatron_mm.config.schema import Config
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import parallel_sizes
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import setup
 
 ROOT = Path(__file__).resolve().parent.parent

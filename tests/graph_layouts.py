@@ -31,7 +31,7 @@ def step(case: str, layout: str, pool: int, samples: int = 8, seed: int = SEED) 
     """
     from megatron.core import parallel_state
 
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.layers.settings import LayerSettings
     from megatron_mm.pipeline.partition import balance
     from megatron_mm.pipeline.schedule import build_pipeline, run_batch

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config.schema import Config
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
 from megatron_mm.training.assembly import build_model
 from megatron_mm.training.layouts import for_layout, measure, parse_layout

@@ -32,7 +32,7 @@ class Arguments:
 def count(recipe: Path) -> dict[str, int]:
     """Parameters of each part of a recipe's model."""
     from megatron_mm.config.load import load_config
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.systems import build_graph
     from megatron_mm.training.assembly import full_plan, layer_settings
 

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import section
 from megatron_mm.config.systems import SystemConfig
-from megatron_mm.data.formats import InputFormat
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.data.rows import Document, collate
 from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream

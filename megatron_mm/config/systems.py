@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.section import divides, megatron, section, share
 from megatron_mm.config.towers import (
     AudioTowerConfig,
@@ -30,7 +31,6 @@ from megatron_mm.config.towers import (
     ViTConfig,
     weights_problems,
 )
-from megatron_mm.data.formats import InputFormat
 
 _TP = "parallel.tensor_model_parallel_size"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.config.inputs import InputFormat, Limits
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.formats import InputFormat, Limits
 from megatron_mm.data.masking import Masking
 from megatron_mm.data.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.data.order import Blend, Permutation, Purpose, epoch_and_place

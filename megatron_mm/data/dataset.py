@@ -24,11 +24,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_mm.config.inputs import Limits
 from megatron_mm.config.schema import Config
 from megatron_mm.data.augmentation import Augmentation
 from megatron_mm.data.blend import BlendedDataset, Source
 from megatron_mm.data.builder import CheckedSplit, call_builder
-from megatron_mm.data.formats import Limits
 from megatron_mm.data.masking import Masking
 from megatron_mm.data.order import Purpose, split_documents
 from megatron_mm.data.plans import plan

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from megatron_mm.data.formats import InputFormat
+from megatron_mm.config.inputs import InputFormat
 
 #: Fields that every stage has; the others are read only by the chunks whose nodes consume them.
 ALWAYS_READ = frozenset({"position_ids_RT", "document_ids_RT", "image_slots_RK", "image_slot_documents_RK",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mm.data.formats import Limits
+from megatron_mm.config.inputs import Limits
 from megatron_mm.data.order import Permutation
 from megatron_mm.data.shards import Shard
 

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
+from megatron_mm.config.inputs import Limits
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.formats import Limits
 from megatron_mm.data.manifest import CHECKSUM
 from megatron_mm.data.packing import PIECE_DTYPE, Packing, pack
 from megatron_mm.data.shards import Shard

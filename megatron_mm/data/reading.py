@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_mm.config.inputs import InputFormat, Limits
 from megatron_mm.data.augmentation import Augmentation, View
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.formats import InputFormat, Limits
 from megatron_mm.data.masking import patch_noise
 from megatron_mm.data.media import decode_sound, decode_video, read_image, resample
 from megatron_mm.data.order import Purpose

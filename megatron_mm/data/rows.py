@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mm.data.formats import InputFormat
+from megatron_mm.config.inputs import InputFormat
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 
 

@@ -15,29 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
-
-
-@dataclass(frozen=True)
-class ParallelSizes:
-    """Sizes of the parallel groups, with whether text is sequence-parallel."""
-
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    cp: int = 1
-    dp: int = 1
-    sequence_parallel: bool = False
-
-    @property
-    def chunks(self) -> int:
-        """Pipeline chunks in all."""
-        return self.pp * self.vpp
-
-    @property
-    def world(self) -> int:
-        """Processes in all."""
-        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from math import prod
 
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.models.graph import Graph
 
 _ALIGNMENT = 64
 #: H of every payload: streams lie in it flattened, so it is no width of a model.

@@ -20,8 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.models.graph import ForwardContext, Graph, ParallelSizes
+from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.pipeline import ties
 from megatron_mm.pipeline.offload import Offload

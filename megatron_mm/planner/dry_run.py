@@ -23,9 +23,9 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan, field_shapes
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_mm.config.load import report
 from megatron_mm.config.performance import Device
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import cpu, megatron_versions
 
 #: What the groups of now were made for: (world, sizes, timeout, whether with gloo ones), None without groups.

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mm.config.inputs import Limits
 from megatron_mm.config.schema import Config
-from megatron_mm.data.formats import Limits
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import Graph, ParallelSizes
+from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers import attention_kernels, user_buffers
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph

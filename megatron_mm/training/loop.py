@@ -19,11 +19,11 @@ from megatron.core import parallel_state
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.loader import MicrobatchLoader
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.data.order import TaskSchedule
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.models.layers import attention_kernels
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.costs import model_flops

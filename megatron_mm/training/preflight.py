@@ -25,8 +25,8 @@ from megatron.core import parallel_state
 
 from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.dataset import build_datasets
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.planner.memory import checkpoint_bytes
 from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint_folder, identity

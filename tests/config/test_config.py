@@ -38,7 +38,7 @@ def test_synapse_70b_has_70_billion_parameters():
     from megatron_mm.platform import setup
 
     setup.apply_platform()
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.systems import build_graph
     from megatron_mm.planner.costs import total_parameters
     from megatron_mm.training.assembly import full_plan, layer_settings

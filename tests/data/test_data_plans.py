@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mm.config.inputs import Limits
 from megatron_mm.data import indexed, packing, plans, shards
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.formats import Limits
 from megatron_mm.data.indexed import IndexedReader, IndexedWriter
 from megatron_mm.data.packing import pack
 from megatron_mm.data.plans import plan

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.systems import VLMConfig
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.evaluation.objectives import MaskedPatches, Matching, Retrieval, TokenAccuracy, score_objectives
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
-from megatron_mm.models.graph import ForwardContext, ParallelSizes
+from megatron_mm.models.graph import ForwardContext
 from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss

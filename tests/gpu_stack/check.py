@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from megatron_mm.config.schema import Config  # noqa: E402
-from megatron_mm.models.graph import ParallelSizes  # noqa: E402
+from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.pipeline.schedule import pipeline_config  # noqa: E402
 from megatron_mm.pipeline.stage import PipelineChunk  # noqa: E402
 from megatron_mm.platform import cpu, setup  # noqa: E402

@@ -22,7 +22,7 @@ import tyro  # noqa: E402
 
 from megatron_mm.config.load import load_config  # noqa: E402
 from megatron_mm.config.schema import Config  # noqa: E402
-from megatron_mm.models.graph import ParallelSizes  # noqa: E402
+from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.pipeline.schedule import Pipeline  # noqa: E402
 from megatron_mm.platform import setup  # noqa: E402
 from megatron_mm.training import checkpoint  # noqa: E402

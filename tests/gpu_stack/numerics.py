@@ -27,9 +27,10 @@ from megatron.core import parallel_state  # noqa: E402
 from torch import nn  # noqa: E402
 from transformer_engine.pytorch.attention.dot_product_attention import backends  # noqa: E402
 
+from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.data.microbatch import Microbatch  # noqa: E402
 from megatron_mm.models.decoder import DecoderNodes  # noqa: E402
-from megatron_mm.models.graph import ForwardContext, Node, ParallelSizes  # noqa: E402
+from megatron_mm.models.graph import ForwardContext, Node  # noqa: E402
 from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
 from megatron_mm.models.layers.sharding import local_text  # noqa: E402
 from megatron_mm.models.systems import build_graph  # noqa: E402

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams  # noqa: E402
 
 from megatron_mm.config.schema import Config  # noqa: E402
-from megatron_mm.models.graph import ParallelSizes  # noqa: E402
+from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.models.layers.attention_kernels import describe  # noqa: E402
 from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
 from megatron_mm.planner.dry_run import dry_run  # noqa: E402

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.inference.entries.conformer import conformer_entries
 from megatron_mm.inference.hf.conformer import ConformerModel
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.platform import setup
 from tests.models import conformer_case as case
 from tests.models.synapse_case import build

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import Microbatch
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models.graph import ForwardContext, ParallelSizes
+from megatron_mm.models.graph import ForwardContext
 from megatron_mm.pipeline.schedule import Pipeline, run_batch
 from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint, warm_start

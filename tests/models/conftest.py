@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
 
 

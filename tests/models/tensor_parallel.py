@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.platform import setup
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm.models.graph import ForwardContext, ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers import attention
 from megatron_mm.models.layers.attention_kernels import describe, request
 from megatron_mm.models.layers.settings import LayerSettings

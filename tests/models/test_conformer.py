@@ -22,10 +22,11 @@ from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import (
     Wav2Vec2BertRelPositionalEmbedding,
 )
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.data.microbatch import MicrobatchPlan
 from megatron_mm.inference.entries.conformer import conformer_entries
-from megatron_mm.models.graph import ForwardContext, ParallelSizes
+from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.conformer import relative_positions
 from megatron_mm.models.layers.settings import LayerSettings

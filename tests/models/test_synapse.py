@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.decoder import decoder_shape
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.models.systems import build_graph
 from megatron_mm.platform import setup

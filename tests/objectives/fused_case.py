@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
 
 TOKENS, VOCABULARY = 12, 32

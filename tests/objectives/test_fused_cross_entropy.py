@@ -11,8 +11,9 @@ from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch.nn import functional
 
 from megatron_mm.config.performance import PerformanceConfig
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.models.graph import ForwardContext, ParallelSizes
+from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 from megatron_mm.objectives import causal_lm

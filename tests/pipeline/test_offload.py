@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.models.graph import ParallelSizes
 from megatron_mm.pipeline import offload
 from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.platform import setup

@@ -7,7 +7,7 @@ chunks; a parameter whose module is never called; losses over the whole batch wi
 import pytest
 import torch
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.pipeline import overlap
 from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.platform import setup

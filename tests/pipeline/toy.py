@@ -23,8 +23,9 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_mm.config.performance import PerformanceConfig
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, ParallelSizes, Stream
+from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.pipeline.partition import balance
 from megatron_mm.pipeline.schedule import build_pipeline, run_batch

@@ -25,7 +25,7 @@ def run_dry(path, world_size: int, output, *words: str) -> dict:
 def test_small_model(tmp_path):
     """One process against four: the same parameters in all, FLOPs that add up to the costs, and shards of them."""
     setup.apply_platform()
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.systems import build_graph
     from megatron_mm.planner.costs import model_flops
     from megatron_mm.training.assembly import full_plan, layer_settings
@@ -71,7 +71,7 @@ def test_activations_on_the_host_leave_the_device(tmp_path):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute, monkeypatch):
     setup.apply_platform()
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.pipeline import offload
     from megatron_mm.planner import dry_run as planner
 
@@ -91,7 +91,7 @@ def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute,
 def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_path):
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
     setup.apply_platform()
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.costs import imbalance
     from megatron_mm.training.assembly import choose_cuts, model_graph, training_times
 

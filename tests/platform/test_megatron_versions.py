@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import megatron_versions, setup
 from megatron_mm.training import checkpoint
 from megatron_mm.training.assembly import build_model

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
 from tests.waiting import wait_until
 

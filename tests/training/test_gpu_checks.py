@@ -52,7 +52,7 @@ def test_a_model_that_learns_nothing_is_no_evidence():
 @pytest.mark.parametrize(("layout", "world_size"), [("TP1", 1), ("TP2xPP2+SP+distopt", 8), ("TP2+distopt", 16)])
 def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
     setup.apply_platform()
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.costs import total_parameters
     from megatron_mm.training.assembly import full_plan, model_graph
     from megatron_mm.training.node_groups import LAST_PHASE

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_mm.config.schema import NodeGroupConfig
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
 from megatron_mm.training.node_groups import LAST_PHASE, phase_ends, phase_graph
 from megatron_mm.training.node_names import collapsed, node_and_weight

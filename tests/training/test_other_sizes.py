@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
 from megatron_mm.training import checkpoint, warm_start
 from megatron_mm.training.assembly import build_model

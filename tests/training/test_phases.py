@@ -71,7 +71,7 @@ def assert_same_history(output: Path, uninterrupted: Path) -> None:
 def test_the_frozen_do_not_move_until_they_learn(uninterrupted):
     from megatron.core.dist_checkpointing import load_plain_tensors
 
-    from megatron_mm.models.graph import ParallelSizes
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.platform import setup
 
     setup.initialize(ParallelSizes(), seed=1)

@@ -16,10 +16,10 @@ def read_shared(root: str) -> None:
     """Run by each of four processes (tensor parallel 2 × data parallel 2): what it received, written to a file."""
     from megatron.core import parallel_state
 
+    from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.data.dataset import build_datasets
     from megatron_mm.data.errors import DataError
     from megatron_mm.data.loader import MicrobatchLoader
-    from megatron_mm.models.graph import ParallelSizes
     from megatron_mm.platform import setup
     from megatron_mm.training.shared_reading import SharedLoader
     from tests.corpus import corpus_config

@@ -8,7 +8,8 @@ Activation bytes are what the backward pass needs at two bytes a value, attentio
 
 from __future__ import annotations
 
-from megatron_mm.models.graph import NodeCost, ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.models.graph import NodeCost
 from megatron_mm.models.layers.settings import StackShape
 
 

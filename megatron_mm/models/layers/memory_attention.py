@@ -27,8 +27,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.models.graph import ForwardContext, NodeCost, ParallelSizes
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies, layer_cost

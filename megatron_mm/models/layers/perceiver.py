@@ -23,8 +23,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, NodeCost, ParallelSizes
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies

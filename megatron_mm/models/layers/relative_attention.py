@@ -31,7 +31,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import distributed
 from torch.nn import functional
 
-from megatron_mm.models.graph import ForwardContext, NodeCost, ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.initialization import Init
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies

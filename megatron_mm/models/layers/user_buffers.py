@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 from megatron_mm.config.schema import Config
-from megatron_mm.models.graph import ParallelSizes
+from megatron_mm.config.sizes import ParallelSizes
 
 
 def start(config: Config, sizes: ParallelSizes) -> None:
