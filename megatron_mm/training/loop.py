@@ -28,7 +28,7 @@ from megatron_mm.models.layers import attention_kernels
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, checkpoint_folder, preflight, warm_start
+from megatron_mm.training import checkpoint, checkpoint_folder, warm_start
 from megatron_mm.training.assembly import build_model, layer_settings, model_graph
 from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.corrupt_media import CorruptMedia
@@ -37,6 +37,7 @@ from megatron_mm.training.node_groups import phase_ends
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_gradient, explain_loss
 from megatron_mm.training.shared_reading import SharedLoader
+from megatron_mm.training.start import start
 from megatron_mm.training.tracking import Tracker, peak_tflops
 
 
@@ -52,7 +53,7 @@ class Trainer:
 
     def __init__(self, config: Config, sizes: ParallelSizes) -> None:
         self.config, self.sizes = config, sizes
-        self.device, self.watchdog = preflight.start(config, sizes)
+        self.device, self.watchdog = start(config, sizes)
         self.first_rank = dist.get_rank() == 0
         self.output = Path(config.logging.output)
         self.root = checkpoint_root(config)

@@ -1,9 +1,8 @@
 """Pre-flight: what a run needs from its machines, checked before it trains (`pretrain_multimodal.py --check`).
 
-    start    every process joins, states what it has (identity.py), sees the checkpoint folder; the layout's groups are
-             made. Every training run begins with it: what differs would otherwise train, wrongly, or hang.
-    check    the rest of `--check`: a matrix product on every device, an all-reduce of every group and a message to the
-             next pipeline stage, each compared with its right value and timed, free memory and free disk.
+After the comparison with which every run begins (training/start.py): a matrix product on every device, an all-reduce of
+every group and a message to the next pipeline stage, each compared with its right value and timed, free memory and free
+disk.
 
 Devices of a cluster are bought alike, so each is compared with the median of its kind; a slow one is named with host
 and local rank, because every step of the whole run waits for it. A CPU's processes share cores: there speeds are shown,
@@ -29,11 +28,11 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.planner.memory import checkpoint_bytes
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint_folder, identity
+from megatron_mm.training import checkpoint_folder
 from megatron_mm.training.assembly import full_plan, layer_dtype, model_graph
 from megatron_mm.training.identity import Place, gathered, located, shortened, told
 from megatron_mm.training.node_groups import LAST_PHASE
-from megatron_mm.training.resilience import Watchdog
+from megatron_mm.training.start import start
 from megatron_mm.training.tracking import peak_tflops
 
 #: A device that takes so many times the median for a product is slow. Clocks and temperatures of healthy ones differ by
@@ -74,24 +73,6 @@ class Product:
     free: int
     total: int
     """Bytes of the device's memory; 0 and 0 on a CPU."""
-
-
-def start(config: Config, sizes: ParallelSizes) -> tuple[torch.device, Watchdog]:
-    """The beginning of every run: joins, compares what the processes have, makes the groups of the layout.
-
-    Raises:
-        ValueError: something differs, or the checkpoint folder is not shared or writable; the same on every process.
-    """
-    minutes = config.parallel.distributed_timeout_minutes
-    watchdog = Watchdog(Path(config.logging.output), minutes)
-    # The watchdog comes first: its stacks say more than a collective's own time-out.
-    setup.join(timeout_minutes=minutes * 2)
-    watchdog.beat("comparing code, settings and data of the processes")
-    problems = identity.check(config)
-    if problems:
-        raise ValueError("\n  ".join(["processes must have the same, and share the checkpoint folder:", *problems]))
-    watchdog.beat("making the groups of the layout")
-    return setup.initialize(sizes, config.training.seed, timeout_minutes=minutes * 2), watchdog
 
 
 def run_from_command_line(config: Config, sizes: ParallelSizes) -> None:
