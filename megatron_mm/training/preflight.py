@@ -27,8 +27,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.dataset import build_datasets
 from megatron_mm.planner.memory import checkpoint_bytes
-from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint_folder
+from megatron_mm.training import checkpoint_folder, identity
 from megatron_mm.training.assembly import full_plan, layer_dtype, model_graph
 from megatron_mm.training.identity import Place, gathered, located, shortened, told
 from megatron_mm.training.node_groups import LAST_PHASE

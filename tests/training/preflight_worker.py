@@ -26,6 +26,7 @@ def main() -> None:
 
     from megatron_mm.training import identity, preflight
     from megatron_mm.training.preflight import Product
+    from megatron_mm.training.start import start
 
     config = load_config(recipe)
     rank = setup.rank()
@@ -51,7 +52,7 @@ def main() -> None:
 
     with setup.reporting_errors():
         sizes = parallel_sizes(config, setup.world_size())
-        device, watchdog = preflight.start(config, sizes)
+        device, watchdog = start(config, sizes)
         unshared = identity.not_shared(Path(config.logging.output, "elsewhere" if rank == 2 else "there"), seconds=1.0)
         if rank == 0:
             print(*unshared, sep="\n", flush=True)
