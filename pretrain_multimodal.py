@@ -40,7 +40,7 @@ def main() -> None:
             return
         setup.apply_platform()  # before anything of megatron-core is imported
         if config.check:
-            from megatron_mm.training import preflight
+            from megatron_mm.checks import preflight
 
             preflight.run_from_command_line(config, sizes)
         else:

@@ -19,7 +19,7 @@ setup(
     description="Pretraining of multimodal models on megatron-core, from a laptop to a cluster",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
-    package_data={"megatron_mm": ["recipes/*.yaml", "data/*.html"]},
+    package_data={"megatron_mm": ["recipes/*.yaml", "data/view/*.html"]},
     install_requires=[
         # Tensors, autograd, collectives. 2.10.0 passes the fast tests; 2.9 passed those of models and pipeline.
         "torch>=2.9",
@@ -33,7 +33,7 @@ setup(
         "pyyaml>=6.0.1",  # recipes
         "sentencepiece>=0.2.1",  # tokenizers, in training and in exported models
         "orjson>=3.10",  # JSON lines of texts in half of the time of Python's reader
-        "numba>=0.60",  # the text builder's encoder, compiled (data/word_kernels.py)
+        "numba>=0.60",  # the text builder's encoder, compiled (data/tokens/word_kernels.py)
         "safetensors>=0.4.5",  # exported weights, and reading Hugging Face checkpoints tensor by tensor
         "transformers>=5.0,<6",  # configuration, tokenizer and generation of exported models
         "pillow>=11.0",  # image decoding

@@ -51,7 +51,7 @@ def make_inputs(config, arguments: Arguments):
     """The same random rows, one document each, for both sides: (training microbatch, plain torch arguments)."""
     import torch
 
-    from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+    from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 
     rows, length, generator = arguments.rows, arguments.tokens, torch.Generator().manual_seed(0)
     vision, audio = config.model.vision, config.model.audio
@@ -85,8 +85,8 @@ def our_step(config, batch) -> tuple[Callable[[], float], dict]:
     """A step of the training path (returns the loss), and its initial weights by training name."""
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.pipeline.schedule import run_batch
+    from megatron_mm.planner.assembly import build_model
     from megatron_mm.platform import setup
-    from megatron_mm.training.assembly import build_model
     from megatron_mm.training.optimizer import Optimizer
 
     sizes = ParallelSizes()
@@ -113,8 +113,8 @@ def plain_step(config, weights: dict, inputs: dict, fused: bool) -> Callable[[],
     """A step of the modelling file and torch's AdamW (returns the loss)."""
     import torch
 
-    from megatron_mm.inference.hf.configuration_synapse import SynapseConfig
-    from megatron_mm.inference.hf.modeling_synapse import SynapseForCausalLM
+    from megatron_mm.hf.configuration_synapse import SynapseConfig
+    from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
     from megatron_mm.inference.systems.synapse import fields, synapse_entries
 
     model = SynapseForCausalLM(SynapseConfig(**fields(config))).train()

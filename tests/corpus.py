@@ -10,8 +10,8 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from megatron_mm.config.schema import DatasetConfig
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.train_tokenizer import train_tokenizer
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from tests.recipes import small_config
 
 _COLOURS = ("red", "green", "blue", "black", "orange", "purple")

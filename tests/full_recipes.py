@@ -59,8 +59,8 @@ def dry_run(name: str, phase: str, output: Path) -> dict:
 
 def estimates(config: Config, sizes: ParallelSizes) -> list[float]:
     """What the partitioner takes for the memory of a process of each stage, in bytes."""
+    from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_dtype, model_graph
     from megatron_mm.planner.memory import ChunkMemory
-    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_dtype, model_graph
     from megatron_mm.training.node_groups import LAST_PHASE
 
     graph = model_graph(config, sizes, "cpu", LAST_PHASE)

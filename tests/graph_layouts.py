@@ -31,12 +31,12 @@ def step(case: str, layout: str, pool: int, samples: int = 8, seed: int = SEED) 
     """
     from megatron.core import parallel_state
 
+    from megatron_mm.checks.layouts import _whole_gradients, parse_layout
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.layers.settings import LayerSettings
     from megatron_mm.pipeline.partition import balance
     from megatron_mm.pipeline.schedule import build_pipeline, run_batch
     from megatron_mm.platform import setup
-    from megatron_mm.training.layouts import _whole_gradients, parse_layout
 
     parsed = parse_layout(layout)
     tp, pp, cp = (

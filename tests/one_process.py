@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.checks.layouts import for_layout, measure, parse_layout
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training.assembly import build_model
-from megatron_mm.training.layouts import for_layout, measure, parse_layout
 
 #: megatron-core stores the norms of its layers with the maps that follow them.
 _STORED = {

@@ -5,7 +5,7 @@
     python tools/check_gpus.py two-nodes    pipeline and data parallel across nodes, save and resume, MFU
 
 Called through examples/check_gpus.sh, which sets what the cluster needs; `two-nodes` on both nodes. What is compared,
-by which bounds and why, is said in megatron_mm/training/gpu_checks.py. Without CUDA the same checks compare the local
+by which bounds and why, is said in megatron_mm/checks/gpu_checks.py. Without CUDA the same checks compare the local
 backend with itself under gloo: that shows that they run and can fail, not that a GPU is right.
 """
 
@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 import tyro
 
+from megatron_mm.checks import gpu_checks
 from megatron_mm.config.load import fail
 from megatron_mm.config.outputs import check_file, check_place, figures, write_figures
-from megatron_mm.training import gpu_checks
 
 
 @dataclass

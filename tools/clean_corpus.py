@@ -28,8 +28,8 @@ from megatron_mm.data.cleaning.media_rules import ImageRules, SoundRules, VideoR
 from megatron_mm.data.cleaning.report import markdown
 from megatron_mm.data.cleaning.scan import Rules
 from megatron_mm.data.cleaning.text_rules import TextRules
+from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.errors import run_tool
-from megatron_mm.data.text_input import expand_inputs
 
 
 @dataclass

@@ -41,8 +41,8 @@ class Export:
     """Run the folder and compare it with the checkpoint before it gets its name."""
 
     def run(self) -> str:
+        from megatron_mm.conversion.convert import export
         from megatron_mm.evaluation.export_proof import proof
-        from megatron_mm.inference.convert import export
 
         if not self.max_shard_gb > 0:
             raise ValueError(f"--max-shard-gb is {self.max_shard_gb}; it must be above 0")
@@ -62,8 +62,8 @@ class Refresh:
     """Run the folder with its new code before anything is replaced."""
 
     def run(self) -> str:
+        from megatron_mm.conversion.convert import refresh
         from megatron_mm.evaluation.export_proof import proof
-        from megatron_mm.inference.convert import refresh
 
         changed = refresh(self.hf, proof() if self.prove else None)
         return f"renewed {', '.join(changed)} in {self.hf}" if changed else f"{self.hf} is up to date"
@@ -85,7 +85,7 @@ class Restore:
     """Replace an iter_0000000 that is there."""
 
     def run(self) -> str:
-        from megatron_mm.inference.convert import restore
+        from megatron_mm.conversion.convert import restore
 
         return f"wrote {restore(self.hf, self.output, self.config, self.dtype, self.overwrite)}"
 
@@ -118,7 +118,7 @@ class ImportPretrained:
     """Replace an iter_0000000 that is there."""
 
     def run(self) -> str:
-        from megatron_mm.inference.pretrained import import_pretrained
+        from megatron_mm.conversion.pretrained import import_pretrained
 
         written = import_pretrained(
             self.config,

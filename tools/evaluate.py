@@ -60,8 +60,8 @@ def run(arguments: Arguments) -> list[dict]:
     import torch
 
     from megatron_mm.evaluation.evaluate import check_references, evaluate, swap_media
-    from megatron_mm.inference.generation import Decoding, Generator
-    from megatron_mm.inference.prompts import read_prompts
+    from megatron_mm.generation.generate import Decoding, Generator
+    from megatron_mm.generation.prompts import read_prompts
 
     decoding = Decoding(arguments.max_new_tokens, arguments.num_beams)
     decoding.arguments()

@@ -63,7 +63,7 @@ class Arguments:
 
 def prompts_of(arguments: Arguments) -> list[dict]:
     """The prompts, with every file checked to exist."""
-    from megatron_mm.inference.prompts import check_prompt, read_prompts
+    from megatron_mm.generation.prompts import check_prompt, read_prompts
 
     single = arguments.prompt is not None or arguments.image or arguments.audio or arguments.video
     if bool(single) == (arguments.input is not None):
@@ -87,8 +87,8 @@ def run(arguments: Arguments) -> None:
     """Answer the prompts, on the terminal and in --output."""
     check_file(arguments.output, "--output", records("generated"))
     prompts = prompts_of(arguments)
-    from megatron_mm.inference.generation import Decoding, Generator
-    from megatron_mm.inference.prompts import result_line
+    from megatron_mm.generation.generate import Decoding, Generator
+    from megatron_mm.generation.prompts import result_line
 
     decoding = Decoding(
         arguments.max_new_tokens, arguments.num_beams, arguments.top_p, arguments.temperature, arguments.seed

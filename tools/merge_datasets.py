@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import tyro
 
 from megatron_mm.data.errors import run_tool
-from megatron_mm.data.merge import merge_datasets
+from megatron_mm.data.store.merge import merge_datasets
 
 
 @dataclass

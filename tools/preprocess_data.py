@@ -15,11 +15,11 @@ from typing import Literal
 
 import tyro
 
-from megatron_mm.data.build_text import Sentences, build_text
+from megatron_mm.data.build.text import Sentences, build_text
+from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.errors import run_tool
-from megatron_mm.data.sentences import MAX_CHARACTERS
-from megatron_mm.data.skipped import OnError
-from megatron_mm.data.text_input import expand_inputs
+from megatron_mm.data.jobs.skipped import OnError
+from megatron_mm.data.tokens.sentences import MAX_CHARACTERS
 
 
 @dataclass

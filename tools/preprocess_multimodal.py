@@ -12,7 +12,7 @@ sample have its name: .txt or .caption is "text", .json further fields, images, 
 tars may leave the placeholders out: they are put before the prompt then. All but Parquet and save_to_disk may be .gz or
 .zst. A line is at most 256 MiB, so media inside the input are at most 192 MiB a sample; longer ones need paths.
 
-Media are stored as they are, or smaller and quicker to read (megatron_mm/data/encoding.py):
+Media are stored as they are, or smaller and quicker to read (megatron_mm/media/encoding.py):
 
     python tools/preprocess_multimodal.py --input samples.jsonl --tokenizer-model tokenizer.model --output data/small \\
         --image-encoding webp --image-size 448 --audio-encoding flac --video-encoding frames --video-frames 8
@@ -25,11 +25,11 @@ from typing import Annotated
 
 import tyro
 
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.encoding import KEEP, Encoding
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.errors import run_tool
-from megatron_mm.data.skipped import OnError
-from megatron_mm.data.text_input import expand_inputs
+from megatron_mm.data.jobs.skipped import OnError
+from megatron_mm.media.encoding import KEEP, Encoding
 
 
 @dataclass

@@ -46,9 +46,9 @@ def run(arguments: Arguments) -> dict[str, dict[str, float]]:
     check_file(arguments.json, "--json", figures("trained"))
     import torch
 
+    from megatron_mm.conversion.convert import find_checkpoint, tokenizer_of
     from megatron_mm.evaluation.objectives import score_objectives
     from megatron_mm.evaluation.streams import GraphReader, reading_jsonl
-    from megatron_mm.inference.convert import find_checkpoint, tokenizer_of
 
     torch.set_num_threads(os.cpu_count() or 1)
     results = {}

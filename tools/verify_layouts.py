@@ -15,9 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_mm.config.load import fail, load_config
-from megatron_mm.config.outputs import check_file, figures, write_figures
-from megatron_mm.training.layouts import (
+from megatron_mm.checks.layouts import (
     DEFAULT_LAYOUTS,
     Comparison,
     compare,
@@ -27,6 +25,8 @@ from megatron_mm.training.layouts import (
     parse_layout,
     to_json,
 )
+from megatron_mm.config.load import fail, load_config
+from megatron_mm.config.outputs import check_file, figures, write_figures
 
 
 @dataclass

@@ -20,8 +20,8 @@ BATCH = 32
 _OURS = """
 import sys, time, json
 from megatron_mm.config.schema import Config, DatasetConfig
-from megatron_mm.data.dataset import build_datasets
-from megatron_mm.data.loader import MicrobatchLoader
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.reading.loader import MicrobatchLoader
 shards, tokenizer, workers, images, batch = *sys.argv[1:3], *map(int, sys.argv[3:])
 config = Config()
 config.data.datasets, config.data.tokenizer = [DatasetConfig(path=shards)], tokenizer

@@ -26,7 +26,7 @@ _CHILD = """
 import json, sys, time
 import numpy as np, psutil
 from benchmarks.data_cases import order
-from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.reading.dataset import build_datasets
 config = order.config(sys.argv[1], int(sys.argv[2]))
 process = psutil.Process()
 before, began = process.memory_info().rss, time.perf_counter()
@@ -63,7 +63,7 @@ def config(folder: str, datasets: int):
 
 
 def _write(prefix: Path, documents: int) -> None:
-    from megatron_mm.data.indexed import IndexedWriter
+    from megatron_mm.data.store.indexed import IndexedWriter
 
     writer = IndexedWriter(prefix, np.uint16)
     for start in range(0, documents, _BLOCK):
@@ -75,7 +75,7 @@ def _write(prefix: Path, documents: int) -> None:
 
 def run(arguments: Arguments) -> Iterator[Figure]:
     """Planning, start-up, memory, random access."""
-    from megatron_mm.data.dataset import build_datasets
+    from megatron_mm.data.reading.dataset import build_datasets
 
     documents = 100_000 if arguments.smoke else 100_000_000
     folder = arguments.folder / f"order-{documents}"
@@ -124,7 +124,7 @@ def run(arguments: Arguments) -> Iterator[Figure]:
 
 def _share_plan(plans: Path, folder: Path, documents: int) -> None:
     """Links the one plan under the digests of the other datasets."""
-    from megatron_mm.data import plans as module
+    from megatron_mm.data.reading import plans as module
 
     (made,) = (path for path in plans.iterdir() if path.is_dir())
 
@@ -135,7 +135,7 @@ def _share_plan(plans: Path, folder: Path, documents: int) -> None:
 
     make, module._make = module._make, link
     try:
-        from megatron_mm.data.dataset import build_datasets
+        from megatron_mm.data.reading.dataset import build_datasets
 
         build_datasets(config(str(folder), _DATASETS))
     finally:

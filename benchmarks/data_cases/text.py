@@ -141,7 +141,7 @@ def _run_loop(path: Path, prefix: str, model: str, workers: int) -> float:
 
 def _builders(kind: str, model: str, path: Path, work: Path, arguments: Arguments) -> Iterator[Figure]:
     """The builder against the loop over a pool, alternately in this process."""
-    from megatron_mm.data.build_text import build_text
+    from megatron_mm.data.build.text import build_text
 
     ours, loop, took = str(work / "build"), str(work / "loop"), {"ours": [], "loop": []}
     for _ in range(1 if arguments.smoke else arguments.repeats):
@@ -160,8 +160,8 @@ def _builders(kind: str, model: str, path: Path, work: Path, arguments: Argument
 
 def _encoders(kind: str, model: str, path: Path, arguments: Arguments) -> Iterator[Figure]:
     """The encoder of a worker against SentencePiece's own batch encoding, on one core."""
-    from megatron_mm.data.tokenizer import Tokenizer
-    from megatron_mm.data.word_cache import block_encoder
+    from megatron_mm.data.tokens.tokenizer import Tokenizer
+    from megatron_mm.data.tokens.word_cache import block_encoder
 
     tokenizer = Tokenizer(model, require_media=False)
     with path.open(encoding="utf-8") as stream:

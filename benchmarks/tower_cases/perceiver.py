@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.tower_cases import TowerCase
 from megatron_mm.config.towers import PerceiverConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.inference.entries.perceiver import perceiver_entries
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.initialization import initialize_module

@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower
 from megatron_mm.config.towers import SwinConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.inference.entries.swin import swin_entries
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.towers.swin import swin_nodes

@@ -27,8 +27,8 @@ from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import section
 from megatron_mm.config.systems import SystemConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.data.rows import Document, collate
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.rows import Document, collate
 from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
@@ -180,7 +180,7 @@ class StandardLibrary:
         return [f"{self.files} modules of Python's standard library, {self.text.size:,} bytes"]
 
     def microbatch(self, index: Sequence[int], fields: Collection[str], task: str = "") -> Microbatch:
-        """The samples of these numbers (contract: megatron_mm/data/dataset.py)."""
+        """The samples of these numbers (contract: megatron_mm/data/reading/dataset.py)."""
         rows = []
         for number in index:
             draw = np.random.Generator(np.random.Philox(key=[self.seed, number]))

@@ -110,10 +110,10 @@ class DataConfig:
     """Write the document ids of every step to metrics.jsonl."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """What an image, sound or video does that does not decode while training: end the run with its name, or be read as
-    grey or as silence, counted and named once (data/reading.py)."""
+    grey or as silence, counted and named once (data/reading/records.py)."""
     builder: str | None = None
-    """`module:function` or `file.py:function` of a user's own that makes the datasets (contract: data/dataset.py);
-    null: shards."""
+    """`module:function` or `file.py:function` of a user's own that makes the datasets (contract:
+    data/reading/dataset.py); null: shards."""
 
 
 @section

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_mm.evaluation.captions import CaptionScores, score_captions
-from megatron_mm.inference.generation import Decoding, Generator
+from megatron_mm.generation.generate import Decoding, Generator
 
 MEDIA = ("images", "audios", "videos")
 

@@ -4,7 +4,7 @@
                     └─ training graph with the checkpoint's weights ─ streams ──────────────────────┘
 
 A folder that transformers reads otherwise than it was meant answers all the same; here is where it is noticed. Inputs
-are random rows in the format of the system (data/generated.py), with and without media, of different lengths.
+are random rows in the format of the system (data/reading/generated.py), with and without media, of different lengths.
 
 Shapes: R rows, T tokens.
 """
@@ -23,15 +23,15 @@ import numpy as np
 import psutil
 import torch
 
+from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
-from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.conversion.convert import config_from_hf, find_checkpoint
+from megatron_mm.conversion.hf_folder import adapter_of_folder, read_json
+from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
+from megatron_mm.data.reading.generated import GeneratedRows
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader
-from megatron_mm.inference.checkpoint_stream import CheckpointReader
-from megatron_mm.inference.convert import config_from_hf, find_checkpoint
-from megatron_mm.inference.hf_folder import adapter_of_folder, read_json
-from megatron_mm.inference.safetensors_stream import SafetensorsFolder
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph
 

@@ -3,7 +3,7 @@
     rows of held-out samples ─ tokens of the prompt ─ graph ─ likeliest next token ─ … until the end token ─ text
 
 What depends on media alone is computed once; the decoder reads its whole row again for every token, so this is for
-short texts of small models. An exported folder decodes with a cache (inference/generation.py).
+short texts of small models. An exported folder decodes with a cache (generation/generate.py).
 
 Shape suffixes: R rows, T tokens of a row.
 """
@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from megatron_mm.config.schema import Config
-from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.evaluation.streams import GraphReader, all_rows
 
 

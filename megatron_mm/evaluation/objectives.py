@@ -21,7 +21,7 @@ from dataclasses import asdict
 import torch
 
 from megatron_mm.config.schema import Config
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.retrieval import score_both_directions
 from megatron_mm.evaluation.streams import GraphReader, all_rows
 from megatron_mm.models.graph import ForwardContext, Loss

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.checkpoints import checkpoint
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config, DatasetConfig, ParallelConfig
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.dataset import whole_dataset
-from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.inference.convert import find_checkpoint
+from megatron_mm.conversion.convert import find_checkpoint
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.reading.dataset import whole_dataset
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint
-from megatron_mm.training.assembly import build_model
 
 _TOKENS = frozenset({"tokens_RT", "masked_tokens_RT"})
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from megatron_mm.config.towers import DecoderConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan, text_plan
 from megatron_mm.models.layers.backends import backend_of

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.layers.sharding import local_text
 from megatron_mm.objectives.cross_entropy import CrossEntropy, token_cross_entropy

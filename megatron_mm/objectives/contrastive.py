@@ -18,7 +18,7 @@ import torch
 from megatron.core import parallel_state
 from torch.nn import functional
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.platform import collectives
 

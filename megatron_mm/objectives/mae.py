@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_mm.config.towers import MAEConfig, ViTConfig
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.towers.vit import patchify, shuffled_patches
 

@@ -1,7 +1,7 @@
 """Masked language modelling (BERT, arXiv:1810.04805): the hidden tokens are predicted from both sides.
 
 Which tokens are hidden, and what stands in their place (80% the mask, 10% a random token, 10% the token itself), is
-drawn with the data (data/masking.py); attention that sees both sides is the system's.
+drawn with the data (data/reading/masking.py); attention that sees both sides is the system's.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from math import prod
 import torch
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph
 
 _ALIGNMENT = 64

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import Graph
 from megatron_mm.pipeline.overlap import GradientReduction, WeightGathering
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows

@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.pipeline import ties

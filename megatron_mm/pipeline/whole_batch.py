@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from megatron_mm.data.microbatch import ALWAYS_READ, Microbatch
+from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 
 

@@ -25,7 +25,7 @@ from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import check, parallel_sizes
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan, field_shapes
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan, field_shapes
 from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes
@@ -101,7 +101,7 @@ def dry_run(config: Config, world_size: int, report=lambda stage: None) -> DryRu
 def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_mm.training.assembly import choose_cuts, full_plan, model_graph, training_times
+    from megatron_mm.planner.assembly import choose_cuts, full_plan, model_graph, training_times
     from megatron_mm.training.node_groups import LAST_PHASE
 
     graph = model_graph(config, sizes, "cpu", LAST_PHASE)
@@ -144,7 +144,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
     from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
     from megatron_mm.pipeline.schedule import pipeline_config
     from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
-    from megatron_mm.training.assembly import layer_dtype
+    from megatron_mm.planner.assembly import layer_dtype
 
     began = time.perf_counter()
     dtype = layer_dtype(config)

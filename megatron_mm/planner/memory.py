@@ -14,7 +14,7 @@ import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, Stream
 from megatron_mm.pipeline.partition import Fits
 from megatron_mm.planner.costs import gradient_reaches

@@ -1,8 +1,8 @@
 """Media that did not decode while training, under `data.on_corrupt: skip`: named once, counted at every step.
 
-The reader puts zeros or silence in their place (data/reading.py). Which process reads a medium depends on the layout,
-and several may read the same one, so the names travel to all and equal ones count once: the figures are those of any
-other layout.
+The reader puts zeros or silence in their place (data/reading/records.py). Which process reads a medium depends on the
+layout, and several may read the same one, so the names travel to all and equal ones count once: the figures are those
+of any other layout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.config.schema import Config
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.training.resilience import communication_device
 
 

@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 
 import megatron_mm
+from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.schema import Config
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.remote import localize
-from megatron_mm.training import checkpoint_folder
+from megatron_mm.data.store.remote import localize
 from megatron_mm.training.node_names import ranges
 
 #: Distributions whose releases decide what is computed.

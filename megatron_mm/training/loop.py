@@ -17,20 +17,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_mm.checkpoints import checkpoint
+from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.dataset import build_datasets
-from megatron_mm.data.loader import MicrobatchLoader
-from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.data.order import TaskSchedule
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.reading.loader import MicrobatchLoader
+from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.data.reading.order import TaskSchedule
 from megatron_mm.models.layers import attention_kernels
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
+from megatron_mm.planner.assembly import build_model, layer_settings, model_graph
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, checkpoint_folder, warm_start
-from megatron_mm.training.assembly import build_model, layer_settings, model_graph
-from megatron_mm.training.checkpoint import Position
+from megatron_mm.training import warm_start
 from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.identity import checkpoint_root
 from megatron_mm.training.node_groups import phase_ends

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.pipeline.schedule import BatchResult, Pipeline, run_batch
 from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.platform import setup

@@ -11,9 +11,9 @@ from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.models.graph import Graph
+from megatron_mm.planner.assembly import choose_cuts, full_plan, model_graph, training_times
 from megatron_mm.planner.costs import imbalance
 from megatron_mm.platform import setup
-from megatron_mm.training.assembly import choose_cuts, full_plan, model_graph, training_times
 from tests.full_recipes import PHASES, launched
 
 IMAGENET = {"data.image_mean": (0.485, 0.456, 0.406), "data.image_std": (0.229, 0.224, 0.225)}

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mm.data import unfinished
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
 from megatron_mm.data.cleaning.drop_list import DropList
 from megatron_mm.data.cleaning.duplicates import DuplicateRules
@@ -28,8 +27,9 @@ from megatron_mm.data.cleaning.media_rules import ImageRules, SoundRules
 from megatron_mm.data.cleaning.scan import Rules
 from megatron_mm.data.cleaning.text_rules import TextRules
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.parallel import LineBlock
-from megatron_mm.data.shards import Shard
+from megatron_mm.data.jobs import unfinished
+from megatron_mm.data.jobs.parallel import LineBlock
+from megatron_mm.data.store.shards import Shard
 from tests.data.killing import kill_and_continue, undisturbed
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -33,7 +33,7 @@ from megatron_mm.data.cleaning.duplicates import (
 )
 from megatron_mm.data.cleaning.scan import IMAGE_DTYPE, IMAGES, RECORD_DTYPE, RECORDS, TEXTS
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.order import mixed
+from megatron_mm.data.reading.order import mixed
 
 
 def passage(dice: random.Random, words: int = 120) -> str:

@@ -27,7 +27,7 @@ from megatron_mm.data.cleaning.text_signatures import (
     shingle_hashes,
     words_of,
 )
-from megatron_mm.data.media import decode_image
+from megatron_mm.media.decoding import decode_image
 
 
 def pair_of_sets(dice: random.Random, similarity: float, size: int = 200) -> tuple[list[bytes], list[bytes], float]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_mm.data.augmentation import Augmentation, View, change_colour, names_a_side, random_jitter
-from megatron_mm.data.transforms import center_crop_box, image_tensor, pixel_tensor
+from megatron_mm.data.reading.augmentation import Augmentation, View, change_colour, names_a_side, random_jitter
+from megatron_mm.media.transforms import center_crop_box, image_tensor, pixel_tensor
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8))

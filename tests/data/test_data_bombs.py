@@ -26,16 +26,17 @@ import pytest
 import soundfile
 from PIL import Image
 
-from megatron_mm.data import columns, media
+from megatron_mm.data.corpus import columns
+from megatron_mm.data.corpus.text_input import open_lines, zstd
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.text_input import open_lines, zstd
+from megatron_mm.media import decoding as media
 
 MIB = 1 << 20
 #: python -c DECODE kind file …: tries to decode each, prints [peak in MiB, message] of each.
 DECODE = """
 import json, sys
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.media import decode_image, decode_sound, decode_video
+from megatron_mm.media.decoding import decode_image, decode_sound, decode_video
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
 for path in sys.argv[1:]:
@@ -50,7 +51,7 @@ for path in sys.argv[1:]:
 #: python -c BUILD input output tokenizer: builds with --on-error skip, prints [peak in MiB, message].
 BUILD = """
 import json, sys
-from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.errors import DataError
 try:
     message = build_multimodal([sys.argv[1]], sys.argv[2], sys.argv[3], workers=0, progress=False, on_error="skip")
@@ -63,7 +64,7 @@ print(json.dumps([sys.argv[1], int(open("/proc/self/status").read().split("VmHWM
 READ = """
 import json, sys
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.text_input import open_lines
+from megatron_mm.data.corpus.text_input import open_lines
 message = "read"
 try:
     with open_lines(sys.argv[1]) as (stream, _):
@@ -279,7 +280,7 @@ def test_dictionaries_that_are_not_expanded_give_the_same_lines(tmp_path, monkey
 FILL = """
 import sys
 from megatron_mm.data import unfinished
-from megatron_mm.data.build_multimodal import build_multimodal
+from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.errors import run_tool
 unfinished.JOURNAL_SECONDS = -1
 run_tool(lambda: build_multimodal([sys.argv[1]], sys.argv[2], sys.argv[3], workers=1, progress=False) and 0)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedReader
-from megatron_mm.data.merge import merge_datasets
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.train_tokenizer import train_tokenizer
+from megatron_mm.data.store.indexed import IndexedReader
+from megatron_mm.data.store.merge import merge_datasets
+from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from tests.data.real_texts import real_texts
 
 pytestmark = pytest.mark.interface
@@ -99,7 +99,7 @@ def test_lines_are_what_python_takes_for_json(tmp_path, model):
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_line_is_named_and_nothing_is_left(tmp_path, model, line, message, workers, monkeypatch):
-    monkeypatch.setattr("megatron_mm.data.build_text._BLOCK_BYTES", 1 << 12)  # it is in the seventeenth block
+    monkeypatch.setattr("megatron_mm.data.build.text._BLOCK_BYTES", 1 << 12)  # it is in the seventeenth block
     path = tmp_path / "in" / "bad.jsonl"
     path.parent.mkdir()
     path.write_bytes(b'{"text": "fine"}\n' * 4000 + b"\n" + line + b'\n{"text": "fine"}\n{no')
@@ -109,8 +109,8 @@ def test_bad_line_is_named_and_nothing_is_left(tmp_path, model, line, message, w
 
 
 def test_long_line_damaged_gzip_and_existing_output(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("megatron_mm.data.build_text.MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr("megatron_mm.data.build_text._BLOCK_BYTES", 100)
+    monkeypatch.setattr("megatron_mm.data.build.text.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("megatron_mm.data.build.text._BLOCK_BYTES", 100)
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 3000}) + "\n")
     with pytest.raises(DataError, match="line 2: longer than 1000 bytes"):

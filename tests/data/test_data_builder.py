@@ -10,12 +10,12 @@ import torch
 
 from megatron_mm.config.load import config_type, dump_config, load_config
 from megatron_mm.config.systems import SECTIONS
-from megatron_mm.data.builder import CheckedSplit
-from megatron_mm.data.dataset import build_datasets
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.data.loader import MicrobatchLoader
-from megatron_mm.data.order import TaskSchedule
+from megatron_mm.data.reading.builder import CheckedSplit
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.reading.generated import GeneratedRows
+from megatron_mm.data.reading.loader import MicrobatchLoader
+from megatron_mm.data.reading.order import TaskSchedule
 
 OWN = '''
     """Captions of coloured squares, made as they are read."""
@@ -25,7 +25,7 @@ OWN = '''
     import numpy as np
     import torch
 
-    from megatron_mm.data.rows import Document, collate
+    from megatron_mm.data.reading.rows import Document, collate
 
 
     class Squares:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.inspection import verify
-from megatron_mm.data.shards import Shard
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.store.shards import Shard
+from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.view.inspection import verify
 
 
 def flip(data: bytearray, dice: random.Random) -> bytearray:

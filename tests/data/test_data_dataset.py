@@ -14,14 +14,14 @@ import torch
 
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.config.systems import SynapseConfig
-from megatron_mm.data.build_text import build_text
-from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedWriter
-from megatron_mm.data.loader import MicrobatchLoader, microbatch_indexes
-from megatron_mm.data.microbatch import ALWAYS_READ
-from megatron_mm.data.packing import Limits, pack
-from megatron_mm.data.shards import Shard
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.reading.loader import MicrobatchLoader, microbatch_indexes
+from megatron_mm.data.reading.microbatch import ALWAYS_READ
+from megatron_mm.data.reading.packing import Limits, pack
+from megatron_mm.data.store.indexed import IndexedWriter
+from megatron_mm.data.store.shards import Shard
 
 OPTIONAL_FIELDS = SynapseConfig().inputs.fields
 #: Always read, by this system.
@@ -152,8 +152,8 @@ def test_collation_against_a_slow_reference(config, folder, text_prefix):
 
 def test_pixels_and_sounds_are_the_records(config, folder):
     """Validation: the centre crop of the stored bytes, and the spectrogram of the stored sound."""
-    from megatron_mm.data.media import decode_image, decode_sound, resample
-    from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram
+    from megatron_mm.media.decoding import decode_image, decode_sound, resample
+    from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram
 
     valid = build_datasets(config).valid
     m = valid.microbatch([0, 1], OPTIONAL_FIELDS)

@@ -11,11 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
+from megatron_mm.data.corpus.line_samples import MAX_HEADS, LineSamples
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.estimate import Estimate, Figure, Outcome, _scaled, _time, estimate, multimodal_build, text_build
-from megatron_mm.data.line_samples import MAX_HEADS, LineSamples
+from megatron_mm.data.jobs.estimate import (
+    Estimate,
+    Figure,
+    Outcome,
+    _scaled,
+    _time,
+    estimate,
+    multimodal_build,
+    text_build,
+)
 
 ROOT = Path(__file__).parents[2]
 #: Seconds for an estimate of which megabytes alone are the limit, so that every machine draws the same samples.

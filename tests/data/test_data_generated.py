@@ -10,10 +10,10 @@ import torch
 
 from megatron_mm.config.load import config_type
 from megatron_mm.config.systems import SECTIONS
-from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.data.microbatch import ALWAYS_READ, field_shapes
+from megatron_mm.data.reading.generated import GeneratedRows
+from megatron_mm.data.reading.microbatch import ALWAYS_READ, field_shapes
+from megatron_mm.planner.assembly import full_plan
 from megatron_mm.planner.dry_run import meta_microbatch
-from megatron_mm.training.assembly import full_plan
 
 
 def small(system: str):

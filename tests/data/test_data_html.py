@@ -18,13 +18,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.html_page import MAX_TOKENS, Entry, histogram, write_page
-from megatron_mm.data.indexed import IndexedWriter
-from megatron_mm.data.preview import IMAGE_SIDE, SOUND_BYTES, preview
-from megatron_mm.data.readable import readable_size
-from megatron_mm.data.shards import Shard
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.store.indexed import IndexedWriter
+from megatron_mm.data.store.shards import Shard
+from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.view.html_page import MAX_TOKENS, Entry, histogram, write_page
+from megatron_mm.data.view.preview import IMAGE_SIDE, SOUND_BYTES, preview
+from megatron_mm.data.view.readable import readable_size
 from tests import browser
 
 pytestmark = pytest.mark.interface

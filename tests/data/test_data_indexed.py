@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedReader, IndexedWriter
+from megatron_mm.data.store.indexed import IndexedReader, IndexedWriter
 
 
 def documents(dtype) -> list[np.ndarray]:

@@ -10,8 +10,8 @@ import threading
 import psutil
 import pytest
 
-from megatron_mm.data.dataset import build_datasets
-from megatron_mm.data.loader import MicrobatchLoader
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.reading.loader import MicrobatchLoader
 from tests.waiting import wait_until
 
 

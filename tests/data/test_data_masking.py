@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_mm.data.masking import Masking, patch_noise
+from megatron_mm.data.reading.masking import Masking, patch_noise
 
 ORDINARY = np.arange(200) >= 10
 RNG = np.random.default_rng(0)

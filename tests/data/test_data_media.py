@@ -12,17 +12,11 @@ import torch
 from PIL import Image
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
-from megatron_mm.data import media
-from megatron_mm.data.augmentation import random_crop_box
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.media import decode_image, decode_sound, decode_video, evenly_spaced, read_image, resample
-from megatron_mm.data.transforms import (
-    center_crop_box,
-    image_tensor,
-    log_mel_spectrogram,
-    resize,
-    waveform,
-)
+from megatron_mm.data.reading.augmentation import random_crop_box
+from megatron_mm.media import decoding as media
+from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, evenly_spaced, read_image, resample
+from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resize, waveform
 
 pytestmark = pytest.mark.interface
 
@@ -65,7 +59,7 @@ def test_image_errors(monkeypatch):
         decode_image(jpeg[: len(jpeg) // 2])
     with pytest.raises(DataError, match="not an image"):
         decode_image(b"text")
-    monkeypatch.setattr("megatron_mm.data.media.MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr("megatron_mm.media.decoding.MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="64 × 64 pixels; the limit"):
         decode_image(jpeg)
 

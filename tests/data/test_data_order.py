@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_mm.data.order import Blend, Permutation, TaskSchedule, parse_split, split_documents
+from megatron_mm.data.reading.order import Blend, Permutation, TaskSchedule, parse_split, split_documents
 
 pytestmark = pytest.mark.interface
 

@@ -17,16 +17,16 @@ import torch
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import DatasetConfig
-from megatron_mm.data import unfinished
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
-from megatron_mm.data.dataset import build_datasets, whole_dataset
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.inspection import verify
-from megatron_mm.data.loader import MicrobatchLoader
-from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.data.shards import Shard
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.jobs import unfinished
+from megatron_mm.data.reading.dataset import build_datasets, whole_dataset
+from megatron_mm.data.reading.loader import MicrobatchLoader
+from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.data.store.shards import Shard
+from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.view.inspection import verify
 from tests.corpus import build_corpus, corpus_config
 from tests.data.killing import kill_and_continue, undisturbed
 
@@ -138,8 +138,8 @@ def test_damage_that_hides_what_follows_stops_all_the_same(samples, tmp_path, to
 #: python -c BUILD kind input output tokenizer workers.
 BUILD = """
 import sys
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 kind, source, output, tokenizer, workers = sys.argv[1:]
 build = build_text if kind == "text" else build_multimodal
 build([source], output, tokenizer, workers=int(workers), progress=False, on_error="skip")

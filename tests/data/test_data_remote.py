@@ -10,12 +10,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from megatron_mm.data import remote
-from megatron_mm.data.build_text import build_text
-from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.remote import localize
-from megatron_mm.data.shards import Shard
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.store import remote
+from megatron_mm.data.store.remote import localize
+from megatron_mm.data.store.shards import Shard
 
 pytestmark = pytest.mark.interface
 

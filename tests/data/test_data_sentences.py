@@ -14,11 +14,11 @@ import pytest
 import sentencepiece
 
 from examples.data.packages import Package, fetch
-from megatron_mm.data import unfinished
-from megatron_mm.data.build_text import Sentences, build_text
+from megatron_mm.data.build.text import Sentences, build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedReader
-from megatron_mm.data.sentences import MAX_CHARACTERS, SentenceSplitter
+from megatron_mm.data.jobs import unfinished
+from megatron_mm.data.store.indexed import IndexedReader
+from megatron_mm.data.tokens.sentences import MAX_CHARACTERS, SentenceSplitter
 
 pytestmark = pytest.mark.interface
 

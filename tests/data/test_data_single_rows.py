@@ -16,18 +16,18 @@ from PIL import Image, ImageDraw
 from megatron_mm.config.load import config_type
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.config.systems import SECTIONS
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
-from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.indexed import IndexedWriter
-from megatron_mm.data.loader import MicrobatchLoader
-from megatron_mm.data.media import decode_image, decode_sound, decode_video, resample
-from megatron_mm.data.microbatch import field_shapes
-from megatron_mm.data.order import TaskSchedule
-from megatron_mm.data.shards import Shard
-from megatron_mm.data.train_tokenizer import train_tokenizer
-from megatron_mm.data.transforms import center_crop_box, image_tensor, waveform
+from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.data.reading.loader import MicrobatchLoader
+from megatron_mm.data.reading.microbatch import field_shapes
+from megatron_mm.data.reading.order import TaskSchedule
+from megatron_mm.data.store.indexed import IndexedWriter
+from megatron_mm.data.store.shards import Shard
+from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
+from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
+from megatron_mm.media.transforms import center_crop_box, image_tensor, waveform
 
 LENGTH, FRAMES, SECONDS = 40, 4, 0.25
 

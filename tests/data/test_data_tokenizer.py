@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.train_tokenizer import train_tokenizer
+from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.interface
 

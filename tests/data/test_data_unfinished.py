@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.data import unfinished
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.jobs import unfinished
 from tests.data.killing import kill_and_continue, undisturbed
 
 #: python -c BUILD kind input output tokenizer workers.
 BUILD = """
 import sys
-from megatron_mm.data.build_multimodal import build_multimodal
-from megatron_mm.data.build_text import build_text
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
 kind, source, output, tokenizer, workers = sys.argv[1:]
 if kind == "text":
     build_text([source], output, tokenizer, workers=int(workers), progress=False)
@@ -202,7 +202,7 @@ def test_killed_while_files_get_their_names(named, many, tmp_path, tokenizer_pat
 
 
 def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
-    hold = "import signal, sys\nfrom megatron_mm.data.unfinished import UnfinishedBuild\n"
+    hold = "import signal, sys\nfrom megatron_mm.data.jobs.unfinished import UnfinishedBuild\n"
     hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\nsignal.pause()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, encoding="utf-8"

@@ -10,9 +10,9 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_mm.data import word_cache, word_vocabulary
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.data.word_cache import DirectEncoder, block_encoder, prepare, word_encoder
+from megatron_mm.data.tokens import word_cache, word_vocabulary
+from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.word_cache import DirectEncoder, block_encoder, prepare, word_encoder
 from tests.data.real_texts import ODD, real_texts
 
 KINDS = ("bpe", "unigram")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_mm.evaluation.evaluate import swap_media, token_loss
-from megatron_mm.inference.generation import Generator
-from megatron_mm.inference.hf.processing_mm import MultimodalProcessor
+from megatron_mm.generation.generate import Generator
+from megatron_mm.hf.processing_mm import MultimodalProcessor
 from tests.inference.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

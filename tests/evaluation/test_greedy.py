@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.evaluation.greedy import greedy_captions, greedy_tokens
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
 from tests.corpus import build_corpus

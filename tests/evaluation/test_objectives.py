@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.checkpoints.checkpoint import Position, save
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.systems import VLMConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.evaluation.objectives import MaskedPatches, Matching, Retrieval, TokenAccuracy, score_objectives
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
 from megatron_mm.models.graph import ForwardContext
@@ -19,9 +20,8 @@ from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss
 from megatron_mm.pipeline.schedule import run_batch
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training.assembly import build_model
-from megatron_mm.training.checkpoint import Position, save
 from megatron_mm.training.optimizer import Optimizer
 from tests.corpus import build_corpus, corpus_config
 from tests.recipes import small_vlm

@@ -9,7 +9,7 @@ from PIL import Image
 
 from examples.data import audio_visual, clips, emoji_art
 from examples.data.audio_visual import LIKE_THE_CLIPS, choose_things, heldout_samples, training_samples
-from megatron_mm.data.media import decode_video
+from megatron_mm.media.decoding import decode_video
 from tests.examples.art import write_animation, write_packages
 
 NAMES = {"1f34e": "RED APPLE", "1f4d7": "GREEN BOOK", "2601-fe0f": "Cloud", "1f600": "GRINNING FACE", "1f9d1": "STONE"}

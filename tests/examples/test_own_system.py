@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mm.checks.layouts import compare, for_layout, launch, parse_layout
 from megatron_mm.config.load import load_config
-from megatron_mm.training.layouts import compare, for_layout, launch, parse_layout
 
 RECIPE = Path(__file__).parents[2] / "examples" / "own_system" / "byte-mixer.yaml"
 

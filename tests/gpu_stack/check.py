@@ -29,8 +29,8 @@ from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.pipeline.schedule import pipeline_config  # noqa: E402
 from megatron_mm.pipeline.stage import PipelineChunk  # noqa: E402
+from megatron_mm.planner.assembly import choose_cuts, layer_dtype, model_graph  # noqa: E402
 from megatron_mm.platform import cpu, setup  # noqa: E402
-from megatron_mm.training.assembly import choose_cuts, layer_dtype, model_graph  # noqa: E402
 from megatron_mm.training.node_groups import LAST_PHASE  # noqa: E402
 from tests.full_recipes import FULL, launched  # noqa: E402
 

@@ -20,13 +20,13 @@ stand_in.install()
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
+from megatron_mm.checkpoints import checkpoint  # noqa: E402
 from megatron_mm.config.load import load_config  # noqa: E402
 from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.pipeline.schedule import Pipeline  # noqa: E402
+from megatron_mm.planner.assembly import build_model  # noqa: E402
 from megatron_mm.platform import setup  # noqa: E402
-from megatron_mm.training import checkpoint  # noqa: E402
-from megatron_mm.training.assembly import build_model  # noqa: E402
 from megatron_mm.training.optimizer import Optimizer  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[2] / "megatron_mm" / "recipes"

@@ -28,7 +28,7 @@ from torch import nn  # noqa: E402
 from transformer_engine.pytorch.attention.dot_product_attention import backends  # noqa: E402
 
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
-from megatron_mm.data.microbatch import Microbatch  # noqa: E402
+from megatron_mm.data.reading.microbatch import Microbatch  # noqa: E402
 from megatron_mm.models.decoder import DecoderNodes  # noqa: E402
 from megatron_mm.models.graph import ForwardContext, Node  # noqa: E402
 from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402

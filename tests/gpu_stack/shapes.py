@@ -28,8 +28,8 @@ from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.models.layers.attention_kernels import describe  # noqa: E402
 from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
+from megatron_mm.planner.assembly import layer_settings  # noqa: E402
 from megatron_mm.planner.dry_run import dry_run  # noqa: E402
-from megatron_mm.training.assembly import layer_settings  # noqa: E402
 from tests.full_recipes import FULL, launched  # noqa: E402
 
 _OPERATORS = ("_flash_attn_forward", "_flash_attn_varlen_forward")

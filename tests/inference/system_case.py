@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_mm.checkpoints import checkpoint
+from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.conversion.convert import export
+from megatron_mm.data.reading.generated import GeneratedRows
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation import export_proof
-from megatron_mm.inference.convert import export
-from megatron_mm.inference.generation import Generator
+from megatron_mm.generation.generate import Generator
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, checkpoint_folder
-from megatron_mm.training.assembly import build_model
 from tests import recipes
 
 VOCABULARY = 320  # holds the tests' tokenizer

@@ -26,13 +26,13 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.config.load import dump_config
-from megatron_mm.inference.checkpoint_stream import CheckpointReader
-from megatron_mm.inference.convert import export, find_checkpoint, restore
-from megatron_mm.inference.names import Part, checkpoint_key
-from megatron_mm.inference.pretrained import import_pretrained, resize_rows
-from megatron_mm.inference.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
+from megatron_mm.conversion.convert import export, find_checkpoint, restore
+from megatron_mm.conversion.pretrained import import_pretrained, resize_rows
+from megatron_mm.conversion.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
 from megatron_mm.inference.systems.synapse import synapse_entries
+from megatron_mm.models.names import Part, checkpoint_key
 from tests.inference.export_case import (
     hf_model,
     media_batch,
@@ -251,7 +251,7 @@ def test_megatron_core_loads_a_restored_checkpoint(folders, tmp_path):
 def test_export_holds_the_weights_and_the_same_logits(folders):
     from transformers import AutoConfig
 
-    from megatron_mm.inference.hf.modeling_synapse import SynapseForCausalLM
+    from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
 
     _, recipe, _, _, exported = folders
     assert len(list(exported.glob("*.safetensors"))) > 2
@@ -520,7 +520,7 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import torch, transformers, sentencepiece
-import megatron_mm.inference.convert as convert, megatron_mm.inference.pretrained as pretrained
+import megatron_mm.conversion.convert as convert, megatron_mm.conversion.pretrained as pretrained
 torch.set_num_threads(1)
 def resident():
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

@@ -15,9 +15,9 @@ import torch
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
-from megatron_mm.inference.hf import exported_model
-from megatron_mm.inference.hf.exported_model import CACHE, ExportedModel
-from megatron_mm.inference.hf_folder import HF_FILES, TRANSFORMERS_RELEASES
+from megatron_mm.conversion.hf_folder import HF_FILES, TRANSFORMERS_RELEASES
+from megatron_mm.hf import exported_model
+from megatron_mm.hf.exported_model import CACHE, ExportedModel
 from megatron_mm.inference.systems import SYSTEMS, adapter_of
 from tests.inference import system_case as case
 from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe, train_tokenizer

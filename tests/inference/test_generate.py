@@ -16,12 +16,12 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from megatron_mm.data.media import decode_image, decode_sound, decode_video, resample
-from megatron_mm.data.transforms import center_crop_box, image_tensor, log_mel_spectrogram
-from megatron_mm.inference.convert import export
-from megatron_mm.inference.generation import Decoding, Generator
-from megatron_mm.inference.hf.processing_mm import MultimodalProcessor, log_mel
-from megatron_mm.inference.prompts import read_prompts
+from megatron_mm.conversion.convert import export
+from megatron_mm.generation.generate import Decoding, Generator
+from megatron_mm.generation.prompts import read_prompts
+from megatron_mm.hf.processing_mm import MultimodalProcessor, log_mel
+from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
+from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram
 from tests.inference.export_case import (
     draw,
     draw_animation,

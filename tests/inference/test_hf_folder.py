@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.conversion.convert import export, refresh, restore
+from megatron_mm.conversion.hf_folder import REPLACED, TRANSFORMERS_RELEASES, not_exported
+from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.evaluation.export_proof import proof, prove
-from megatron_mm.inference.convert import export, refresh, restore
-from megatron_mm.inference.generation import Decoding, Generator
-from megatron_mm.inference.hf_folder import REPLACED, TRANSFORMERS_RELEASES, not_exported
-from megatron_mm.inference.safetensors_stream import SafetensorsFolder
+from megatron_mm.generation.generate import Decoding, Generator
 from tests.inference.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,10 +22,10 @@ from transformers import (
     ViTMAEModel,
 )
 
+from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.config.load import dump_config
-from megatron_mm.inference.checkpoint_stream import CheckpointReader
-from megatron_mm.inference.hf.vit import sine_cosine_positions
-from megatron_mm.inference.pretrained import import_pretrained
+from megatron_mm.conversion.pretrained import import_pretrained
+from megatron_mm.hf.vit import sine_cosine_positions
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.warm_start import load_pretrained
 from tests import recipes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.inference.hf.swin import SwinTower
+from megatron_mm.hf.swin import SwinTower
 from megatron_mm.platform import setup
 from tests.models import swin_case
 from tests.models.swin_case import assert_close

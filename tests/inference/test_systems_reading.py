@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.conversion.convert import export, restore
+from megatron_mm.conversion.hf_folder import adapter_of_folder
 from megatron_mm.evaluation.evaluate import token_loss
 from megatron_mm.evaluation.streams import all_rows, reading_jsonl
-from megatron_mm.inference.convert import export, restore
-from megatron_mm.inference.generation import Decoding, Generator
-from megatron_mm.inference.hf.processing_mm import MultimodalProcessor
-from megatron_mm.inference.hf_folder import adapter_of_folder
-from megatron_mm.inference.prompts import read_prompts
+from megatron_mm.generation.generate import Decoding, Generator
+from megatron_mm.generation.prompts import read_prompts
+from megatron_mm.hf.processing_mm import MultimodalProcessor
 from megatron_mm.inference.systems import adapter_of
 from tests import recipes
 from tests.inference import system_case as case

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mm.inference.checkpoint_stream import CheckpointReader
-from megatron_mm.inference.convert import export, find_checkpoint, restore
-from megatron_mm.inference.generation import Generator
+from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.conversion.convert import export, find_checkpoint, restore
+from megatron_mm.generation.generate import Generator
 from megatron_mm.inference.systems.synapse import synapse_entries
 from tests.inference.export_case import media_batch, train_tokenizer, training_recipe
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.hf.vit import MAEDecoder, ViTTower, masked_pixel_error
 from megatron_mm.inference.entries.vit import mae_entries, vit_entries
-from megatron_mm.inference.hf.vit import MAEDecoder, ViTTower, masked_pixel_error
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.platform import setup
 from tests.models import synapse_case as case

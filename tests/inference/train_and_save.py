@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.checkpoints import checkpoint
+from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import Microbatch
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.pipeline.schedule import Pipeline, run_batch
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, warm_start
-from megatron_mm.training.assembly import build_model
-from megatron_mm.training.checkpoint import Position
+from megatron_mm.training import warm_start
 from megatron_mm.training.optimizer import Optimizer
 from tests.inference.export_case import media_batch, training_microbatch, training_recipe
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from megatron_mm.config.towers import ContrastiveConfig, DecoderConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.decoder import DecoderNodes
 from megatron_mm.models.graph import Graph, Node, Stream
 from megatron_mm.models.layers.memory_attention import memory_layer, memory_layer_cost

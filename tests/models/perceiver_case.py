@@ -10,7 +10,7 @@ from transformers import PerceiverConfig as HFPerceiverConfig
 from transformers.models.perceiver.modeling_perceiver import PerceiverLayer
 
 from megatron_mm.config.towers import PerceiverConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings

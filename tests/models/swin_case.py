@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.towers import SwinConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.inference.entries.swin import swin_entries
 from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers.settings import LayerSettings

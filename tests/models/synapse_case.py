@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.config.towers import AudioTowerConfig, CrossAttentionConfig, DecoderConfig, VisionTowerConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
 

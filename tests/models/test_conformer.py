@@ -24,7 +24,7 @@ from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import (
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.towers import ConformerConfig
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.inference.entries.conformer import conformer_entries
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.initialization import initialize_module

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, Stream
 
 PLAN = MicrobatchPlan(2, 8, 1, 1, 1, 1, False, 8)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Swinv2Config, Swinv2Model
 
 from megatron_mm.config.towers import SwinConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.layers.windows import WindowGrid

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config.schema import Config
-from megatron_mm.data.generated import GeneratedRows
-from megatron_mm.data.microbatch import ALWAYS_READ, Microbatch
+from megatron_mm.data.reading.generated import GeneratedRows
+from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph, register

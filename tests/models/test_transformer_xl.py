@@ -17,7 +17,7 @@ from transformers import XLNetConfig, XLNetModel
 
 from megatron_mm.config.systems import PerceiverFusionConfig
 from megatron_mm.config.towers import TransformerXLConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss
 from megatron_mm.models.layers.relative_attention import SegmentPlan, distance_sinusoids, hidden_keys, relative_layer
 from megatron_mm.models.layers.settings import LayerSettings

@@ -6,7 +6,7 @@ import torch
 from transformers import ViTMAEConfig
 
 from megatron_mm.config.towers import MAEConfig, ViTConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import Graph, Loss
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.towers.mae import mae_nodes

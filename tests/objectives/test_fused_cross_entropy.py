@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.systems import build_graph

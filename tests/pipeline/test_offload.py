@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.pipeline import offload
 from megatron_mm.pipeline.schedule import run_batch
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training.assembly import build_model
 from megatron_mm.training.optimizer import Optimizer
 from tests.recipes import small_config
 

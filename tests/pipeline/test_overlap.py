@@ -7,11 +7,11 @@ chunks; a parameter whose module is never called; losses over the whole batch wi
 import pytest
 import torch
 
+from megatron_mm.checks.layouts import compare, parse_layout
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.pipeline import overlap
 from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.platform import setup
-from megatron_mm.training.layouts import compare, parse_layout
 from tests.pipeline.toy import Case, build, microbatches_of, train
 
 LAYOUTS = (

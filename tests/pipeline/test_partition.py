@@ -51,8 +51,8 @@ def test_synapse_70b_is_cut_as_well_as_whole_nodes_allow():
 
     setup.apply_platform()
     from megatron_mm.models.systems import build_graph
+    from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_settings
     from megatron_mm.planner.costs import imbalance, node_times
-    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_settings
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     sizes = parallel_sizes(config, 256)
@@ -69,8 +69,8 @@ def test_a_memory_limit_in_the_recipe_moves_the_cut_or_is_refused():
     from megatron_mm.platform import setup
 
     setup.apply_platform()
+    from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_dtype, model_graph
     from megatron_mm.planner.memory import ChunkMemory
-    from megatron_mm.training.assembly import choose_cuts, full_plan, layer_dtype, model_graph
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     sizes = parallel_sizes(config, 256)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, new_anchor, pack, payload_layout, payload_rows, unpack
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from megatron_mm.checks.layouts import compare, parse_layout
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
 from megatron_mm.pipeline.schedule import build_pipeline
 from megatron_mm.platform import setup
-from megatron_mm.training.layouts import compare, parse_layout
 from tests.pipeline.toy import Case, build, graph_of, train
 
 TABLE = "gradient.text.embedding.table.weight"

@@ -6,7 +6,7 @@ Truth for the former is the same loss in the normal mode with all samples in one
 import pytest
 import torch
 
-from megatron_mm.training.layouts import compare, parse_layout
+from megatron_mm.checks.layouts import compare, parse_layout
 from tests.pipeline.toy import Case, train
 
 LAYOUTS = ("PP4", "PP4xVPP2", "PP2xDP2+distopt+full", "DP4")

@@ -22,15 +22,15 @@ from megatron.core import parallel_state
 from torch import nn
 from torch.nn import functional
 
+from megatron_mm.checks.layouts import _whole_gradients, parse_layout
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.pipeline.partition import balance
 from megatron_mm.pipeline.schedule import build_pipeline, run_batch
 from megatron_mm.platform import setup
-from megatron_mm.training.layouts import _whole_gradients, parse_layout
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import explain_gradient
 from tests.recipes import small_config
@@ -301,7 +301,7 @@ def copies_agree(pipeline) -> bool:
 
 def train(case: Case) -> dict:
     """Losses, norms and gradients of every step, and whether tied copies agreed after each."""
-    from megatron_mm.training import checkpoint
+    from megatron_mm.checkpoints import checkpoint
 
     sizes = sizes_of(case.layout)
     setup.initialize(sizes, seed=5)

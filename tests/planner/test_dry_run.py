@@ -27,8 +27,8 @@ def test_small_model(tmp_path):
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.systems import build_graph
+    from megatron_mm.planner.assembly import full_plan, layer_settings
     from megatron_mm.planner.costs import model_flops
-    from megatron_mm.training.assembly import full_plan, layer_settings
 
     config = small_config()
     dump_config(config, tmp_path / "r.yaml")
@@ -92,8 +92,8 @@ def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_pa
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
+    from megatron_mm.planner.assembly import choose_cuts, model_graph, training_times
     from megatron_mm.planner.costs import imbalance
-    from megatron_mm.training.assembly import choose_cuts, model_graph, training_times
 
     config = small_perceiver_fusion(contrastive={"embedding_size": 16, "negatives": "batch"})
     config.parallel.pipeline_model_parallel_size, config.parallel.pipeline_cuts = 2, ["perceiver.latents"]

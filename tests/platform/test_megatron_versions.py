@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 
+from megatron_mm.checkpoints import checkpoint
+from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import megatron_versions, setup
-from megatron_mm.training import checkpoint
-from megatron_mm.training.assembly import build_model
-from megatron_mm.training.checkpoint import Position
 from megatron_mm.training.optimizer import Optimizer
 from tests.recipes import small_vlm
 

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 
-from megatron_mm.data.dataset import build_datasets
+from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.training.resilience import StopSignal
 
 

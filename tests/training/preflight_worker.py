@@ -24,8 +24,9 @@ def main() -> None:
     setup.apply_platform()
     import torch
 
-    from megatron_mm.training import identity, preflight
-    from megatron_mm.training.preflight import Product
+    from megatron_mm.checks import preflight
+    from megatron_mm.checks.preflight import Product
+    from megatron_mm.training import identity
     from megatron_mm.training.start import start
 
     config = load_config(recipe)

@@ -7,7 +7,7 @@ import os
 import time
 from types import SimpleNamespace
 
-from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.training.resilience import Watchdog
 
 _beat = Watchdog.beat

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.training import checkpoint_folder
+from megatron_mm.checkpoints import folder as checkpoint_folder
 
 
 def write(root: Path, iteration: int, content: bytes = b"weights") -> Path:

@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_mm.checks.layouts import for_layout, parse_layout
 from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.config.validate import parallel_sizes
-from megatron_mm.data.generated import GeneratedRows
+from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.pipeline.schedule import run_batch
+from megatron_mm.planner.assembly import build_model, model_graph
 from megatron_mm.platform import setup
-from megatron_mm.training.assembly import build_model, model_graph
-from megatron_mm.training.layouts import for_layout, parse_layout
 from megatron_mm.training.optimizer import Optimizer
 from tests import recipes
 

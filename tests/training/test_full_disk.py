@@ -16,8 +16,9 @@ def save_with_obstacles(root: str) -> None:
     """Run by each process: a save fails for each small file, then one works."""
     from pathlib import Path
 
+    from megatron_mm.checkpoints import checkpoint
+    from megatron_mm.checkpoints import folder as checkpoint_folder
     from megatron_mm.platform import setup
-    from megatron_mm.training import checkpoint, checkpoint_folder
     from tests.pipeline import toy
 
     setup.initialize(toy.sizes_of("PP2"), seed=1)

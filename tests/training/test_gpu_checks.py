@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.checks import gpu_checks
+from megatron_mm.checks.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
-from megatron_mm.training import gpu_checks
-from megatron_mm.training.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
 from tests.waiting import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,8 +53,8 @@ def test_a_model_that_learns_nothing_is_no_evidence():
 def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
+    from megatron_mm.planner.assembly import full_plan, model_graph
     from megatron_mm.planner.costs import total_parameters
-    from megatron_mm.training.assembly import full_plan, model_graph
     from megatron_mm.training.node_groups import LAST_PHASE
     from tests.full_recipes import estimates
 

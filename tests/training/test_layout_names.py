@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from megatron_mm.checks.layouts import DEFAULT_LAYOUTS, Comparison, for_layout, notes, parse_layout, to_json
 from megatron_mm.config.schema import NodeGroupConfig
-from megatron_mm.training.layouts import DEFAULT_LAYOUTS, Comparison, for_layout, notes, parse_layout, to_json
 from tests.recipes import small_config
 
 

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from megatron_mm.training.layouts import compare, for_layout, launch, parse_layout
+from megatron_mm.checks.layouts import compare, for_layout, launch, parse_layout
 from tests import one_process
 from tests.recipes import small_config
 

@@ -2,11 +2,12 @@
 
 import pytest
 
+from megatron_mm.checkpoints import checkpoint
+from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, warm_start
-from megatron_mm.training.assembly import build_model
-from megatron_mm.training.checkpoint import Position
+from megatron_mm.training import warm_start
 from megatron_mm.training.optimizer import Optimizer
 from tests.recipes import small_vlm
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.checks import preflight
+from megatron_mm.checks.preflight import Measured, Product
 from megatron_mm.config.load import dump_config, load_config
-from megatron_mm.training import identity, preflight
+from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, differences, located
-from megatron_mm.training.preflight import Measured, Product
 from tests.corpus import build_corpus, corpus_config
 from tests.recipes import small_config
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.schema import DatasetConfig
-from megatron_mm.data.build_text import build_text
-from megatron_mm.training import checkpoint_folder
+from megatron_mm.data.build.text import build_text
 from tests.corpus import build_corpus, corpus_config
 from tests.recipes import small_config
 from tests.waiting import HANG_SECONDS, wait_until

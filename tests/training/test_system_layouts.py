@@ -7,7 +7,7 @@ whole batch, as the full recipe has them. Bounds are those of test_layouts.py.
 
 import pytest
 
-from megatron_mm.training.layouts import compare, for_layout, launch, parse_layout
+from megatron_mm.checks.layouts import compare, for_layout, launch, parse_layout
 from tests import one_process, recipes
 
 pytestmark = pytest.mark.slow

@@ -6,10 +6,11 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
 
+from megatron_mm.checkpoints import checkpoint
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.graph import Graph
 from megatron_mm.platform import setup
-from megatron_mm.training import checkpoint, warm_start
+from megatron_mm.training import warm_start
 from tests.pipeline import toy
 
 

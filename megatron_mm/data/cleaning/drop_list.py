@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.manifest import CHECKSUM, MANIFEST, read_manifest, sha256
-from megatron_mm.data.parallel import LineBlock
+from megatron_mm.data.jobs.parallel import LineBlock
+from megatron_mm.data.store.manifest import CHECKSUM, MANIFEST, read_manifest, sha256
 
 FORMAT = "megatron_mm cleaned corpus"
 VERSION = 1

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_mm.data.cleaning.verdict import Verdict
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.media import is_animation, limit_frames, open_image
+from megatron_mm.media.decoding import is_animation, limit_frames, open_image
 
 _FRAME_SECONDS = 0.02
 

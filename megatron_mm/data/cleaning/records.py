@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from megatron_mm.data.corpus.samples import KINDS, media_entries, parse_line, read_entry, text_field
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.media import check_medium, decode_image, decode_sound, decode_video
-from megatron_mm.data.samples import KINDS, media_entries, parse_line, read_entry, text_field
+from megatron_mm.media.decoding import check_medium, decode_image, decode_sound, decode_video
 
 Measured = TypeVar("Measured")
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from megatron_mm.data.cleaning.text_signatures import normalised
 from megatron_mm.data.cleaning.verdict import Verdict
+from megatron_mm.data.corpus.text_input import open_lines
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.text_input import open_lines
 
 _BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–", "-", "*", "·")
 _ELLIPSES = ("...", "…")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_mm.data.order import mixed
+from megatron_mm.data.reading.order import mixed
 
 #: Values of a signature; 4 bytes each.
 PERMUTATIONS = 128

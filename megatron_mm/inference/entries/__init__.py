@@ -1,4 +1,4 @@
-"""For each tower, which training tensor is made of which tensors of the exported folder (see inference/names.py).
+"""For each tower, which training tensor is made of which tensors of the exported folder (see models/names.py).
 
 One module a tower, `NAME_entries(tower, training_prefix, hf_prefix) -> Iterator[Entry]`; here is what they share: the
 entries of a linear layer and of fused queries, keys and values. Those of single tensors and norms are `names.plain`,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_mm.inference.names import Entry, Part, plain
+from megatron_mm.models.names import Entry, Part, plain
 
 
 def linear(training: str, hf: str, rows: int, columns: int, bias: bool = True) -> Iterator[Entry]:

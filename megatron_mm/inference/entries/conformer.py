@@ -1,4 +1,4 @@
-"""Parameters of the Conformer tower in training and in an exported folder (inference/hf/conformer.py).
+"""Parameters of the Conformer tower in training and in an exported folder (hf/conformer.py).
 
 Only queries, keys and values are fused in training. The names on the exported side are Hugging Face's.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.inference.entries import linear, query_key_value
-from megatron_mm.inference.names import Entry, norm, plain
+from megatron_mm.models.names import Entry, norm, plain
 
 
 def conformer_entries(tower: ConformerConfig, training_prefix: str, hf_prefix: str) -> Iterator[Entry]:

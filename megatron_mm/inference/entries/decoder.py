@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_mm.config.towers import ContrastiveConfig, DecoderConfig
-from megatron_mm.inference.names import Entry, Part, norm, plain, stacked
+from megatron_mm.models.names import Entry, Part, norm, plain, stacked
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_mm.config.towers import PerceiverConfig
 from megatron_mm.inference.entries import linear, query_key_value
-from megatron_mm.inference.names import Entry, Part, norm, plain
+from megatron_mm.models.names import Entry, Part, norm, plain
 
 
 def perceiver_entries(

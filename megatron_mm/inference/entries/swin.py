@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from megatron_mm.config.towers import SwinConfig
 from megatron_mm.inference.entries import linear
-from megatron_mm.inference.names import Entry, Part, norm, plain
 from megatron_mm.models.layers.windows import POSITION_WIDTH
+from megatron_mm.models.names import Entry, Part, norm, plain
 
 
 def swin_entries(

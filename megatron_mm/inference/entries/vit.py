@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_mm.config.towers import MAEConfig, ViTConfig
 from megatron_mm.inference.entries import linear, query_key_value
-from megatron_mm.inference.names import Entry, norm, plain
+from megatron_mm.models.names import Entry, norm, plain
 
 
 def vit_entries(

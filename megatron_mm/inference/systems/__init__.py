@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import SystemConfig
-from megatron_mm.inference.names import Entry
+from megatron_mm.models.names import Entry
 
 SYSTEMS = ("synapse", "vlm", "dual_encoder", "perceiver_fusion", "avt")
 
@@ -79,7 +79,7 @@ class Adapter:
     def load_class(self, name: str) -> type:
         """A class of the modelling files, in this process."""
         module, _, leaf = name.partition(".")
-        return getattr(import_module(f"megatron_mm.inference.hf.{module}"), leaf)
+        return getattr(import_module(f"megatron_mm.hf.{module}"), leaf)
 
 
 def adapter_of(name: object, source: object) -> Adapter:

@@ -16,8 +16,8 @@ from megatron_mm.inference.entries.decoder import (
     swiglu_entries,
 )
 from megatron_mm.inference.entries.swin import swin_entries
-from megatron_mm.inference.names import Entry, norm, plain
 from megatron_mm.inference.systems import DECODER_NAMES, Adapter, section_fields, section_tree
+from megatron_mm.models.names import Entry, norm, plain
 
 
 def _fusion(config: AVTConfig) -> Iterator[Entry]:

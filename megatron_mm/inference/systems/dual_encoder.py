@@ -11,8 +11,8 @@ from megatron_mm.config.systems import DualEncoderConfig
 from megatron_mm.inference.entries import linear, query_key_value
 from megatron_mm.inference.entries.decoder import contrastive_entries, memory_attention_entries
 from megatron_mm.inference.entries.vit import mae_entries, vit_entries
-from megatron_mm.inference.names import Entry, norm, plain
 from megatron_mm.inference.systems import Adapter, section_fields, section_tree
+from megatron_mm.models.names import Entry, norm, plain
 
 #: Fields of TextEncoderConfig and their names in a configuration of a language model.
 TEXT_NAMES = {

@@ -8,8 +8,8 @@ from megatron_mm.inference.entries.decoder import contrastive_entries
 from megatron_mm.inference.entries.perceiver import perceiver_entries, perceiver_query_entries
 from megatron_mm.inference.entries.transformer_xl import transformer_xl_entries
 from megatron_mm.inference.entries.vit import vit_entries
-from megatron_mm.inference.names import Entry, norm, plain
 from megatron_mm.inference.systems import Adapter, section_fields, section_tree
+from megatron_mm.models.names import Entry, norm, plain
 
 #: Fields of TransformerXLConfig and their names in a configuration of a language model.
 TEXT_NAMES = {

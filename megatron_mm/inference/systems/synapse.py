@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.inference.entries.decoder import decoder_layer_entries, embedding_entry, output_entries
-from megatron_mm.inference.names import Entry, Part, norm, plain
 from megatron_mm.inference.systems import DECODER_NAMES, Adapter
+from megatron_mm.models.names import Entry, Part, norm, plain
 
 #: Fields of both towers and their names, after the tower's.
 TOWER_NAMES = {

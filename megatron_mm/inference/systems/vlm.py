@@ -15,8 +15,8 @@ from megatron_mm.inference.entries.decoder import (
     swiglu_entries,
 )
 from megatron_mm.inference.entries.vit import mae_entries, vit_entries
-from megatron_mm.inference.names import Entry, norm, plain
 from megatron_mm.inference.systems import DECODER_NAMES, Adapter, section_fields, section_tree
+from megatron_mm.models.names import Entry, norm, plain
 
 
 def _gated_block(config: VLMConfig, number: int) -> Iterator[Entry]:

@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 from torch.nn import functional
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.elementwise import rms_norm

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.sharding import local_text
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 
 
 @dataclass(frozen=True)

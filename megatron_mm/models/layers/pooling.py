@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import nn
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.parameters import describe, empty_parameter

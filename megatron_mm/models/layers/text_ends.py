@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.linear import ColumnParallelLinear

@@ -50,7 +50,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
-from megatron_mm.data.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.layers.attention import AttentionPlan, SelfAttention, attention
 from megatron_mm.models.layers.packing import MediaKeys, Segments, media_keys
 from megatron_mm.platform.megatron_versions import mlp_part

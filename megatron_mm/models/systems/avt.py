@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from megatron_mm.config.systems import AVTConfig
 from megatron_mm.config.towers import SwinConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.decoder import DecoderNodes
 from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from megatron_mm.config.towers import ContrastiveConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.costs import pooled_head_cost
 from megatron_mm.models.layers.pooling import embedding_head, logit_scale

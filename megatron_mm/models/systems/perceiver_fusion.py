@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.systems import PerceiverFusionConfig
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
 from megatron_mm.models.layers.costs import copies, head_cost, pooled_head_cost
 from megatron_mm.models.layers.pooling import embedding_head, masked_mean

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from megatron_mm.config.systems import SynapseConfig
-from megatron_mm.data.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.decoder import DecoderNodes
 from megatron_mm.models.graph import Graph, Node, NodeCost
 from megatron_mm.models.layers.costs import cross_cost

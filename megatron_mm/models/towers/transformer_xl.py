@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_mm.config.towers import TransformerXLConfig
-from megatron_mm.data.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies

@@ -1,0 +1,240 @@
+"""What an exported folder holds: its files, whose they are, and how its code is renewed.
+
+    export ─ config.json, modelling files, tokenizer, README ─ beside the weights ─ folder ─ refresh ─ today's code
+
+A folder is made under a temporary name and gets its own when it is whole, so a folder that exists is whole. What is
+replaced is what export wrote: a folder of another program's is recognised by its configuration, and a file of the
+user's by not being one that export writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_mm import hf
+from megatron_mm.config.schema import Config
+from megatron_mm.conversion.safetensors_stream import INDEX
+from megatron_mm.inference.systems import SYSTEMS, Adapter, adapter_of
+
+HF_FILES = Path(hf.__file__).parent
+#: Oldest and newest release of transformers in which folders were tried (tests/releases/run.sh).
+TRANSFORMERS_RELEASES = ("5.0.0", "5.24.0")
+TOKENIZER = "tokenizer.model"
+#: Where refresh puts the code that it replaces, within the folder.
+REPLACED = "replaced-code"
+
+README = """# {name}
+
+Exported by megatron_mm (tools/convert_checkpoint.py export). Needs transformers, sentencepiece and Pillow.
+
+    model = {auto}.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor([{{"prompt": "<image>", "images": ["picture.png"]}}])
+    {use}
+"""
+GENERATES = 'print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]))'
+EMBEDS = "print(model(**inputs))"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError naming the file."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; give the folder of a Hugging Face model") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return tree
+
+
+def is_hf_folder(path: str | Path) -> bool:
+    """Whether a folder looks like an exported model."""
+    return (Path(path) / "config.json").exists()
+
+
+def adapter_of_folder(fields: dict, source: Path) -> Adapter:
+    """The adapter of an exported folder, from its config.json; ValueError if nothing here exported it."""
+    name = fields.get("model_type")
+    if name not in SYSTEMS:
+        raise ValueError(
+            f"{source}: model_type is {name!r}, not one of {', '.join(SYSTEMS)}; restore and refresh take folders that "
+            "export wrote (import-pretrained takes others' models)"
+        )
+    return adapter_of(name, source)
+
+
+# ------------------------------------------------------------------------------------------------- whose files are they
+
+
+def not_exported(folder: Path) -> str | None:
+    """Why a folder is not, file by file, what export wrote, and must not be removed; None where it is."""
+    try:
+        fields = read_json(folder / "config.json")
+        adapter = adapter_of_folder(fields, folder / "config.json")
+    except ValueError as error:
+        return str(error)
+    known = fields.get("auto_map")
+    if not isinstance(known, dict) or known.get("AutoConfig") != adapter.config_class:
+        return f"{folder / 'config.json'} names no class of export's (auto_map)"
+    names = {"config.json", "generation_config.json", "README.md", TOKENIZER, INDEX}
+    names |= {path.name for path in HF_FILES.glob("*.py")}
+    for path in sorted(folder.iterdir()):
+        shard = re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name)
+        if path.is_symlink() or not path.is_file() or not (shard or path.name in names):
+            return f"export did not write {path}"
+    readme = folder / "README.md"
+    if readme.exists() and "Exported by megatron_mm" not in readme.read_text(encoding="utf-8", errors="replace"):
+        return f"export did not write {readme} as it is"
+    return None
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Only a folder that export wrote, with nothing of anyone else's in it, is ever replaced; it is there until the new
+    one has its name.
+
+    Raises:
+        ValueError: `path` is empty or a root, or exists and holds something else.
+    """
+    if not str(path).strip() or str(path) == ".":  # what an unset variable of the caller's makes of a path
+        raise ValueError(f"the output folder {str(path)!r} has no name of its own; give one such as exported")
+    path = Path(path)
+    if path.resolve() == Path(path.resolve().anchor):
+        raise ValueError(f"{path} is a root folder; give one such as exported")
+    replaces = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if replaces and not (overwrite and path.is_dir()):
+        raise ValueError(
+            f"{path}: exists and is not empty; choose another folder (--overwrite replaces an exported model only)"
+        )
+    if replaces and (why := not_exported(path)) is not None:
+        raise ValueError(f"{path}: --overwrite replaces an exported model only, and {why}; move it or choose another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            aside = path.parent / f".{path.name}.replaced-{os.getpid()}"
+            path.rename(aside)
+            temporary.rename(path)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{path}: not written: {error.strerror or error} (nothing was left behind)") from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_json(path: Path, tree: dict) -> None:
+    """A JSON object, indented."""
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def release_fields() -> dict:
+    """What config.json says of transformers: the release here, and those in which such folders were tried."""
+    import transformers
+
+    tried = list(TRANSFORMERS_RELEASES)
+    return {"transformers_version": transformers.__version__, "transformers_releases": tried}
+
+
+def write_hf_files(
+    folder: Path,
+    adapter: Adapter,
+    config: Config,
+    text: dict[str, int],
+    dtype: torch.dtype,
+    tokenizer: Path | None,
+) -> None:
+    """Everything of an exported folder but the weights.
+
+    Args:
+        text: ids of special tokens and the size of the tokenizer, as `convert.check_vocabulary` gives them.
+        dtype: of the weights.
+        tokenizer: SentencePiece model; None of a model without text.
+    """
+    architecture = adapter.model_class.partition(".")[2]
+    head = {"architectures": [architecture], "model_type": adapter.name, "auto_map": adapter.auto_map(config.model)}
+    tail = {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": False, **release_fields()}
+    write_json(folder / "config.json", head | adapter.fields(config) | text | tail)
+    speaks = adapter.speaks(config.model)
+    if speaks:
+        ids = {name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        version = {"transformers_version": tail["transformers_version"]}
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **ids, **version})
+    for name in adapter.files:
+        shutil.copyfile(HF_FILES / name, folder / name)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    words = {"auto": "AutoModelForCausalLM", "use": GENERATES} if speaks else {"auto": "AutoModel", "use": EMBEDS}
+    (folder / "README.md").write_text(README.format(name=architecture, **words))
+
+
+# ----------------------------------------------------------------------------------------------------------- refreshing
+
+
+def renew(folder: Path, adapter: Adapter, fields: dict, check: Callable[[Path], None] | None = None) -> list[str]:
+    """Puts today's modelling files and `fields` as config.json into an exported folder; all else stays as it is.
+
+    A modelling file that changes is kept under `replaced-code/`: it may have been edited.
+
+    Args:
+        check: is given a folder with the new files beside links to the others before anything is replaced; what it
+            raises leaves the folder as it was.
+
+    Returns:
+        Names of the files that were renewed.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    folder = folder.resolve()
+    made = folder.parent / f".{folder.name}.renewing-{os.getpid()}"
+    try:
+        made.mkdir()
+        new = [*adapter.files, "config.json"]  # the configuration last: until then the command can be given again
+        for name in adapter.files:
+            shutil.copyfile(HF_FILES / name, made / name)
+        write_json(made / "config.json", fields)
+        for path in folder.iterdir():
+            if path.name not in new:
+                (made / path.name).symlink_to(path)
+        if check is not None:
+            check(made)
+        changed = [n for n in new if not (folder / n).exists() or (folder / n).read_bytes() != (made / n).read_bytes()]
+        for name in changed:
+            if name in adapter.files and (folder / name).exists():
+                (folder / REPLACED).mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, _unused(folder / REPLACED / name))
+            os.replace(made / name, folder / name)
+    except OSError as error:
+        raise ValueError(f"{folder}: not renewed: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return changed
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of path.1, path.2 … that does not exist."""
+    found, number = path, 0
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}.{number}")
+    return found
