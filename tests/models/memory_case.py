@@ -65,7 +65,7 @@ def memory_node(settings: LayerSettings, shape: StackShape, stream: Stream, name
             **cost_kind,
         )
 
-    build = partial(memory_layer, settings, shape, 1, view, name=view.__name__, memory_width=MEMORY_WIDTH, **kind)
+    build = partial(memory_layer, settings, shape, 1, view, memory_width=MEMORY_WIDTH, **kind)
     return Node(name, build, (stream.name, "image_memory"), (stream,), cost, recomputable=True)
 
 

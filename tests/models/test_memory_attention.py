@@ -64,7 +64,7 @@ def test_a_towers_layer_is_gpt2s_block_with_cross_attention(batch):
     def names(get):
         return gpt2_layer_names(HEADS, get, cross=True)
 
-    kind = {"name": "half_seen", "memory_width": WIDTH, "sharded": False, "plan": causal_plan}
+    kind = {"memory_width": WIDTH, "sharded": False, "plan": causal_plan}
     layer = memory_layer(LayerSettings(), case.TOWER, 1, case.half_seen, **kind)
     load(layer, oracle, names)
     (hidden, theirs), (memory, their_memory) = leaves((ROWS, LENGTH, WIDTH), (ROWS, MEMORY, WIDTH))
@@ -151,7 +151,7 @@ class ReadingLlama(nn.Module):
 def test_a_decoders_layer_is_llamas_with_mllamas_cross_attention(batch, causal):
     oracle = ReadingLlama()
     decoder = DecoderNodes(case.DECODER, LayerSettings(), 0.02, lambda plan: causal)
-    kind = {"name": "half_seen", "memory_width": case.MEMORY_WIDTH, "sharded": True, "plan": decoder.plan}
+    kind = {"memory_width": case.MEMORY_WIDTH, "sharded": True, "plan": decoder.plan}
     layer = memory_layer(LayerSettings(), decoder.shape, 1, case.half_seen, **kind)
     load(layer, oracle, oracle.names)
     shapes = (ROWS, LENGTH, WIDTH), (ROWS, MEMORY, case.MEMORY_WIDTH)
@@ -200,7 +200,7 @@ def test_a_gated_layer_is_mllamas(batch):
         }
 
     shape = decoder_shape(case.DECODER, 0.02)
-    kind = {"name": "row_images", "memory_width": case.MEMORY_WIDTH, "sharded": True, "qk_layernorm": True}
+    kind = {"memory_width": case.MEMORY_WIDTH, "sharded": True, "qk_layernorm": True}
     layer = memory_layer(LayerSettings(), shape, 1, row_images, cross_query_groups=groups, gate_init=0.0, **kind)
     load(layer, oracle, names)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def inputs_of(node, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_closed_gates_change_nothing(batch):
     settings, shape = LayerSettings(), decoder_shape(case.DECODER, 0.3)
-    kind = {"name": "row_images", "memory_width": 24, "sharded": True, "gate_init": 0.0}
+    kind = {"memory_width": 24, "sharded": True, "gate_init": 0.0}
     layer = fill(memory_layer(settings, shape, 1, row_images, **kind))
     stream, memory = torch.randn(ROWS * LENGTH, 1, WIDTH), torch.randn(ROWS, MEMORY, 24)
     assert torch.equal(layer(stream, memory, ForwardContext(batch)), stream)

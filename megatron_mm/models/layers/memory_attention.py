@@ -206,7 +206,6 @@ def memory_layer(
     layer_number: int,
     view: ViewMaker,
     *,
-    name: str,
     memory_width: int,
     sharded: bool,
     plan: Callable[[torch.Tensor, ForwardContext], object] | None = None,
@@ -218,7 +217,6 @@ def memory_layer(
 
     Args:
         view: which memory and positions each row sees.
-        name: of that view.
         plan: of self-attention; unused in a gated layer.
         cross_query_groups: key-value heads of the cross-attention; None: those of `shape`.
         gate_init: makes a gated layer without self-attention, whose gates begin with this.

@@ -75,10 +75,14 @@ def vision_length(vision: SwinConfig, plan: MicrobatchPlan) -> int:
     return vision.tokens_per_clip(plan.clip_frames if plan.num_clips else 1)
 
 
-def vision_positions(vision: SwinConfig, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's positions lie in `vision_memory`, [R·Mv], and which of them exist, [R, Mv] bool."""
-    plan, image_tokens = batch.plan, vision.tokens_per_clip(1)
-    length = vision_length(vision, plan)
+def vision_positions(batch: Microbatch, image_tokens: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row's positions lie in `vision_memory`, [R·Mv], and which of them exist, [R, Mv] bool.
+
+    Args:
+        image_tokens: positions of an image.
+        length: Mv, see vision_length.
+    """
+    plan = batch.plan
     images_R1, at = batch.image_slots_RK[:, :1], torch.arange(length, device=batch.image_slots_RK.device)[None]
     of_image = (images_R1 >= 0) & (at < image_tokens)
     index = images_R1.clamp(min=0) * image_tokens + at.clamp(max=image_tokens - 1)
@@ -87,6 +91,10 @@ def vision_positions(vision: SwinConfig, batch: Microbatch) -> tuple[torch.Tenso
     clips_R1 = batch.clip_slots_R[:, None]
     in_clips = plan.num_images * image_tokens + clips_R1.clamp(min=0) * length + at
     return torch.where(clips_R1 >= 0, in_clips, index).flatten(), (clips_R1 >= 0) | of_image
+
+
+def _seen_positions(vision: SwinConfig, batch: Microbatch) -> torch.Tensor:
+    return vision_positions(batch, vision.tokens_per_clip(1), vision_length(vision, batch.plan))[1]
 
 
 def has_sound(batch: Microbatch) -> torch.Tensor:
@@ -106,7 +114,9 @@ def _vision_rows(
     vision: SwinConfig, memory: torch.Tensor, context: ForwardContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[R, Mv, C] of `vision_memory`, and [R, Mv] bool."""
-    index, seen_RM = context.derived("vision_positions", partial(vision_positions, vision))
+    index, seen_RM = context.derived(
+        vision_positions, vision.tokens_per_clip(1), vision_length(vision, context.batch.plan)
+    )
     return memory.index_select(0, index).view(*seen_RM.shape, -1), seen_RM
 
 
@@ -219,32 +229,29 @@ def _fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
     )
 
     def seen(batch: Microbatch) -> tuple[None, torch.Tensor]:
-        return None, vision_positions(config.vision, batch)[1]
+        return None, _seen_positions(config.vision, batch)
 
     def heard(batch: Microbatch) -> tuple[None, torch.Tensor]:
         return None, has_sound(batch)
 
-    def vision_plan(hidden_states: torch.Tensor, context: ForwardContext) -> AttentionPlan:
+    def vision_mask(batch: Microbatch) -> AttentionPlan:
         """Positions beyond an image's, in a row shorter than a clip, are hidden."""
+        hidden_RM = ~_seen_positions(config.vision, batch)
+        mask = torch.zeros(hidden_RM.shape, dtype=settings.dtype, device=hidden_RM.device)
+        mask = mask.masked_fill(hidden_RM & ~hidden_RM.all(dim=1, keepdim=True), float("-inf"))
+        return AttentionPlan(hidden_RM.shape[0], mask=mask[:, None, None])
 
-        def make(batch: Microbatch) -> AttentionPlan:
-            hidden_RM = ~seen(batch)[1]
-            mask = torch.zeros(hidden_RM.shape, dtype=settings.dtype, device=hidden_RM.device)
-            mask = mask.masked_fill(hidden_RM & ~hidden_RM.all(dim=1, keepdim=True), float("-inf"))
-            return AttentionPlan(hidden_RM.shape[0], mask=mask[:, None, None])
-
-        return context.derived(f"vision_plan/{settings.dtype}", make)
+    def vision_plan(hidden_states: torch.Tensor, context: ForwardContext) -> AttentionPlan:
+        return context.derived(vision_mask)
 
     def audio_plan(hidden_states: torch.Tensor, context: ForwardContext) -> AttentionPlan:
         return AttentionPlan(rows=hidden_states.shape[0])
 
     def layer(index: int) -> nn.Module:
-        def modality(view: ViewMaker, name: str, plan: Callable) -> nn.Module:
-            number = index + 1
-            kind = {"name": name, "memory_width": hidden, "sharded": False, "plan": plan}
-            return memory_layer(settings, shape, number, view, **kind)
+        def modality(view: ViewMaker, plan: Callable) -> nn.Module:
+            return memory_layer(settings, shape, index + 1, view, memory_width=hidden, sharded=False, plan=plan)
 
-        return FusionLayer(modality(heard, "heard", vision_plan), modality(seen, "seen", audio_plan))
+        return FusionLayer(modality(heard, vision_plan), modality(seen, audio_plan))
 
     def layer_cost_of(plan: MicrobatchPlan) -> NodeCost:
         lengths = (vision_length(config.vision, plan), sounds)
@@ -315,7 +322,7 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> 
 
     def fused(batch: Microbatch) -> tuple[None, torch.Tensor]:
         heard = has_sound(batch)[:, None].expand(-1, sounds)
-        return None, torch.cat((vision_positions(config.vision, batch)[1], heard), dim=1)
+        return None, torch.cat((_seen_positions(config.vision, batch), heard), dim=1)
 
     def cost(plan: MicrobatchPlan) -> NodeCost:
         return memory_layer_cost(
@@ -330,7 +337,7 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> 
         )
 
     def layer(index: int) -> Node:
-        kind = {"name": "fused", "memory_width": width, "sharded": True, "plan": decoder.plan}
+        kind = {"memory_width": width, "sharded": True, "plan": decoder.plan}
         build = partial(memory_layer, settings, decoder.shape, index + 1, fused, **kind)
         name = f"decoder.layers.{index}"
         return Node(name, build, ("text", "memory"), (decoder.text,), cost, recomputable=True)

@@ -93,7 +93,6 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
             shape,
             index + 1,
             row_images,
-            name="row_images",
             memory_width=vision.hidden_size,
             sharded=False,
             plan=causal_plan,

@@ -76,7 +76,6 @@ def _gated_block(config: VLMConfig, settings: LayerSettings, decoder: DecoderNod
         decoder.shape,
         number + 1,
         row_images,
-        name="row_images",
         memory_width=vision.hidden_size,
         sharded=True,
         qk_layernorm=cross.qk_layernorm,
