@@ -115,7 +115,7 @@ def plain_step(config, weights: dict, inputs: dict, fused: bool) -> Callable[[],
 
     from megatron_mm.hf.configuration_synapse import SynapseConfig
     from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
-    from megatron_mm.inference.systems.synapse import fields, synapse_entries
+    from megatron_mm.systems.synapse.export import fields, synapse_entries
 
     model = SynapseForCausalLM(SynapseConfig(**fields(config))).train()
     entries = synapse_entries(config.model)

@@ -11,11 +11,11 @@ from torch import nn
 
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower
-from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.inference.entries.conformer import conformer_entries
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.conformer import conformer_nodes
+from megatron_mm.parts.conformer.names import conformer_entries
+from megatron_mm.parts.conformer.nodes import conformer_nodes
+from megatron_mm.parts.conformer.section import ConformerConfig
 
 
 def sizes(smoke: bool) -> tuple[ConformerConfig, int]:

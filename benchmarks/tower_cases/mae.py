@@ -6,12 +6,12 @@ import torch
 
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower, make_batch, sizes
-from megatron_mm.config.towers import MAEConfig
-from megatron_mm.inference.entries.vit import mae_entries, vit_entries
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.mae import mae_nodes
-from megatron_mm.models.towers.vit import sine_cosine_positions, vit_nodes
 from megatron_mm.objectives.mae import mae_loss
+from megatron_mm.parts.vit.mae import mae_nodes
+from megatron_mm.parts.vit.names import mae_entries, vit_entries
+from megatron_mm.parts.vit.nodes import sine_cosine_positions, vit_nodes
+from megatron_mm.parts.vit.section import MAEConfig
 
 
 def build(smoke: bool) -> TowerCase:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks.tower_cases import TowerCase
-from megatron_mm.config.towers import PerceiverConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.inference.entries.perceiver import perceiver_entries
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.perceiver import perceiver_nodes
+from megatron_mm.parts.perceiver.names import perceiver_entries
+from megatron_mm.parts.perceiver.nodes import perceiver_nodes
+from megatron_mm.parts.perceiver.section import PerceiverConfig
 
 
 def sizes(smoke: bool) -> tuple[PerceiverConfig, int, int, int]:

@@ -7,11 +7,11 @@ from torch import nn
 
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower
-from megatron_mm.config.towers import SwinConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.inference.entries.swin import swin_entries
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.swin import swin_nodes
+from megatron_mm.parts.swin.names import swin_entries
+from megatron_mm.parts.swin.nodes import swin_nodes
+from megatron_mm.parts.swin.section import SwinConfig
 
 
 def sizes(smoke: bool) -> tuple[SwinConfig, int]:

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from benchmarks.tower_cases import TowerCase
-from megatron_mm.config.towers import ViTConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.inference.entries.vit import vit_entries
 from megatron_mm.models.graph import ForwardContext, Node
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import Entry
-from megatron_mm.models.towers.vit import sine_cosine_positions, vit_nodes
+from megatron_mm.parts.vit.names import vit_entries
+from megatron_mm.parts.vit.nodes import sine_cosine_positions, vit_nodes
+from megatron_mm.parts.vit.section import ViTConfig
 
 
 def sizes(smoke: bool) -> tuple[ViTConfig, int]:

@@ -26,13 +26,13 @@ from torch.nn import functional
 from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import section
-from megatron_mm.config.systems import SystemConfig
+from megatron_mm.config.system import SystemConfig
+from megatron_mm.config.systems import System, register
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.data.reading.rows import Document, collate
 from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems import register
 
 BYTES = 256
 
@@ -157,7 +157,7 @@ def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
     return Graph(nodes, [smoothed_loss(config.label_smoothing)])
 
 
-register("byte_mixer", ByteMixerConfig, build_graph)
+register(System("byte_mixer", ByteMixerConfig, build_graph))
 
 # ----------------------------------------------------------------------------------------------------- dataset
 

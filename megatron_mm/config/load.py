@@ -26,7 +26,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megatron_mm.config.plugins import load_plugin, locate_plugin
 from megatron_mm.config.schema import Config, DatasetConfig
 from megatron_mm.config.section import section
-from megatron_mm.config.systems import SECTIONS, SynapseConfig, SystemConfig
+from megatron_mm.config.system import SystemConfig
+from megatron_mm.config.systems import DEFAULT_SYSTEM, SYSTEMS, section_of
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -67,11 +68,11 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
         file, colon, function = data["builder"].rpartition(":")
         tree = {**tree, "data": {**data, "builder": f"{locate_plugin(file, folder)}{colon}{function}"}}
     model = tree.get("model")
-    name = model.get("system", "synapse") if isinstance(model, dict) else "synapse"
-    if not isinstance(name, str) or name not in SECTIONS:
-        raise ValueError(f"{source}:\n  model.system: there is no {name!r}; known: {', '.join(SECTIONS)}")
+    name = model.get("system", DEFAULT_SYSTEM) if isinstance(model, dict) else DEFAULT_SYSTEM
+    if not isinstance(name, str) or name not in SYSTEMS:
+        raise ValueError(f"{source}:\n  model.system: there is no {name!r}; known: {', '.join(SYSTEMS)}")
     try:
-        return TypeAdapter(config_type(SECTIONS[name])).validate_python(tree)
+        return TypeAdapter(config_type(section_of(name))).validate_python(tree)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {_say(item)}" for item in error.errors()]
         raise ValueError(f"{source}:\n  " + "\n  ".join(lines)) from None
@@ -114,7 +115,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
             rest.append(word)
             position += 1
     try:
-        config = load_config(recipe) if recipe else config_type(SynapseConfig)()
+        config = load_config(recipe) if recipe else config_type(section_of(DEFAULT_SYSTEM))()
         if blend:
             config.data.datasets = parse_blend(blend)
     except ValueError as error:

@@ -2,8 +2,7 @@
 
 A recipe (YAML) names fields of this tree, the command line overrides any of them, `config/validate.py` refuses
 contradictions, and the resolved tree is written to `config.yaml` of the run. Names are Megatron's where Megatron has
-one. The docstring under a field is its `--help`. `model` is the section of a system (config/systems.py), made of those
-of its parts (config/towers.py).
+one. The docstring under a field is its `--help`. `model` is the section of a system (config/systems.py).
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from pydantic import BeforeValidator, Field
 
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.section import megatron, section
-from megatron_mm.config.systems import SynapseConfig, SystemConfig
+from megatron_mm.config.system import SystemConfig
+from megatron_mm.config.systems import DEFAULT_SYSTEM, section_of
 
 
 @section
@@ -218,8 +218,8 @@ class Config:
     """Everything one run of pretrain_multimodal.py needs."""
 
     plugins: list[str] = Field(default_factory=list)
-    """Python files or modules imported first, which register systems of a user's own (models/systems/__init__.py)."""
-    model: SystemConfig = Field(default_factory=SynapseConfig)
+    """Python files or modules imported first, which register systems of a user's own (config/systems.py)."""
+    model: SystemConfig = Field(default_factory=lambda: section_of(DEFAULT_SYSTEM)())
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -8,6 +8,9 @@ import tyro
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+#: Path of the size by which heads and columns are divided, for messages.
+TENSOR_PARALLEL = "parallel.tensor_model_parallel_size"
+
 #: Decorator of a section: typed, checked on assignment, unknown fields refused.
 section = dataclass(config=ConfigDict(extra="forbid", validate_assignment=True), kw_only=True)
 
@@ -27,3 +30,24 @@ def share(name: str, value: float) -> Iterator[str]:
     """What to say where a ratio is not strictly between 0 and 1."""
     if not 0.0 < value < 1.0:
         yield f"{name} is {value}; it must lie strictly between 0 and 1"
+
+
+def heads_problems(name: str, part, tp: int, groups: bool = False) -> Iterator[str]:
+    """Heads divide the width, and tensor parallelism divides heads, key-value heads and the MLP."""
+    heads = f"{name}.num_attention_heads"
+    yield from divides(f"{name}.hidden_size", part.hidden_size, heads, part.num_attention_heads)
+    yield from divides(heads, part.num_attention_heads, TENSOR_PARALLEL, tp)
+    if groups:
+        key_value = f"{name}.num_query_groups"
+        yield from divides(heads, part.num_attention_heads, key_value, part.num_query_groups)
+        yield from divides(key_value, part.num_query_groups, TENSOR_PARALLEL, tp)
+    yield from divides(f"{name}.ffn_hidden_size", part.ffn_hidden_size, TENSOR_PARALLEL, tp)
+
+
+def weights_problems(name: str, **weights: float) -> Iterator[str]:
+    """Objective weights must be non-negative and not all zero."""
+    for key, value in weights.items():
+        if value < 0:
+            yield f"{name}.{key} is {value}; a weight must not be negative"
+    if not any(value > 0 for value in weights.values()):
+        yield f"{name}: every weight is zero ({', '.join(weights)}); nothing would be learned"

@@ -9,7 +9,7 @@ from megatron_mm.config import performance
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import divides
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.config.towers import DecoderConfig
+from megatron_mm.parts.decoder.section import DecoderConfig
 
 
 def parallel_sizes(config: Config, world_size: int) -> ParallelSizes:

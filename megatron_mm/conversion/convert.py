@@ -18,7 +18,7 @@ from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.stream import CheckpointReader, write_checkpoint_weights
 from megatron_mm.config.load import config_from_tree, dump_config, load_config
 from megatron_mm.config.schema import Config
-from megatron_mm.config.systems import SystemConfig
+from megatron_mm.config.system import SystemConfig
 from megatron_mm.conversion.hf_folder import (
     TOKENIZER,
     adapter_of_folder,
@@ -30,8 +30,8 @@ from megatron_mm.conversion.hf_folder import (
 )
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
 from megatron_mm.data.tokens.tokenizer import MASK
-from megatron_mm.inference.systems import Adapter, adapter_of, differences
 from megatron_mm.models.names import Entry, Part
+from megatron_mm.systems.export import Adapter, adapter_of, differences
 
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
 ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})

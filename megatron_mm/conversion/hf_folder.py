@@ -21,8 +21,9 @@ import torch
 
 from megatron_mm import hf
 from megatron_mm.config.schema import Config
+from megatron_mm.config.systems import exported
 from megatron_mm.conversion.safetensors_stream import INDEX
-from megatron_mm.inference.systems import SYSTEMS, Adapter, adapter_of
+from megatron_mm.systems.export import Adapter, adapter_of
 
 HF_FILES = Path(hf.__file__).parent
 #: Oldest and newest release of transformers in which folders were tried (tests/releases/run.sh).
@@ -65,10 +66,10 @@ def is_hf_folder(path: str | Path) -> bool:
 def adapter_of_folder(fields: dict, source: Path) -> Adapter:
     """The adapter of an exported folder, from its config.json; ValueError if nothing here exported it."""
     name = fields.get("model_type")
-    if name not in SYSTEMS:
+    if name not in exported():
         raise ValueError(
-            f"{source}: model_type is {name!r}, not one of {', '.join(SYSTEMS)}; restore and refresh take folders that "
-            "export wrote (import-pretrained takes others' models)"
+            f"{source}: model_type is {name!r}, not one of {', '.join(exported())}; restore and refresh take folders "
+            "that export wrote (import-pretrained takes others' models)"
         )
     return adapter_of(name, source)
 

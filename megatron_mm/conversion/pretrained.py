@@ -20,8 +20,8 @@ from megatron_mm.conversion.hf_folder import read_json
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.hf.modeling_synapse import sinusoids
 from megatron_mm.hf.vit import sine_cosine_positions
-from megatron_mm.inference.systems import adapter_of
 from megatron_mm.models.names import Entry, Part
+from megatron_mm.systems.export import adapter_of
 
 
 class _Weights:

@@ -27,7 +27,7 @@ from megatron_mm.conversion.convert import (
 from megatron_mm.conversion.hf_folder import TOKENIZER, adapter_of_folder, is_hf_folder, read_json, release_fields
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.hf.processing_mm import MultimodalProcessor
-from megatron_mm.inference.systems import adapter_of
+from megatron_mm.systems.export import adapter_of
 
 
 @dataclass

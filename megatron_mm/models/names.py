@@ -100,6 +100,21 @@ def norm(training: str, hf: str, size: int, bias: bool) -> Iterator[Entry]:
         yield plain(f"{training}.{kind}", f"{hf}.{kind}", size)
 
 
+def linear(training: str, hf: str, rows: int, columns: int, bias: bool = True) -> Iterator[Entry]:
+    """Weight [rows, columns] of a linear layer, and its bias."""
+    yield plain(f"{training}.weight", f"{hf}.weight", rows, columns)
+    if bias:
+        yield plain(f"{training}.bias", f"{hf}.bias", rows)
+
+
+def query_key_value(
+    training: str, hf: tuple[str, str, str], heads: int, head_dim: int, columns: int, bias: bool = True
+) -> Iterator[Entry]:
+    """megatron-core's fused projection (of each head the query, the key, the value) from three linear layers."""
+    for kind, trailing in (("weight", (columns,)), ("bias", ())) if bias else (("weight", (columns,)),):
+        yield Entry(training + f".{kind}", tuple(Part(f"{name}.{kind}") for name in hf), heads, head_dim, trailing)
+
+
 #: Spelling of a layer's norms in checkpoints: megatron-core keeps Transformer Engine's fused names in both backends.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.parts.contrastive.section import ContrastiveConfig
+from megatron_mm.parts.vit.rows import rows_with_image
 from megatron_mm.platform import collectives
 
 
@@ -110,4 +112,15 @@ def contrastive_loss(
         weight,
         sharded=False,
         whole_batch=whole_batch,
+    )
+
+
+def image_text_loss(contrastive: ContrastiveConfig, weight: float) -> Loss:
+    """Contrastive loss of `image_embedding` and `text_embedding`, over rows that have an image."""
+    return contrastive_loss(
+        "contrastive",
+        ("image_embedding", "text_embedding", "logit_scale"),
+        rows_with_image,
+        weight=weight,
+        whole_batch=contrastive.negatives == "batch",
     )

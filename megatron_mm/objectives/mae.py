@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mm.config.towers import MAEConfig, ViTConfig
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
-from megatron_mm.models.towers.vit import patchify, shuffled_patches
+from megatron_mm.parts.vit.nodes import patchify, shuffled_patches
+from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
 
 def mae_loss(tower: ViTConfig, mae: MAEConfig, weight: float = 1.0) -> Loss:

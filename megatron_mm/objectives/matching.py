@@ -17,13 +17,9 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.objectives.contrastive import gather_rows
+from megatron_mm.parts.vit.rows import rows_with_image
 
 _TEXTS, _IMAGES = 1, 2  # whose negatives a draw is for
-
-
-def rows_with_image(batch: Microbatch) -> torch.Tensor:
-    """[R] float: 1 where a row has an image."""
-    return (batch.image_slots_RK[:, 0] >= 0).float()
 
 
 def pair_noise(first_R: torch.Tensor, second_P: torch.Tensor, salt: int) -> torch.Tensor:

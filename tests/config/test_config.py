@@ -39,9 +39,9 @@ def test_synapse_70b_has_70_billion_parameters():
 
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
-    from megatron_mm.models.systems import build_graph
     from megatron_mm.planner.assembly import full_plan, layer_settings
     from megatron_mm.planner.costs import total_parameters
+    from megatron_mm.systems import build_graph
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))

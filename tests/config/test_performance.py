@@ -170,8 +170,8 @@ def test_what_reaches_megatron_core():
     setup.apply_platform()
     from megatron_mm.config.performance import PerformanceConfig
     from megatron_mm.config.sizes import ParallelSizes
-    from megatron_mm.models.decoder import decoder_shape
     from megatron_mm.models.layers.settings import LayerSettings, layer_config
+    from megatron_mm.parts.decoder.nodes import decoder_shape
     from megatron_mm.pipeline.schedule import pipeline_config
 
     config = small_config()

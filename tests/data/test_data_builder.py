@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.config.load import config_type, dump_config, load_config
-from megatron_mm.config.systems import SECTIONS
+from megatron_mm.config.systems import section_of
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.builder import CheckedSplit
 from megatron_mm.data.reading.dataset import build_datasets
@@ -67,7 +67,7 @@ OWN = '''
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "own_squares.py").write_text(textwrap.dedent(OWN))
-    config = config_type(SECTIONS["vlm"])()
+    config = config_type(section_of("vlm"))()
     config.model.vision.image_size, config.data.seq_length = 28, 16
     config.data.builder = f"{tmp_path}/own_squares.py:build"
     return config
@@ -157,7 +157,7 @@ def tensor(name, value):
     ],
 )
 def test_microbatches_that_do_not_fit_are_refused(change, message):
-    config = config_type(SECTIONS["avt"])()
+    config = config_type(section_of("avt"))()
     config.data.seq_length, config.data.frames_per_video = 16, 2
     config.model.vision.image_size, config.model.audio.seconds, config.data.builder = 32, 0.2, "mine:build"
     fields = config.model.inputs.fields

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.config.load import config_type
-from megatron_mm.config.systems import SECTIONS
+from megatron_mm.config.systems import SYSTEMS, section_of
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, field_shapes
 from megatron_mm.planner.assembly import full_plan
@@ -18,7 +18,7 @@ from megatron_mm.planner.dry_run import meta_microbatch
 
 def small(system: str):
     """The system with small media and short rows; tasks, masks and noise as in its defaults."""
-    config = config_type(SECTIONS[system])()
+    config = config_type(section_of(system))()
     config.data.seq_length, config.data.frames_per_video = 48, 2
     config.model.vision.image_size = 32 if system in ("avt", "dual_encoder") else 28
     if hasattr(config.model, "audio"):
@@ -28,7 +28,7 @@ def small(system: str):
     return config
 
 
-@pytest.mark.parametrize("system", sorted(SECTIONS))
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_rows_have_every_field_of_their_format(system):
     config = small(system)
     inputs = config.model.inputs
@@ -64,7 +64,7 @@ def test_rows_have_every_field_of_their_format(system):
         assert 0 < sounds.numel() < 24
 
 
-@pytest.mark.parametrize("system", sorted(SECTIONS))
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_a_row_does_not_depend_on_its_company(system):
     """Row 5 alone, and among others: data-parallel ranks and other batch sizes see the same."""
     config = small(system)
@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_its_company(system):
             assert torch.equal(alone.clips_VFCHW[0], together.clips_VFCHW[together.clip_slots_R[number]])
 
 
-@pytest.mark.parametrize("system", sorted(SECTIONS))
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_the_full_plan_bounds_every_microbatch(system):
     config = small(system)
     config.training.micro_batch_size = 6

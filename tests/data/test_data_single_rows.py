@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from megatron_mm.config.load import config_type
 from megatron_mm.config.schema import DatasetConfig
-from megatron_mm.config.systems import SECTIONS
+from megatron_mm.config.systems import section_of
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.errors import DataError
@@ -106,7 +106,7 @@ def build(folder: Path, tokenizer: Path, check: bool = True) -> list[DatasetConf
 
 def make(corpus: Path, system: str = "avt"):
     """A recipe of the system that reads the corpus."""
-    config = config_type(SECTIONS[system])()
+    config = config_type(section_of(system))()
     config.data.datasets = [DatasetConfig(path=str(corpus / "shards"))]
     config.data.tokenizer, config.data.split = str(corpus / "t.model"), "80,20"
     config.data.seq_length, config.data.frames_per_video = LENGTH, FRAMES

@@ -11,7 +11,6 @@ import torch
 
 from megatron_mm.checkpoints.checkpoint import Position, save
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.config.systems import VLMConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.evaluation.objectives import MaskedPatches, Matching, Retrieval, TokenAccuracy, score_objectives
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
@@ -22,6 +21,7 @@ from megatron_mm.objectives.matching import matching_loss
 from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.planner.assembly import build_model
 from megatron_mm.platform import setup
+from megatron_mm.systems.vlm.section import VLMConfig
 from megatron_mm.training.optimizer import Optimizer
 from tests.corpus import build_corpus, corpus_config
 from tests.recipes import small_vlm

@@ -29,12 +29,12 @@ from transformer_engine.pytorch.attention.dot_product_attention import backends 
 
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.data.reading.microbatch import Microbatch  # noqa: E402
-from megatron_mm.models.decoder import DecoderNodes  # noqa: E402
 from megatron_mm.models.graph import ForwardContext, Node  # noqa: E402
 from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
 from megatron_mm.models.layers.sharding import local_text  # noqa: E402
-from megatron_mm.models.systems import build_graph  # noqa: E402
+from megatron_mm.parts.decoder.nodes import DecoderNodes  # noqa: E402
 from megatron_mm.platform import setup  # noqa: E402
+from megatron_mm.systems import build_graph  # noqa: E402
 from tests.gpu_stack import flash  # noqa: E402
 from tests.models import synapse_case  # noqa: E402
 

@@ -15,12 +15,14 @@ from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.stream import write_checkpoint_weights
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config, DataConfig
-from megatron_mm.config.systems import SynapseConfig
-from megatron_mm.config.towers import AudioTowerConfig, CrossAttentionConfig, DecoderConfig, VisionTowerConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.hf.configuration_synapse import SynapseConfig as HFConfig
 from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
-from megatron_mm.inference.systems.synapse import fields, synapse_entries
+from megatron_mm.parts.clip.section import VisionTowerConfig
+from megatron_mm.parts.decoder.section import CrossAttentionConfig, DecoderConfig
+from megatron_mm.parts.whisper.section import AudioTowerConfig
+from megatron_mm.systems.synapse.export import fields, synapse_entries
+from megatron_mm.systems.synapse.section import SynapseConfig
 
 
 def tiny_recipe(vocab_size: int = 320) -> Config:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.conformer import ConformerModel
-from megatron_mm.inference.entries.conformer import conformer_entries
+from megatron_mm.parts.conformer.names import conformer_entries
 from megatron_mm.platform import setup
 from tests.models import conformer_case as case
 from tests.models.synapse_case import build

@@ -31,8 +31,8 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.conversion.pretrained import import_pretrained, resize_rows
 from megatron_mm.conversion.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
-from megatron_mm.inference.systems.synapse import synapse_entries
 from megatron_mm.models.names import Part, checkpoint_key
+from megatron_mm.systems.synapse.export import synapse_entries
 from tests.inference.export_case import (
     hf_model,
     media_batch,

@@ -15,10 +15,11 @@ import torch
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
+from megatron_mm.config.systems import exported
 from megatron_mm.conversion.hf_folder import HF_FILES, TRANSFORMERS_RELEASES
 from megatron_mm.hf import exported_model
 from megatron_mm.hf.exported_model import CACHE, ExportedModel
-from megatron_mm.inference.systems import SYSTEMS, adapter_of
+from megatron_mm.systems.export import adapter_of
 from tests.inference import system_case as case
 from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe, train_tokenizer
 
@@ -141,7 +142,7 @@ def test_a_release_that_was_not_tried_is_said(monkeypatch):
     assert "was made for transformers 98.0 to 99.0" in said[-1]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", exported())
 def test_a_modelling_file_imports_itself_what_its_imports_import(system):
     """transformers before 5.6 copies the files that the loaded file names, and no others, out of a local folder."""
     adapter = adapter_of(system, "")

@@ -10,8 +10,8 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.perceiver import PerceiverQueries, PerceiverTower
-from megatron_mm.inference.entries.perceiver import perceiver_entries, perceiver_query_entries
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.parts.perceiver.names import perceiver_entries, perceiver_query_entries
 from megatron_mm.platform import setup
 from tests.models import perceiver_case, synapse_case
 

@@ -18,12 +18,12 @@ from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.conversion.convert import restore
 from megatron_mm.generation.generate import Generator
 from megatron_mm.hf.exported_model import CACHE
-from megatron_mm.inference.systems import adapter_of
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import checkpoint_key
-from megatron_mm.models.systems import build_graph
 from megatron_mm.objectives.matching import hard_negatives
 from megatron_mm.planner.assembly import full_plan
+from megatron_mm.systems import build_graph
+from megatron_mm.systems.export import adapter_of
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
 

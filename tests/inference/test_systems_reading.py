@@ -22,7 +22,7 @@ from megatron_mm.evaluation.streams import all_rows, reading_jsonl
 from megatron_mm.generation.generate import Decoding, Generator
 from megatron_mm.generation.prompts import read_prompts
 from megatron_mm.hf.processing_mm import MultimodalProcessor
-from megatron_mm.inference.systems import adapter_of
+from megatron_mm.systems.export import adapter_of
 from tests import recipes
 from tests.inference import system_case as case
 from tests.inference.export_case import draw, draw_animation, sing, train_tokenizer

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.transformer_xl import TransformerXLTower
-from megatron_mm.inference.entries.transformer_xl import transformer_xl_entries
+from megatron_mm.parts.transformer_xl.names import transformer_xl_entries
 from megatron_mm.platform import setup
 from tests.models import test_transformer_xl as case
 

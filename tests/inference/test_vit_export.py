@@ -8,8 +8,8 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.vit import MAEDecoder, ViTTower, masked_pixel_error
-from megatron_mm.inference.entries.vit import mae_entries, vit_entries
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.parts.vit.names import mae_entries, vit_entries
 from megatron_mm.platform import setup
 from tests.models import synapse_case as case
 from tests.models import vit_case

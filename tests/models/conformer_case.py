@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import Entry
-from megatron_mm.models.towers.conformer import conformer_nodes
+from megatron_mm.parts.conformer.nodes import conformer_nodes
+from megatron_mm.parts.conformer.section import ConformerConfig
 from tests.models.synapse_case import run
 
 

@@ -7,16 +7,19 @@ from functools import partial
 
 import torch
 
-from megatron_mm.config.towers import ContrastiveConfig, DecoderConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.decoder import DecoderNodes
 from megatron_mm.models.graph import Graph, Node, Stream
 from megatron_mm.models.layers.memory_attention import memory_layer, memory_layer_cost
 from megatron_mm.models.layers.pooling import last_row_state, last_state
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
-from megatron_mm.models.systems.image_text import embedding_node, image_of_row, image_text_loss, row_images, scale_node
-from megatron_mm.models.towers.text_encoder import causal_plan
 from megatron_mm.objectives.causal_lm import causal_lm_loss
+from megatron_mm.objectives.contrastive import image_text_loss
+from megatron_mm.parts.contrastive.nodes import embedding_node, scale_node
+from megatron_mm.parts.contrastive.section import ContrastiveConfig
+from megatron_mm.parts.decoder.nodes import DecoderNodes
+from megatron_mm.parts.decoder.section import DecoderConfig
+from megatron_mm.parts.text_encoder.nodes import causal_plan
+from megatron_mm.parts.vit.rows import image_of_row, row_images
 from tests.objectives.cases import Case, rows, table_node
 
 LENGTH, MEMORY, MEMORY_WIDTH = 8, 5, 24

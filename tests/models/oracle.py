@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_mm.config.towers import DecoderConfig
+from megatron_mm.parts.decoder.section import DecoderConfig
 
 Get = Callable[[str], torch.Tensor]
 

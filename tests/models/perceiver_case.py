@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PerceiverConfig as HFPerceiverConfig
 from transformers.models.perceiver.modeling_perceiver import PerceiverLayer
 
-from megatron_mm.config.towers import PerceiverConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.perceiver import perceiver_nodes, query_node
+from megatron_mm.parts.perceiver.nodes import perceiver_nodes, query_node
+from megatron_mm.parts.perceiver.section import PerceiverConfig
 
 ROWS, LENGTH, WIDTH, QUERIES = 4, 11, 24, 6
 MASK = torch.ones(ROWS, LENGTH)

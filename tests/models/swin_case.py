@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_mm.config.towers import SwinConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.inference.entries.swin import swin_entries
 from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.swin import swin_nodes
+from megatron_mm.parts.swin.names import swin_entries
+from megatron_mm.parts.swin.nodes import swin_nodes
+from megatron_mm.parts.swin.section import SwinConfig
 from tests.models import synapse_case as case
 
 

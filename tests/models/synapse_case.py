@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_mm.config.systems import SynapseConfig
-from megatron_mm.config.towers import AudioTowerConfig, CrossAttentionConfig, DecoderConfig, VisionTowerConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
+from megatron_mm.parts.clip.section import VisionTowerConfig
+from megatron_mm.parts.decoder.section import CrossAttentionConfig, DecoderConfig
+from megatron_mm.parts.whisper.section import AudioTowerConfig
+from megatron_mm.systems.synapse.section import SynapseConfig
 
 
 def tiny_config(**changes: object) -> SynapseConfig:

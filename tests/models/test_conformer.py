@@ -23,13 +23,13 @@ from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import (
 )
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.config.towers import ConformerConfig
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
-from megatron_mm.inference.entries.conformer import conformer_entries
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.conformer import relative_positions
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.parts.conformer.names import conformer_entries
+from megatron_mm.parts.conformer.section import ConformerConfig
 from megatron_mm.platform import setup
 from tests.models import conformer_case as case
 from tests.models.synapse_case import build, fill

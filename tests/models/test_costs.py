@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config.systems import SynapseConfig
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems import build_graph
+from megatron_mm.systems import build_graph
+from megatron_mm.systems.synapse.section import SynapseConfig
 from tests.models import synapse_case as case
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_mm.models.decoder import DecoderNodes
 from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives.causal_lm import causal_lm_loss
+from megatron_mm.parts.decoder.nodes import DecoderNodes
 from tests.graph_layouts import largest_difference, step, steps_in_processes
 from tests.models import memory_case as case
 from tests.models import synapse_case

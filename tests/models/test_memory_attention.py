@@ -12,13 +12,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextCrossAttention
 
-from megatron_mm.models.decoder import DecoderNodes, decoder_shape
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.attention import document_mask
 from megatron_mm.models.layers.memory_attention import memory_layer
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems.image_text import image_of_row, row_images
-from megatron_mm.models.towers.text_encoder import causal_plan
+from megatron_mm.parts.decoder.nodes import DecoderNodes, decoder_shape
+from megatron_mm.parts.text_encoder.nodes import causal_plan
+from megatron_mm.parts.vit.rows import image_of_row, row_images
 from megatron_mm.platform import setup
 from tests.models import memory_case as case
 from tests.models.oracle import assert_close, check, fused_qkv, gpt2_layer_names, load, pairs_of_kv

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from megatron_mm.models.decoder import decoder_shape
 from megatron_mm.models.layers.attention import document_mask
 from megatron_mm.models.layers.media_attention import MediaAttention, seen_slots
 from megatron_mm.models.layers.packing import Segments, document_segments, media_keys
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.models.layers.sharding import zigzag_slice
+from megatron_mm.parts.decoder.nodes import decoder_shape
 from tests.models import synapse_case as case
 
 

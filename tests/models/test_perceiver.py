@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config.systems import PerceiverFusionConfig
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import checkpoint_key
-from megatron_mm.models.towers.perceiver import perceiver_nodes, query_node
+from megatron_mm.parts.perceiver.nodes import perceiver_nodes, query_node
+from megatron_mm.systems.perceiver_fusion.section import PerceiverFusionConfig
 from tests.models import perceiver_case as case
 from tests.models import synapse_case
 from tests.models.tensor_parallel import differences

@@ -7,11 +7,12 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config.towers import ContrastiveConfig
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.pooling import last_positions, last_row_state, last_state, masked_mean
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems.image_text import embedding_node, mean_patch
+from megatron_mm.parts.contrastive.nodes import embedding_node
+from megatron_mm.parts.contrastive.section import ContrastiveConfig
+from megatron_mm.parts.vit.rows import mean_patch
 from tests.models import memory_case as case
 from tests.models.synapse_case import fill
 

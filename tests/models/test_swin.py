@@ -13,12 +13,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Swinv2Config, Swinv2Model
 
-from megatron_mm.config.towers import SwinConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.layers.windows import WindowGrid
-from megatron_mm.models.towers.swin import swin_nodes
+from megatron_mm.parts.swin.nodes import swin_nodes
+from megatron_mm.parts.swin.section import SwinConfig
 from megatron_mm.platform import setup
 from tests.models import swin_case
 from tests.models.swin_case import assert_close

@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config.schema import Config
+from megatron_mm.config.systems import System, register
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems import build_graph, register
+from megatron_mm.systems import build_graph
 from tests import recipes
 from tests.models import synapse_case
 
@@ -283,7 +284,7 @@ def test_bf16_follows_fp32_in_every_system():
 def test_a_users_system_cannot_take_a_name_that_is_taken():
     config = recipes.small_vlm()
     with pytest.raises(ValueError, match="there is already a system 'vlm'"):
-        register("vlm", type(config.model), build_graph)
+        register(System("vlm", type(config.model), build_graph))
 
 
 def test_a_system_without_a_graph_is_named():

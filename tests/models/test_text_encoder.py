@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2Model, OPTConfig, OPTModel
 
-from megatron_mm.config.towers import TextEncoderConfig
 from megatron_mm.models.graph import ForwardContext, Graph, Loss
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.text_encoder import text_nodes
+from megatron_mm.parts.text_encoder.nodes import text_nodes
+from megatron_mm.parts.text_encoder.section import TextEncoderConfig
 from tests.models import synapse_case
 from tests.models.memory_case import batch_of
 from tests.models.oracle import assert_close, check, fused_qkv, gpt2_layer_names, load

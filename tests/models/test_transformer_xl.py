@@ -15,14 +15,14 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLNetConfig, XLNetModel
 
-from megatron_mm.config.systems import PerceiverFusionConfig
-from megatron_mm.config.towers import TransformerXLConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Loss
 from megatron_mm.models.layers.relative_attention import SegmentPlan, distance_sinusoids, hidden_keys, relative_layer
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.transformer_xl import text_shape, transformer_xl_nodes
+from megatron_mm.parts.transformer_xl.nodes import text_shape, transformer_xl_nodes
+from megatron_mm.parts.transformer_xl.section import TransformerXLConfig
 from megatron_mm.platform import setup
+from megatron_mm.systems.perceiver_fusion.section import PerceiverFusionConfig
 from tests.models import synapse_case as case
 from tests.models.tensor_parallel import differences
 

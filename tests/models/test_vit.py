@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from megatron_mm.inference.entries.vit import mae_entries, vit_entries
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import Entry
-from megatron_mm.models.towers.vit import vit_nodes
 from megatron_mm.objectives.mae import mae_loss
+from megatron_mm.parts.vit.names import mae_entries, vit_entries
+from megatron_mm.parts.vit.nodes import vit_nodes
 from tests.models import synapse_case as case
 from tests.models import vit_case
 from tests.models.tensor_parallel import differences

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from transformers import ViTMAEConfig
 
-from megatron_mm.config.towers import MAEConfig, ViTConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import Graph, Loss
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.towers.mae import mae_nodes
-from megatron_mm.models.towers.vit import vit_nodes
 from megatron_mm.objectives.mae import mae_loss
+from megatron_mm.parts.vit.mae import mae_nodes
+from megatron_mm.parts.vit.nodes import vit_nodes
+from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
 
 def tower() -> ViTConfig:

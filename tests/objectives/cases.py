@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from megatron_mm.config.towers import ContrastiveConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems.image_text import image_text_loss, scale_node
-from megatron_mm.models.systems.perceiver_fusion import Pairs
+from megatron_mm.objectives.contrastive import image_text_loss
 from megatron_mm.objectives.matching import matching_loss
+from megatron_mm.parts.contrastive.nodes import scale_node
+from megatron_mm.parts.contrastive.section import ContrastiveConfig
+from megatron_mm.systems.perceiver_fusion.graph import Pairs
 
 SAMPLES, EMBEDDING, IMAGE, TEXT, WIDTH = 16, 6, 3, 4, 5
 #: Of the first eight samples two that are one process's of four have no image; of the others one alone has.

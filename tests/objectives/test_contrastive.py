@@ -10,11 +10,11 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from megatron_mm.config.towers import ContrastiveConfig
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.models.systems.image_text import image_text_loss, scale_node
-from megatron_mm.objectives.contrastive import info_nce
+from megatron_mm.objectives.contrastive import image_text_loss, info_nce
+from megatron_mm.parts.contrastive.nodes import scale_node
+from megatron_mm.parts.contrastive.section import ContrastiveConfig
 from tests.graph_layouts import largest_difference, step
 from tests.models.synapse_case import fill
 from tests.objectives.cases import rows

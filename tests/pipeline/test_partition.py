@@ -50,9 +50,9 @@ def test_synapse_70b_is_cut_as_well_as_whole_nodes_allow():
     from megatron_mm.platform import setup
 
     setup.apply_platform()
-    from megatron_mm.models.systems import build_graph
     from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_settings
     from megatron_mm.planner.costs import imbalance, node_times
+    from megatron_mm.systems import build_graph
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     sizes = parallel_sizes(config, 256)

@@ -1,0 +1,150 @@
+"""A Conformer on the raw waveform as nodes: sounds of fixed length to the stream `audio_memory`.
+
+`audio.front` (wav2vec 2.0's strided convolutions, arXiv:2006.11477, and a projection) → `audio.layers.i` (Conformer
+blocks, see layers/conformer.py) → `audio.output` (LayerNorm), on [A, tokens_per_sound, C]. The front end is the variant
+of wav2vec 2.0's larger models: convolutions with biases, LayerNorm over channels after each, so nothing depends on
+other samples. Activations are GELU there and swish in the blocks, as in the published Wav2Vec2-Conformer models. The
+tower is whole on every context-parallel process; its blocks are tensor-parallel.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
+from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.initialization import Init
+from megatron_mm.models.layers.backends import backend_of
+from megatron_mm.models.layers.conformer import conformer_cost, conformer_layer
+from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.parameters import describe
+from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.parts.conformer.section import ConformerConfig
+from megatron_mm.parts.whisper.nodes import AudioOutput
+
+
+class StridedConvolution(nn.Module):
+    """A strided convolution with bias, LayerNorm over its channels, GELU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        place = {"dtype": dtype, "device": torch.cuda.current_device()}
+        self.stride = stride
+        self.convolution = nn.utils.skip_init(nn.Conv1d, inputs, outputs, kernel, stride=stride, **place)
+        self.layernorm = nn.utils.skip_init(nn.LayerNorm, outputs, eps=eps, **place)
+
+    def forward(self, hidden_ALC: torch.Tensor) -> torch.Tensor:
+        """[A, L, C] -> [A, L', C']."""
+        # As an image of height 1 and width L with channels last, so that the norm reads what the convolution wrote.
+        image = hidden_ALC.unsqueeze(1).permute(0, 3, 1, 2)
+        weight = self.convolution.weight.unsqueeze(2)
+        convolved = functional.conv2d(image, weight, self.convolution.bias, stride=(1, self.stride))
+        return functional.gelu(self.layernorm(convolved.permute(0, 2, 3, 1).squeeze(1)))
+
+
+class WaveformFront(nn.Module):
+    """Convolutions over the waveform, LayerNorm, projection to the tower's width."""
+
+    def __init__(self, tower: ConformerConfig, settings: LayerSettings, shape: StackShape) -> None:
+        super().__init__()
+        channels, dtype, eps = tower.front_channels, settings.dtype, tower.layernorm_epsilon
+        inputs = [1] + [channels] * (len(tower.front_kernels) - 1)
+        self.convolutions = nn.ModuleList(
+            StridedConvolution(width, channels, kernel, stride, eps, dtype)
+            for width, kernel, stride in zip(inputs, tower.front_kernels, tower.front_strides, strict=True)
+        )
+        self.projection_layernorm = backend_of(settings).norm(layer_config(settings, shape, sharded=False), channels)
+        place = {"dtype": dtype, "device": torch.cuda.current_device()}
+        self.projection = nn.utils.skip_init(nn.Linear, channels, tower.hidden_size, **place)
+
+    def forward(self, context: ForwardContext) -> torch.Tensor:
+        """[A, tokens_per_sound, C] of the microbatch's sounds."""
+        hidden = context.batch.waveforms_AN.to(self.projection.weight.dtype).unsqueeze(-1)
+        for convolution in self.convolutions:
+            hidden = convolution(hidden)
+        return self.projection(self.projection_layernorm(hidden))
+
+
+def conformer_shape(tower: ConformerConfig, init_std: float) -> StackShape:
+    """The tower as a stack of layers."""
+    return StackShape(
+        num_layers=tower.num_layers,
+        hidden_size=tower.hidden_size,
+        num_attention_heads=tower.num_attention_heads,
+        num_query_groups=tower.num_attention_heads,
+        ffn_hidden_size=tower.ffn_hidden_size,
+        normalization="LayerNorm",
+        norm_epsilon=tower.layernorm_epsilon,
+        activation=functional.silu,
+        init_std=init_std,
+    )
+
+
+def conformer_nodes(tower: ConformerConfig, settings: LayerSettings, init_std: float) -> list[Node]:
+    """Nodes of the tower."""
+    shape = conformer_shape(tower, init_std)
+    tokens, width = tower.tokens_per_sound, tower.hidden_size
+    memory = Stream("audio_memory", lambda plan: (plan.num_sounds, tokens, width))
+
+    def front() -> nn.Module:
+        module = describe(WaveformFront(tower, settings, shape), init_std=init_std)
+        # Silence, which pads every sound, would pass convolutions without bias as exact zeros, and the gradient of each
+        # norm at zero is 1/sqrt(eps): 1e12 through four of them.
+        for layer in module.convolutions:
+            layer.convolution.bias.init = Init("normal", std=init_std)
+        return module
+
+    def output() -> nn.Module:
+        return describe(AudioOutput(settings, shape), init_std=init_std)
+
+    def output_cost(plan: MicrobatchPlan) -> NodeCost:
+        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, sharded=False)
+        return NodeCost(2 * width, 0.0, stored)
+
+    learns = not tower.frozen
+    nodes = [
+        Node(
+            "audio.front",
+            front,
+            (),
+            (memory,),
+            partial(_front_cost, tower, settings),
+            frozenset({"waveforms_AN"}),
+            learns,
+        )
+    ]
+    for index in range(tower.num_layers):
+        nodes.append(
+            Node(
+                f"audio.layers.{index}",
+                partial(conformer_layer, settings, shape, tower.conv_kernel_size),
+                ("audio_memory",),
+                (memory,),
+                lambda plan: conformer_cost(shape, tower.conv_kernel_size, plan.num_sounds, tokens, settings),
+                trainable=learns,
+                recomputable=True,
+            )
+        )
+    nodes.append(Node("audio.output", output, ("audio_memory",), (memory,), output_cost, trainable=learns))
+    return nodes
+
+
+def _front_cost(tower: ConformerConfig, settings: LayerSettings, plan: MicrobatchPlan) -> NodeCost:
+    """Every tensor- and context-parallel process runs the front end on all sounds."""
+    width, hidden, length = tower.front_channels, tower.hidden_size, tower.num_samples
+    parameters, products, stored, inputs = 0, 0, length, 1
+    for kernel, stride in zip(tower.front_kernels, tower.front_strides):
+        length = (length - kernel) // stride + 1
+        parameters += kernel * inputs * width + 3 * width
+        products += length * kernel * inputs * width
+        stored += 3 * length * width  # inputs of the norm, of GELU, and of the next convolution or norm
+        inputs = width
+    parameters += 2 * width + width * hidden + hidden
+    products += length * width * hidden
+    stored += length * width  # input of the projection
+    sounds = plan.num_sounds * copies(settings.sizes, sharded=False)
+    return NodeCost(parameters, 2.0 * sounds * products, 2.0 * sounds * stored)

@@ -1,0 +1,111 @@
+"""The dual encoder with late fusion: an MAE vision tower, a GPT-2-like text encoder, cross-attention above, tied head.
+
+Phase `mae`: masked autoencoding of the tower. Phase `joint`: contrastive loss on the two encoders' outputs, captions
+and answers through the fusion layers (causal, reading the image), and masked autoencoding beside them if it has weight.
+Streams: `image_memory` [I, 1 + P, C]; `text` [R, T, C], rewritten by encoder and fusion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
+from megatron_mm.models.layers.costs import head_cost
+from megatron_mm.models.layers.memory_attention import memory_layer, memory_layer_cost
+from megatron_mm.models.layers.pooling import last_row_state
+from megatron_mm.models.layers.settings import LayerSettings, StackShape
+from megatron_mm.models.layers.text_ends import language_head
+from megatron_mm.objectives.causal_lm import causal_lm_loss
+from megatron_mm.objectives.contrastive import image_text_loss
+from megatron_mm.objectives.mae import mae_loss
+from megatron_mm.parts.contrastive.nodes import embedding_node, scale_node
+from megatron_mm.parts.text_encoder.nodes import causal_plan, text_nodes, text_shape
+from megatron_mm.parts.vit.mae import mae_nodes
+from megatron_mm.parts.vit.nodes import vit_nodes
+from megatron_mm.parts.vit.rows import mean_patch, row_images
+from megatron_mm.systems.dual_encoder.section import DualEncoderConfig
+
+EMBEDDING = "text.embedding.word_embeddings.weight"
+
+
+def build_graph(config: DualEncoderConfig, settings: LayerSettings) -> Graph:
+    """The graph of a phase."""
+    vision, std = config.vision, config.init_std
+    if config.phase == "mae":
+        nodes = vit_nodes(vision, settings, std, full=False, masked=config.mae)
+        nodes += mae_nodes(vision, config.mae, settings, std)
+        return Graph(nodes, [mae_loss(vision, config.mae)])
+    losses = []
+    masked = config.mae if config.mae_weight > 0 else None
+    nodes = vit_nodes(vision, settings, std, masked=masked)
+    if masked is not None:
+        nodes += mae_nodes(vision, masked, settings, std)
+        losses.append(mae_loss(vision, masked, config.mae_weight))
+    nodes += text_nodes(config.text, settings, std)
+    text = text_shape(config.text, std)
+    if config.contrastive_weight > 0:
+        args = (settings, vision.hidden_size, config.contrastive, mean_patch)
+        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args))
+        args = (settings, text.hidden_size, config.contrastive, last_row_state)
+        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args))
+        nodes.append(scale_node(settings, config.contrastive))
+        losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
+    if config.causal_lm_weight > 0:
+        nodes += _fusion(config, settings, text)
+        kind = settings.performance.cross_entropy
+        losses.append(causal_lm_loss(weight=config.causal_lm_weight, sharded=False, kind=kind))
+    return Graph(nodes, losses)
+
+
+def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape) -> list[Node]:
+    fusion, vision = config.fusion, config.vision
+    shape = replace(
+        text,
+        num_layers=fusion.num_layers,
+        num_attention_heads=fusion.num_attention_heads,
+        num_query_groups=fusion.num_attention_heads,
+        ffn_hidden_size=fusion.ffn_hidden_size,
+    )
+    stream = Stream("text", lambda plan: (plan.num_rows, plan.row_length, text.hidden_size))
+    logits = Stream("logits", lambda plan: (plan.num_rows * plan.row_length, 1, config.text.vocab_size))
+
+    def cost(plan) -> NodeCost:
+        return memory_layer_cost(
+            shape,
+            settings.sizes,
+            rows=plan.num_rows,
+            length=plan.row_length,
+            memories=plan.num_images,
+            memory_length=vision.tokens_per_image,
+            memory_width=vision.hidden_size,
+            sharded=False,
+        )
+
+    def layer(index: int) -> Node:
+        build = partial(
+            memory_layer,
+            settings,
+            shape,
+            index + 1,
+            row_images,
+            memory_width=vision.hidden_size,
+            sharded=False,
+            plan=causal_plan,
+        )
+        name, reads = f"fusion.layers.{index}", ("text", "image_memory")
+        return Node(name, build, reads, (stream,), cost, recomputable=True)
+
+    def output_cost(plan) -> NodeCost:
+        positions = plan.num_rows * plan.row_length
+        return head_cost(shape, config.text.vocab_size, positions, settings.sizes, sharded=False, tied=True)
+
+    output = Node(
+        "fusion.output",
+        partial(language_head, settings, shape, config.text.vocab_size, sharded=False),
+        ("text",),
+        (logits,),
+        output_cost,
+        ties={"output_layer.weight": EMBEDDING},
+    )
+    return [*(layer(index) for index in range(fusion.num_layers)), output]
