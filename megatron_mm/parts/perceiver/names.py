@@ -1,4 +1,4 @@
-"""Entries of the Perceiver: the nodes of towers/perceiver.py and the modules of hf/perceiver.py."""
+"""Entries of the Perceiver: the nodes of nodes.py and the modules of hf/perceiver.py."""
 
 from __future__ import annotations
 

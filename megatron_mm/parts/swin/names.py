@@ -1,4 +1,4 @@
-"""Entries of the Swin V2 tower: the nodes of towers/swin.py and the modules of hf/swin.py."""
+"""Entries of the Swin V2 tower: the nodes of nodes.py and the modules of hf/swin.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries of the Transformer-XL tower: the nodes of towers/transformer_xl.py and the module of hf/transformer_xl.py."""
+"""Entries of the Transformer-XL tower: the nodes of nodes.py and the module of hf/transformer_xl.py."""
 
 from __future__ import annotations
 

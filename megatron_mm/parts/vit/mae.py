@@ -5,7 +5,7 @@ and adds fixed positions; `mae.layers.i` are transformer layers on all patches; 
 `mae_prediction` [I, P, X], for the loss (objectives/mae.py). Like the tower it is whole on every context-parallel
 process; its first and last linear maps are also whole on every tensor-parallel one, because they are small.
 
-Shape suffixes as in towers/vit.py; D is the decoder's width.
+Shape suffixes as in nodes.py; D is the decoder's width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Entries of the ViT tower and of its MAE decoder: the nodes of towers/{vit,mae}.py and the modules of hf/vit.py."""
+"""Entries of the ViT tower and of its MAE decoder: the nodes of nodes.py and mae.py and the modules of hf/vit.py."""
 
 from __future__ import annotations
 

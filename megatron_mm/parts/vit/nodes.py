@@ -1,7 +1,7 @@
 """The vision transformer of masked autoencoders as nodes (arXiv:2111.06377), over whole images, masked images, or both.
 
 `vision.embeddings` → `vision.layers.i` → `vision.output` (LayerNorm) write `image_memory` [I, 1 + P, C], which fusion
-reads, and `masked_memory` [I, 1 + V, C], which the MAE decoder reads (towers/mae.py). Each node applies the same
+reads, and `masked_memory` [I, 1 + V, C], which the MAE decoder reads (mae.py). Each node applies the same
 weights to both. The masked application embeds and transforms the visible patches only: those whose `patch_noise_IP` is
 smallest, in the order of their noise. The tower is whole on every context-parallel process.
 
