@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
+from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.platform import megatron_versions
-from megatron_mm.training.node_names import collapsed, node_and_weight
 from megatron_mm.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)

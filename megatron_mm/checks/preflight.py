@@ -27,11 +27,11 @@ from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.dataset import build_datasets
+from megatron_mm.models.phases import LAST_PHASE
 from megatron_mm.planner.assembly import full_plan, layer_dtype, model_graph
 from megatron_mm.planner.memory import checkpoint_bytes
 from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, gathered, located, shortened, told
-from megatron_mm.training.node_groups import LAST_PHASE
 from megatron_mm.training.start import start
 from megatron_mm.training.tracking import peak_tflops
 

@@ -14,12 +14,12 @@ from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers import attention_kernels, user_buffers
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.phases import phase_graph
 from megatron_mm.pipeline.partition import NothingFits, balance, cuts_by_name
 from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import memory_limit
 from megatron_mm.systems import build_graph
-from megatron_mm.training.node_groups import phase_graph
 
 
 def layer_dtype(config: Config) -> torch.dtype:

@@ -101,8 +101,8 @@ def dry_run(config: Config, world_size: int, report=lambda stage: None) -> DryRu
 def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from megatron_mm.models.phases import LAST_PHASE
     from megatron_mm.planner.assembly import choose_cuts, full_plan, model_graph, training_times
-    from megatron_mm.training.node_groups import LAST_PHASE
 
     graph = model_graph(config, sizes, "cpu", LAST_PHASE)
     cuts = choose_cuts(config, graph, sizes)

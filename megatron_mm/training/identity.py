@@ -32,7 +32,7 @@ from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.schema import Config
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.remote import localize
-from megatron_mm.training.node_names import ranges
+from megatron_mm.models.node_names import ranges
 
 #: Distributions whose releases decide what is computed.
 _DISTRIBUTIONS = ("megatron-core", "transformer-engine", "flash-attn", "numpy", "sentencepiece", "simplejpeg", "av")

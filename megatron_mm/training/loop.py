@@ -28,6 +28,7 @@ from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.reading.order import TaskSchedule
 from megatron_mm.models.layers import attention_kernels
+from megatron_mm.models.phases import phase_ends
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
 from megatron_mm.planner.assembly import build_model, layer_settings, model_graph
 from megatron_mm.planner.costs import model_flops
@@ -35,7 +36,6 @@ from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
 from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.identity import checkpoint_root
-from megatron_mm.training.node_groups import phase_ends
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_gradient, explain_loss
 from megatron_mm.training.shared_reading import SharedLoader

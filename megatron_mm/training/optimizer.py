@@ -29,8 +29,8 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mm.config.schema import Config
+from megatron_mm.models.phases import group_of
 from megatron_mm.pipeline.schedule import Pipeline
-from megatron_mm.training.node_groups import group_of
 
 
 class Optimizer:

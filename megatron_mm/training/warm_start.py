@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import checkpoint
+from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
-from megatron_mm.training.node_names import collapsed, node_and_weight
 from megatron_mm.training.optimizer import Optimizer
 
 

@@ -27,11 +27,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
+from megatron_mm.models.phases import LAST_PHASE  # noqa: E402
 from megatron_mm.pipeline.schedule import pipeline_config  # noqa: E402
 from megatron_mm.pipeline.stage import PipelineChunk  # noqa: E402
 from megatron_mm.planner.assembly import choose_cuts, layer_dtype, model_graph  # noqa: E402
 from megatron_mm.platform import cpu, setup  # noqa: E402
-from megatron_mm.training.node_groups import LAST_PHASE  # noqa: E402
 from tests.full_recipes import FULL, launched  # noqa: E402
 
 #: What megatron-core reads of a parameter, and takes it for where it is not said.

@@ -53,9 +53,9 @@ def test_a_model_that_learns_nothing_is_no_evidence():
 def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
+    from megatron_mm.models.phases import LAST_PHASE
     from megatron_mm.planner.assembly import full_plan, model_graph
     from megatron_mm.planner.costs import total_parameters
-    from megatron_mm.training.node_groups import LAST_PHASE
     from tests.full_recipes import estimates
 
     config = gpu_checks.in_layout(gpu_checks.large(20, "transformer_engine"), layout, world_size)

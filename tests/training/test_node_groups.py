@@ -5,9 +5,9 @@ import torch
 
 from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.models.node_names import collapsed, node_and_weight
+from megatron_mm.models.phases import LAST_PHASE, phase_ends, phase_graph
 from megatron_mm.platform import setup
-from megatron_mm.training.node_groups import LAST_PHASE, phase_ends, phase_graph
-from megatron_mm.training.node_names import collapsed, node_and_weight
 from tests.pipeline.toy import Case, build, graph_of, microbatches_of, run_batch
 
 

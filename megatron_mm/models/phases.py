@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.models.graph import Graph
-from megatron_mm.training.node_names import collapsed
+from megatron_mm.models.node_names import collapsed
 
 #: An iteration of the last phase, in which all that ever learns does.
 LAST_PHASE = math.inf
