@@ -85,13 +85,13 @@ def our_step(config, batch) -> tuple[Callable[[], float], dict]:
     """A step of the training path (returns the loss), and its initial weights by training name."""
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.pipeline.schedule import run_batch
-    from megatron_mm.planner.assembly import build_model
+    from megatron_mm.planner.assembly import Assembly
     from megatron_mm.platform import setup
     from megatron_mm.training.optimizer import Optimizer
 
     sizes = ParallelSizes()
     device = setup.initialize(sizes, config.training.seed)
-    pipeline = build_model(config, sizes, device, config.training.seed)
+    pipeline = Assembly.of(config, sizes, device.type).build(device, config.training.seed)
     optimizer = Optimizer(config, pipeline)
     weights = {
         f"{node.name}.{name}": parameter.detach().clone()

@@ -60,10 +60,9 @@ def dry_run(name: str, phase: str, output: Path) -> dict:
 def estimates(config: Config, sizes: ParallelSizes) -> list[float]:
     """What the partitioner takes for the memory of a process of each stage, in bytes."""
     from megatron_mm.models.phases import LAST_PHASE
-    from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_dtype, model_graph
+    from megatron_mm.planner.assembly import Assembly
     from megatron_mm.planner.memory import ChunkMemory
 
-    graph = model_graph(config, sizes, "cpu", LAST_PHASE)
-    memory = ChunkMemory(config, graph, full_plan(config), sizes, layer_dtype(config))
-    cuts = choose_cuts(config, graph, sizes)
+    assembly = Assembly.of(config, sizes, iteration=LAST_PHASE)
+    memory, cuts = ChunkMemory(assembly), assembly.cuts
     return [memory(chunk, *cuts[chunk : chunk + 2]) for chunk in range(sizes.chunks)]

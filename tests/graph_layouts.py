@@ -34,6 +34,7 @@ def step(case: str, layout: str, pool: int, samples: int = 8, seed: int = SEED) 
     from megatron_mm.checks.layouts import _whole_gradients, parse_layout
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.layers.settings import LayerSettings
+    from megatron_mm.pipeline.design import PipelineDesign
     from megatron_mm.pipeline.partition import balance
     from megatron_mm.pipeline.schedule import build_pipeline, run_batch
     from megatron_mm.platform import setup
@@ -46,16 +47,10 @@ def step(case: str, layout: str, pool: int, samples: int = 8, seed: int = SEED) 
     sizes = ParallelSizes(tp, pp, 1, cp, parsed.data_parallel, sequence_parallel)
     device = setup.initialize(sizes, seed=1)
     module, function = case.split(":")
-    graph, microbatch = getattr(import_module(module), function)(LayerSettings(sizes=sizes))
-    pipeline = build_pipeline(
-        graph,
-        balance([1.0] * len(graph.nodes), sizes.chunks),
-        sizes,
-        dtype=torch.float32,
-        device=device,
-        seed=seed,
-        recompute_layers=parsed.parallel.get("recompute_granularity") == "full",
-    )
+    settings = LayerSettings(sizes, recompute=parsed.parallel.get("recompute_granularity", "none"))
+    graph, microbatch = getattr(import_module(module), function)(settings)
+    cuts = balance([1.0] * len(graph.nodes), sizes.chunks)
+    pipeline = build_pipeline(PipelineDesign(graph, cuts, settings), device, seed)
     rows, rank = pool // sizes.dp, parallel_state.get_data_parallel_rank()
     first = [start + rank * rows for start in range(0, samples, pool)]
     result = run_batch(pipeline, [microbatch(list(range(at, at + rows))) for at in first])

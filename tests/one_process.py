@@ -12,7 +12,7 @@ import torch
 from megatron_mm.checks.layouts import for_layout, measure, parse_layout
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 
 #: megatron-core stores the norms of its layers with the maps that follow them.
@@ -40,7 +40,7 @@ def assert_every_weight_is_compared(figures: dict, config: Config, steps: int) -
         figures: of `measured`.
     """
     device = setup.initialize(ParallelSizes(), seed=1)
-    (chunk,) = build_model(config, ParallelSizes(), device, seed=None).bare_chunks
+    (chunk,) = Assembly.of(config, ParallelSizes()).build(device, seed=None).bare_chunks
     names = {
         f"{node.name}.{name}"
         for node, module in zip(chunk.nodes, chunk.node_modules)

@@ -145,14 +145,14 @@ def measure(config: Config, output: Path) -> None:
     from megatron_mm.data.reading.loader import MicrobatchLoader
     from megatron_mm.data.reading.order import TaskSchedule
     from megatron_mm.pipeline.schedule import run_batch
-    from megatron_mm.planner.assembly import build_model
+    from megatron_mm.planner.assembly import Assembly
     from megatron_mm.platform import setup
     from megatron_mm.training.optimizer import Optimizer
 
     sizes = parallel_sizes(config, setup.world_size())
     check(config, sizes)
     device = setup.initialize(sizes, config.training.seed)
-    pipeline = build_model(config, sizes, device, config.training.seed)
+    pipeline = Assembly.of(config, sizes, device.type).build(device, config.training.seed)
     optimizer = Optimizer(config, pipeline)
     training = config.training
     loader = MicrobatchLoader(

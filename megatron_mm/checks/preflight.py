@@ -28,7 +28,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.models.phases import LAST_PHASE
-from megatron_mm.planner.assembly import full_plan, layer_dtype, model_graph
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.planner.memory import checkpoint_bytes
 from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, gathered, located, shortened, told
@@ -319,8 +319,7 @@ def _disk(config: Config) -> tuple[list[str], list[str]]:
     """A line about the checkpoint folder, and whether the checkpoints that are kept will not fit."""
     root = identity.checkpoint_root(config)
     root.mkdir(parents=True, exist_ok=True)
-    graph = model_graph(config, ParallelSizes(), "cpu", LAST_PHASE)
-    each = checkpoint_bytes(graph, full_plan(config), layer_dtype(config))
+    each = checkpoint_bytes(Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE))
     there = len(checkpoint_folder.checkpoints(root))
     # One more than is kept stands while it is written; with keep_last 0, room for the next two is all one can ask.
     wanted = max(1, config.checkpoint.keep_last + 1 - there) if config.checkpoint.keep_last else 2

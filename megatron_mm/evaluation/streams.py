@@ -26,7 +26,7 @@ from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.reading.dataset import whole_dataset
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 
 _TOKENS = frozenset({"tokens_RT", "masked_tokens_RT"})
@@ -47,7 +47,7 @@ class GraphReader:
         config = replace(config, parallel=ParallelConfig())
         self.config = config
         self.device = setup.initialize(ParallelSizes(), config.training.seed)
-        pipeline = build_model(config, ParallelSizes(), self.device, config.training.seed)
+        pipeline = Assembly.of(config, ParallelSizes(), self.device.type).build(self.device, config.training.seed)
         if weights is not None:
             checkpoint.load_weights(weights, pipeline)
         (self._chunk,) = pipeline.bare_chunks

@@ -18,10 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import _fork_rng
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import Graph
+from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.overlap import GradientReduction, WeightGathering
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
 from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
@@ -108,32 +108,19 @@ def pipeline_config(
     )
 
 
-def build_pipeline(
-    graph: Graph,
-    cuts: list[int],
-    sizes: ParallelSizes,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int | None,
-    recompute_layers: bool = False,
-    distributed_optimizer: bool = False,
-    dropout: bool = False,
-    performance: PerformanceConfig | None = None,
-) -> Pipeline:
+def build_pipeline(design: PipelineDesign, device: torch.device, seed: int | None) -> Pipeline:
     """Builds this process's chunks, with initial weights, inside DDP.
 
     Args:
-        cuts: chunk beginnings and end, as from partition.balance.
         seed: initial weights; None leaves them unset.
-        dropout: some layer has it.
     """
-    performance = performance or PerformanceConfig()
-    config = pipeline_config(sizes, dtype, device.type == "cuda", performance.overlap_p2p_comm)
+    graph, cuts, settings = design.graph, design.cuts, design.settings
+    sizes, performance = settings.sizes, settings.performance
+    config = pipeline_config(sizes, settings.dtype, device.type == "cuda", performance.overlap_p2p_comm)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=distributed_optimizer,
+        use_distributed_optimizer=design.distributed_optimizer,
         overlap_grad_reduce=performance.overlap_grad_reduce,
         overlap_param_gather=performance.overlap_param_gather,
         bucket_size=performance.ddp_bucket_size,
@@ -142,9 +129,7 @@ def build_pipeline(
     numbers = [virtual * sizes.pp + stage for virtual in range(sizes.vpp)]
     chunks = []
     for number in numbers:
-        chunk = PipelineChunk(
-            config, graph, cuts, number, sizes, seed, recompute_layers, performance.cpu_offloading_num_layers
-        )
+        chunk = PipelineChunk(config, design, number, seed)
         chunk = chunk.to(device) if device.type == "cuda" else chunk
         # Later chunks of the interleaved schedule end their backward pass before others do: one bucket each will do.
         chunks.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=number >= sizes.pp))
@@ -159,6 +144,7 @@ def build_pipeline(
         finalize_model_grads(*arguments, **options)
 
     config.finalize_model_grads_func = finalize
+    dropout = bool(settings.hidden_dropout or settings.attention_dropout)
     return Pipeline(graph, cuts, sizes, config, chunks, device, ties, dropout, gathering)
 
 

@@ -20,11 +20,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
-from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.pipeline import ties
+from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.offload import Offload
 from megatron_mm.pipeline.overlap import mark
 from megatron_mm.pipeline.payload import PayloadLayout, new_anchor, pack, payload_layout, unpack
@@ -62,27 +62,26 @@ class PipelineChunk(MegatronModule):
         config: megatron-core's configuration of the pipeline (sizes, dtype).
         chunk: number of the chunk in pipeline order, 0 … sizes.chunks-1.
         seed: initial weights; None leaves them uninitialised (meta device, or a checkpoint follows).
-        recompute_layers: run recomputable nodes again in the backward pass instead of keeping activations.
-        offload_layers: recomputable nodes, the first of the chunk, whose activations wait on the host.
+
+    With full recomputation (`settings.recompute`), recomputable nodes run again in the backward pass instead of keeping
+    activations; those of the first `performance.cpu_offloading_num_layers` of them wait on the host.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        graph: Graph,
-        cuts: list[int],
+        design: PipelineDesign,
         chunk: int,
-        sizes: ParallelSizes,
         seed: int | None,
-        recompute_layers: bool,
-        offload_layers: int = 0,
     ) -> None:
         super().__init__(config=config)
+        graph, settings, sizes = design.graph, design.settings, design.settings.sizes
         self.graph, self.sizes = graph, sizes
-        self.start, self.stop = cuts[chunk], cuts[chunk + 1]
+        self.start, self.stop = design.cuts[chunk], design.cuts[chunk + 1]
         self.nodes = graph.nodes[self.start : self.stop]
-        self.recompute_layers = recompute_layers
-        self.offloaded = set([node.name for node in self.nodes if node.recomputable][:offload_layers])
+        self.recompute_layers = settings.recompute == "full"
+        offloaded = settings.performance.cpu_offloading_num_layers
+        self.offloaded = set([node.name for node in self.nodes if node.recomputable][:offloaded])
         self.bytes_on_host = self.bytes_too_small = 0
         """Of the last microbatch's offloaded nodes: what went to the host, and what was too small to."""
         self.model_type = ModelType.encoder_or_decoder

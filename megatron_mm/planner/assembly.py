@@ -1,9 +1,13 @@
-"""From a Config to the model of one process: settings, graph, cut, chunks.
+"""What a run is planned to be: settings, graph, fullest microbatch, times and cuts, made once of a recipe and a layout.
 
-Shared by training, layout verification, the dry run and benchmarks, so that what is planned and checked is what trains.
+Training, layout verification, the dry run, `--check` and benchmarks take the same value, so that what is planned and
+checked is what trains. Another layout, or another phase, is another value.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,16 +19,89 @@ from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers import attention_kernels, user_buffers
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.phases import phase_graph
+from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.partition import NothingFits, balance, cuts_by_name
 from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
 from megatron_mm.planner.costs import node_times
-from megatron_mm.planner.memory import memory_limit
+from megatron_mm.planner.memory import ChunkMemory
 from megatron_mm.systems import build_graph
 
 
-def layer_dtype(config: Config) -> torch.dtype:
-    """Precision of weights and activations in the layers."""
-    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+@dataclass(frozen=True)
+class Assembly:
+    """A recipe in a layout, in one of its phases.
+
+    Attributes:
+        graph: its frozen nodes are those of the phase.
+        plan: a microbatch with as much media as the recipe allows: costs are balanced and memory is planned by it.
+    """
+
+    config: Config
+    sizes: ParallelSizes
+    settings: LayerSettings
+    graph: Graph
+    plan: MicrobatchPlan
+
+    @classmethod
+    def of(cls, config: Config, sizes: ParallelSizes, device_type: str = "cpu", iteration: float = 0) -> Assembly:
+        """The assembly of a recipe.
+
+        Args:
+            iteration: steps done, which decide what is frozen; `phases.LAST_PHASE`: all that ever learns does.
+        """
+        settings = layer_settings(config, sizes, device_type)
+        graph = phase_graph(build_graph(config.model, settings), config.optimizer.groups, iteration)
+        return cls(config, sizes, settings, graph, full_plan(config))
+
+    @cached_property
+    def times(self) -> list[float]:
+        """FLOPs of each node for one microbatch of this run: with its recomputation, and with the first pass of losses
+        over the whole batch where a step has several microbatches."""
+        training = self.config.training
+        several = training.global_batch_size > training.micro_batch_size * self.sizes.dp
+        return node_times(self.graph, self.plan, self.settings.recompute == "full", cached=several)
+
+    @cached_property
+    def cuts(self) -> list[int]:
+        """Where chunks begin, and the end: the user's cut, or the balanced one.
+
+        Raises:
+            ValueError: the user's cut is wrong, there are fewer nodes than chunks, or no cut keeps the memory limit.
+        """
+        parallel, chunks = self.config.parallel, self.sizes.chunks
+        if parallel.pipeline_cuts is not None:
+            return cuts_by_name(self.graph, parallel.pipeline_cuts, chunks)
+        fits = None
+        if parallel.memory_limit_gb is not None:
+            memory, limit = ChunkMemory(self), parallel.memory_limit_gb * 2**30 / self.sizes.vpp
+
+            def fits(chunk: int, start: int, stop: int) -> bool:
+                return memory(chunk, start, stop) <= limit  # chunks of one process share it equally
+
+        try:
+            return balance(self.times, chunks, fits)
+        except NothingFits:
+            raise ValueError(
+                f"parallel.memory_limit_gb is {parallel.memory_limit_gb}: no cut into {chunks} chunks keeps it; use "
+                "more stages, more tensor parallelism or recomputation"
+            ) from None
+
+    @property
+    def design(self) -> PipelineDesign:
+        """What the pipeline is built from."""
+        return PipelineDesign(self.graph, self.cuts, self.settings, self.config.parallel.use_distributed_optimizer)
+
+    def build(self, device: torch.device, seed: int | None) -> Pipeline:
+        """The chunks of this process; process groups must exist.
+
+        Args:
+            seed: initial weights; None leaves them unset.
+        """
+        if self.settings.backend == "transformer_engine":
+            attention_kernels.request(self.config.model.attention_backend)
+        if self.config.performance.tp_comm_overlap and device.type == "cuda":
+            user_buffers.start(self.config, self.sizes)
+        return build_pipeline(self.design, device, seed)
 
 
 def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> LayerSettings:
@@ -34,7 +111,7 @@ def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> La
         backend = "transformer_engine" if device_type == "cuda" else "local"
     return LayerSettings(
         sizes=sizes,
-        dtype=layer_dtype(config),
+        dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         backend=backend,
         cp_comm_type=config.parallel.cp_comm_type,
         recompute=config.parallel.recompute_granularity,
@@ -45,7 +122,7 @@ def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> La
 
 
 def full_plan(config: Config) -> MicrobatchPlan:
-    """A microbatch with as much media as the recipe allows: costs are balanced and memory is planned by it.
+    """A microbatch with as much media as the recipe allows.
 
     Where a row is one document, each has a clip (an image where the system reads no clips) and a sound; of several
     tasks it learns the first.
@@ -67,64 +144,4 @@ def full_plan(config: Config) -> MicrobatchPlan:
         num_clips=rows * clips,
         clip_frames=limits.frames_per_video if inputs.video == "clips" else 0,
         task=inputs.tasks[0][0] if inputs.tasks else "",
-    )
-
-
-def model_graph(config: Config, sizes: ParallelSizes, device_type: str, iteration: float) -> Graph:
-    """The graph of the phase that follows `iteration` steps (node_groups.LAST_PHASE: all that ever learns does)."""
-    graph = build_graph(config.model, layer_settings(config, sizes, device_type))
-    return phase_graph(graph, config.optimizer.groups, iteration)
-
-
-def training_times(config: Config, graph: Graph, sizes: ParallelSizes) -> list[float]:
-    """FLOPs of each node for one microbatch of this run: with its recomputation, and with the first pass of losses over
-    the whole batch where a step has several microbatches."""
-    several = config.training.global_batch_size > config.training.micro_batch_size * sizes.dp
-    return node_times(graph, full_plan(config), config.parallel.recompute_granularity == "full", cached=several)
-
-
-def choose_cuts(config: Config, graph: Graph, sizes: ParallelSizes) -> list[int]:
-    """The user's cut, or the balanced one.
-
-    Raises:
-        ValueError: the user's cut is wrong, there are fewer nodes than chunks, or no cut keeps the memory limit.
-    """
-    if config.parallel.pipeline_cuts is not None:
-        return cuts_by_name(graph, config.parallel.pipeline_cuts, sizes.chunks)
-    fits = memory_limit(config, graph, full_plan(config), sizes, layer_dtype(config))
-    try:
-        return balance(training_times(config, graph, sizes), sizes.chunks, fits)
-    except NothingFits:
-        raise ValueError(
-            f"parallel.memory_limit_gb is {config.parallel.memory_limit_gb}: no cut into {sizes.chunks} chunks keeps "
-            "it; use more stages, more tensor parallelism or recomputation"
-        ) from None
-
-
-def build_model(
-    config: Config, sizes: ParallelSizes, device: torch.device, seed: int | None, iteration: float = 0
-) -> Pipeline:
-    """Graph, cut and chunks of this process; process groups must exist.
-
-    Args:
-        seed: initial weights; None leaves them unset.
-        iteration: steps done, which decide what is frozen.
-    """
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    if layer_settings(config, sizes, kind).backend == "transformer_engine":
-        attention_kernels.request(config.model.attention_backend)
-    graph = model_graph(config, sizes, kind, iteration)
-    if config.performance.tp_comm_overlap and kind == "cuda":
-        user_buffers.start(config, sizes)
-    return build_pipeline(
-        graph,
-        choose_cuts(config, graph, sizes),
-        sizes,
-        dtype=layer_dtype(config),
-        device=device,
-        seed=seed,
-        recompute_layers=config.parallel.recompute_granularity == "full",
-        distributed_optimizer=config.parallel.use_distributed_optimizer,
-        dropout=bool(config.model.hidden_dropout or config.model.attention_dropout),
-        performance=config.performance,
     )

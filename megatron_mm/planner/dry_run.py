@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,9 @@ from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes
 from megatron_mm.platform import cpu, setup
+
+if TYPE_CHECKING:
+    from megatron_mm.planner.assembly import Assembly
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,9 @@ def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_mm.models.phases import LAST_PHASE
-    from megatron_mm.planner.assembly import choose_cuts, full_plan, model_graph, training_times
+    from megatron_mm.planner.assembly import Assembly
 
-    graph = model_graph(config, sizes, "cpu", LAST_PHASE)
-    cuts = choose_cuts(config, graph, sizes)
-    plan = full_plan(config)
+    assembly = Assembly.of(config, sizes, iteration=LAST_PHASE)
     stages = []
     for stage in range(sizes.pp):
         if dist.is_initialized():
@@ -115,19 +117,19 @@ def _dry_run(config: Config, sizes: ParallelSizes, report) -> DryRun:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world)
         setup.initialize_groups(sizes, gloo=False)
         setup.seed_dropout(config.training.seed)
-        stages.append(_run_stage(config, sizes, stage, cuts, graph, plan))
+        stages.append(_run_stage(assembly, stage))
         report(stages[-1])
         gc.collect()
     setup.shutdown()
-    times = training_times(config, graph, sizes)
-    once = node_times(graph, plan, config.parallel.recompute_granularity == "full")
+    graph, cuts, times = assembly.graph, assembly.cuts, assembly.times
+    once = node_times(graph, assembly.plan, assembly.settings.recompute == "full")
     flops = [stage.flops for stage in stages]
     for chunk, (low, high) in enumerate(pairwise(cuts)):  # one microbatch did not run the whole batch's first pass
         flops[chunk % sizes.pp] += (sum(times[low:high]) - sum(once[low:high])) / (sizes.tp * sizes.cp)
     return DryRun(
         sizes=sizes,
         stages=stages,
-        total_parameters=sum(node.cost(plan).parameters for node in graph.nodes),
+        total_parameters=sum(node.cost(assembly.plan).parameters for node in graph.nodes),
         slowest_over_mean=max(flops) * len(flops) / sum(flops),
         bottleneck=bottleneck([node.name for node in graph.nodes], times, cuts),
     )
@@ -140,16 +142,15 @@ def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
     return Microbatch(plan=plan, **tensors)
 
 
-def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
+def _run_stage(assembly: Assembly, stage: int) -> StageReport:
     from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
     from megatron_mm.pipeline.schedule import pipeline_config
     from megatron_mm.pipeline.stage import PipelineChunk, Step, Terms
-    from megatron_mm.planner.assembly import layer_dtype
 
     began = time.perf_counter()
-    dtype = layer_dtype(config)
+    config, sizes, plan, design = assembly.config, assembly.sizes, assembly.plan, assembly.design
+    graph, cuts, dtype = design.graph, design.cuts, design.settings.dtype
     pipeline = pipeline_config(sizes, dtype, batched_p2p=False)
-    recompute = config.parallel.recompute_granularity == "full"
     layouts = [payload_layout(graph, cut, plan, sizes, dtype) for cut in cuts[1:-1]]
     rows = payload_rows(layouts) if layouts else 0
     batch = meta_microbatch(config, plan)
@@ -158,16 +159,7 @@ def _run_stage(config, sizes, stage, cuts, graph, plan) -> StageReport:
     in_flight = microbatches_in_flight(config, sizes, stage)
     for virtual in range(sizes.vpp):
         with torch.device("meta"):
-            chunk = PipelineChunk(
-                pipeline,
-                graph,
-                cuts,
-                virtual * sizes.pp + stage,
-                sizes,
-                seed=None,
-                recompute_layers=recompute,
-                offload_layers=config.performance.cpu_offloading_num_layers,
-            )
+            chunk = PipelineChunk(pipeline, design, virtual * sizes.pp + stage, seed=None)
         parameters.update({id(parameter): parameter for parameter in chunk.parameters()})
         chunk.begin_step(Step(graph, rows, 1, torch.ones(len(graph.losses), device="meta")))
         saved = _Saved({parameter.untyped_storage()._cdata for parameter in chunk.parameters()})

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from itertools import accumulate
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.reading.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import Graph, Stream
-from megatron_mm.pipeline.partition import Fits
+from megatron_mm.models.graph import Stream
 from megatron_mm.planner.costs import gradient_reaches
+
+if TYPE_CHECKING:
+    from megatron_mm.planner.assembly import Assembly
 
 
 def microbatches_in_flight(config: Config, sizes: ParallelSizes, stage: int) -> int:
@@ -34,8 +36,9 @@ def optimizer_bytes(dtype: torch.dtype) -> int:
     return 12 if dtype == torch.bfloat16 else 8
 
 
-def checkpoint_bytes(graph: Graph, plan: MicrobatchPlan, dtype: torch.dtype) -> int:
+def checkpoint_bytes(assembly: Assembly) -> int:
     """Bytes of a checkpoint: all weights, and the optimizer state of those that learn."""
+    graph, plan, dtype = assembly.graph, assembly.plan, assembly.settings.dtype
     per = {True: dtype.itemsize + optimizer_bytes(dtype), False: dtype.itemsize}
     return sum(node.cost(plan).parameters * per[node.trainable] for node in graph.nodes)
 
@@ -43,14 +46,12 @@ def checkpoint_bytes(graph: Graph, plan: MicrobatchPlan, dtype: torch.dtype) -> 
 class ChunkMemory:
     """Bytes of any chunk of a graph on one process.
 
-    Args:
-        dtype: of the layers.
-        plan: the fullest microbatch.
+    The microbatch is the assembly's, the fullest.
     """
 
-    def __init__(
-        self, config: Config, graph: Graph, plan: MicrobatchPlan, sizes: ParallelSizes, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, assembly: Assembly) -> None:
+        config, graph, plan, sizes = assembly.config, assembly.graph, assembly.plan, assembly.sizes
+        dtype = assembly.settings.dtype
         self.config, self.graph, self.plan, self.sizes, self.dtype = config, graph, plan, sizes, dtype
         shards = sizes.dp * sizes.cp if config.parallel.use_distributed_optimizer else 1
         learning = 4.0 + optimizer_bytes(dtype) / shards  # fp32 gradients
@@ -81,13 +82,3 @@ class ChunkMemory:
         for at in own[: self.config.performance.cpu_offloading_num_layers]:  # they wait on the host
             kept -= self._kept[at + 1] - self._kept[at]
         return self._held[stop] - self._held[start] + flight * kept + max(self._again[start:stop])
-
-
-def memory_limit(
-    config: Config, graph: Graph, plan: MicrobatchPlan, sizes: ParallelSizes, dtype: torch.dtype
-) -> Fits | None:
-    """Whether chunks keep `parallel.memory_limit_gb`; None without one. Chunks of one process share it equally."""
-    if config.parallel.memory_limit_gb is None:
-        return None
-    memory, limit = ChunkMemory(config, graph, plan, sizes, dtype), config.parallel.memory_limit_gb * 2**30 / sizes.vpp
-    return lambda chunk, start, stop: memory(chunk, start, stop) <= limit

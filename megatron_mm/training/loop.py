@@ -2,7 +2,7 @@
 
     Config → layout → data and model → [microbatches → run_batch → optimizer] … → checkpoints
 
-Where nodes begin to learn (node_groups.py), model and optimizer are built anew from the checkpoint of that iteration.
+Where nodes begin to learn (models/phases.py), model and optimizer are built anew from the checkpoint of that iteration.
 Every process runs this same code; what differs is the chunk it holds and the samples it reads.
 """
 
@@ -30,7 +30,7 @@ from megatron_mm.data.reading.order import TaskSchedule
 from megatron_mm.models.layers import attention_kernels
 from megatron_mm.models.phases import phase_ends
 from megatron_mm.pipeline.schedule import BatchResult, run_batch
-from megatron_mm.planner.assembly import build_model, layer_settings, model_graph
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.planner.costs import model_flops
 from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
@@ -79,10 +79,11 @@ class Trainer:
     def _build(self, iteration: int, seed: int | None) -> None:
         """Model and optimizer of the phase that follows `iteration` steps."""
         self.watchdog.beat("building the model")
-        self.pipeline = build_model(self.config, self.sizes, self.device, seed, iteration)
+        self.assembly = Assembly.of(self.config, self.sizes, self.device.type, iteration)
+        self.pipeline = self.assembly.build(self.device, seed)
         self.optimizer = Optimizer(self.config, self.pipeline)
         # MFU counts useful work: the same nodes without what context and tensor parallel processes repeat.
-        self.plain_graph = model_graph(self.config, ParallelSizes(), "cpu", iteration)
+        self.plain_graph = Assembly.of(self.config, ParallelSizes(), iteration=iteration).graph
 
     def _check_vocabulary(self) -> None:
         """The embedding has a row for each piece, and at most what pads them to a multiple of 1024."""
@@ -111,9 +112,8 @@ class Trainer:
 
     def _attention(self) -> list[str]:
         """Attention of all stages and the kernels that compute it."""
-        settings = layer_settings(self.config, self.sizes, self.device.type)
         modules = (module for chunk in self.pipeline.bare_chunks for module in chunk.modules())
-        lines = attention_kernels.describe(modules, settings, self.config.data.seq_length)
+        lines = attention_kernels.describe(modules, self.assembly.settings, self.config.data.seq_length)
         everywhere: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everywhere, lines)
         return sorted({line for lines in everywhere for line in lines})

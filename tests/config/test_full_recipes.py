@@ -11,7 +11,7 @@ from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.models.graph import Graph
-from megatron_mm.planner.assembly import choose_cuts, full_plan, model_graph, training_times
+from megatron_mm.planner.assembly import Assembly, full_plan
 from megatron_mm.planner.costs import imbalance
 from megatron_mm.platform import setup
 from tests.full_recipes import PHASES, launched
@@ -97,7 +97,7 @@ def prepare(name: str, **model: object) -> tuple[Config, Graph]:
         setattr(config.model, key, value)
     sizes = parallel_sizes(config, config.parallel.world_size)
     check(config, sizes)
-    return config, model_graph(config, sizes, "cpu", 0)
+    return config, Assembly.of(config, sizes).graph
 
 
 @pytest.mark.parametrize("name", STATED)
@@ -140,8 +140,8 @@ def test_parameters_are_within_a_hundredth(name):
 @pytest.mark.parametrize(("name", "phase"), PHASES)
 def test_the_slowest_stage_is_at_most_a_tenth_above_the_mean(name, phase):
     config, sizes = launched(name, phase)
-    graph = model_graph(config, sizes, "cpu", 0)
-    assert imbalance(training_times(config, graph, sizes), choose_cuts(config, graph, sizes))[1] <= 1.10
+    assembly = Assembly.of(config, sizes)
+    assert imbalance(assembly.times, assembly.cuts)[1] <= 1.10
 
 
 @pytest.mark.parametrize("name", ["vlm-14b", "dual-encoder"])

@@ -19,7 +19,7 @@ from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss
 from megatron_mm.pipeline.schedule import run_batch
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.systems.vlm.section import VLMConfig
 from megatron_mm.training.optimizer import Optimizer
@@ -65,7 +65,7 @@ def test_figures_of_a_whole_system_are_the_trainers_loss_and_the_likeliest_token
     reader = GraphReader(config)
     figures = score_objectives(reader, config, batch_size=7)
     sizes = ParallelSizes()
-    pipeline = build_model(config, sizes, reader.device, config.training.seed)
+    pipeline = Assembly.of(config, sizes).build(reader.device, config.training.seed)
     batches = list(all_rows(config, pipeline.fields(), batch_size=7))
     of_trainer = run_batch(pipeline, batches, forward_only=True).losses
     assert figures["causal_lm/loss"] == pytest.approx(of_trainer["causal_lm"])
@@ -104,7 +104,7 @@ def test_rows_come_once_in_the_order_of_the_samples(corpus):
 @pytest.mark.slow
 def test_a_checkpoint_is_scored_beside_the_untrained_model_from_the_command_line(config, corpus, tmp_path):
     device = setup.initialize(ParallelSizes(), 1)
-    pipeline = build_model(config, ParallelSizes(), device, seed=99)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, seed=99)
     folder = save(config, tmp_path, pipeline, Optimizer(config, pipeline), Position(1, 1))
     expected = {}
     samples = corpus[0].parent / "samples.jsonl"

@@ -30,7 +30,7 @@ from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.models.phases import LAST_PHASE  # noqa: E402
 from megatron_mm.pipeline.schedule import pipeline_config  # noqa: E402
 from megatron_mm.pipeline.stage import PipelineChunk  # noqa: E402
-from megatron_mm.planner.assembly import choose_cuts, layer_dtype, model_graph  # noqa: E402
+from megatron_mm.planner.assembly import Assembly  # noqa: E402
 from megatron_mm.platform import cpu, setup  # noqa: E402
 from tests.full_recipes import FULL, launched  # noqa: E402
 
@@ -67,14 +67,13 @@ def entries(config: Config, sizes: ParallelSizes, rank: int, backend: str) -> di
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world)
     setup.initialize_groups(sizes, gloo=False)
     setup.seed_dropout(config.training.seed)
-    graph = model_graph(config, sizes, "cpu", LAST_PHASE)
-    cuts = choose_cuts(config, graph, sizes)
-    pipeline = pipeline_config(sizes, layer_dtype(config), batched_p2p=False)
+    design = Assembly.of(config, sizes, iteration=LAST_PHASE).design
+    pipeline = pipeline_config(sizes, design.settings.dtype, batched_p2p=False)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     found: dict[str, dict] = {}
     for virtual in range(sizes.vpp):
         with torch.device("meta"), stand_in.cuda_available():
-            chunk = PipelineChunk(pipeline, graph, cuts, virtual * sizes.pp + stage, sizes, None, False)
+            chunk = PipelineChunk(pipeline, design, virtual * sizes.pp + stage, seed=None)
         parameters = {
             f"{node.name}.{name}": parameter
             for node, module in zip(chunk.nodes, chunk.node_modules)

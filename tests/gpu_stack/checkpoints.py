@@ -25,7 +25,7 @@ from megatron_mm.config.load import load_config  # noqa: E402
 from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.pipeline.schedule import Pipeline  # noqa: E402
-from megatron_mm.planner.assembly import build_model  # noqa: E402
+from megatron_mm.planner.assembly import Assembly  # noqa: E402
 from megatron_mm.platform import setup  # noqa: E402
 from megatron_mm.training.optimizer import Optimizer  # noqa: E402
 
@@ -45,7 +45,7 @@ def model(config: Config, backend: str, seed: int | None) -> Pipeline:
     """The whole model on the CPU."""
     config = replace(config, model=replace(config.model, backend=backend))
     with stand_in.cuda_available():
-        return build_model(config, ParallelSizes(), torch.device("cpu"), seed)
+        return Assembly.of(config, ParallelSizes()).build(torch.device("cpu"), seed)
 
 
 def weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from megatron_mm.evaluation import export_proof
 from megatron_mm.generation.generate import Generator
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.pipeline.schedule import Pipeline
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from tests import recipes
 
@@ -109,7 +109,7 @@ class Trained:
 def trained(config: Config, seed: int = 0) -> Trained:
     """Random weights everywhere: norms near one, biases and gates away from zero."""
     device = setup.initialize(ParallelSizes(), seed=1)
-    pipeline = build_model(config, ParallelSizes(), device, seed=3)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, seed=3)
     generator = torch.Generator().manual_seed(seed)
     (chunk,) = pipeline.bare_chunks
     chunk.eval()

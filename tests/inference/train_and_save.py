@@ -19,7 +19,7 @@ from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.pipeline.schedule import Pipeline, run_batch
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
 from megatron_mm.training.optimizer import Optimizer
@@ -56,7 +56,7 @@ def main() -> None:
     config = training_recipe()
     sizes = ParallelSizes(tp=setup.world_size())
     device = setup.initialize(sizes, seed=1)
-    pipeline = build_model(config, sizes, device, seed=3)
+    pipeline = Assembly.of(config, sizes).build(device, seed=3)
     optimizer = Optimizer(config, pipeline)
     if action == "reload":
         warm_start.load_pretrained([Path(rest[0])], pipeline, optimizer)

@@ -7,7 +7,7 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.pipeline import offload
 from megatron_mm.pipeline.schedule import run_batch
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.optimizer import Optimizer
 from tests.recipes import small_config
@@ -19,7 +19,7 @@ def step(layers: int, recompute: str) -> tuple[float, dict[str, torch.Tensor], i
     config.parallel.recompute_granularity = recompute
     config.performance.cpu_offloading_num_layers = layers
     device = setup.initialize(ParallelSizes(), seed=1)
-    pipeline = build_model(config, ParallelSizes(), device, seed=1)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, seed=1)
     Optimizer(config, pipeline).zero_grad()
     rows = GeneratedRows(config)
     result = run_batch(pipeline, [rows.microbatch([0, 1]), rows.microbatch([2, 3])])

@@ -50,15 +50,13 @@ def test_synapse_70b_is_cut_as_well_as_whole_nodes_allow():
     from megatron_mm.platform import setup
 
     setup.apply_platform()
-    from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_settings
-    from megatron_mm.planner.costs import imbalance, node_times
-    from megatron_mm.systems import build_graph
+    from megatron_mm.planner.assembly import Assembly
+    from megatron_mm.planner.costs import imbalance
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     sizes = parallel_sizes(config, 256)
-    graph = build_graph(config.model, layer_settings(config, sizes, "cpu"))
-    times = node_times(graph, full_plan(config), recompute=True)
-    cuts = choose_cuts(config, graph, sizes)
+    assembly = Assembly.of(config, sizes)
+    times, cuts = assembly.times, assembly.cuts
     assert imbalance(times, cuts)[1] <= 1.10
     assert not can_do_better(times, 8, slowest(times, cuts) * (1 - 1e-9))
 
@@ -69,24 +67,23 @@ def test_a_memory_limit_in_the_recipe_moves_the_cut_or_is_refused():
     from megatron_mm.platform import setup
 
     setup.apply_platform()
-    from megatron_mm.planner.assembly import choose_cuts, full_plan, layer_dtype, model_graph
+    from megatron_mm.planner.assembly import Assembly
     from megatron_mm.planner.memory import ChunkMemory
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     sizes = parallel_sizes(config, 256)
-    graph = model_graph(config, sizes, "cpu", 0)
-    memory = ChunkMemory(config, graph, full_plan(config), sizes, layer_dtype(config))
+    memory = ChunkMemory(Assembly.of(config, sizes))
 
     def held(cuts) -> list[float]:
         return [memory(chunk, *cuts[chunk : chunk + 2]) / 2**30 for chunk in range(sizes.chunks)]
 
-    free = choose_cuts(config, graph, sizes)
+    free = Assembly.of(config, sizes).cuts
     config.parallel.memory_limit_gb = max(held(free)) * 0.95
-    bound = choose_cuts(config, graph, sizes)
+    bound = Assembly.of(config, sizes).cuts
     assert bound != free and max(held(bound)) <= config.parallel.memory_limit_gb
     config.parallel.memory_limit_gb = max(held(free)) * 0.5
     with pytest.raises(ValueError, match=r"parallel\.memory_limit_gb is .*: no cut into 8 chunks keeps it"):
-        choose_cuts(config, graph, sizes)
+        _ = Assembly.of(config, sizes).cuts
 
 
 def can_do_better(times, chunks, limit) -> bool:

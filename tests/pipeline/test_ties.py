@@ -6,6 +6,8 @@ import torch
 from megatron_mm.checks.layouts import compare, parse_layout
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.schedule import build_pipeline
 from megatron_mm.platform import setup
 from tests.pipeline.toy import Case, build, graph_of, train
@@ -86,8 +88,10 @@ def test_ties_to_what_a_node_lacks_or_of_another_shape_are_refused():
         head = nodes.pop()
         return Graph([*nodes, Node("head", head.build, head.reads, head.writes, head.cost, ties={"weight": key})], [])
 
-    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "seed": 1}
+    def build(key: str) -> None:
+        build_pipeline(PipelineDesign(graph(key), [0, 7], LayerSettings()), torch.device("cpu"), seed=1)
+
     with pytest.raises(ValueError, match=r"tied weight text.embedding.weight: the node has no such parameter"):
-        build_pipeline(graph("text.embedding.weight"), [0, 7], ParallelSizes(), **settings)
+        build("text.embedding.weight")
     with pytest.raises(ValueError, match=r"head.weight is \(40, 16\) and tied to text.layers.0.weight, \(16, 16\)"):
-        build_pipeline(graph("text.layers.0.weight"), [0, 7], ParallelSizes(), **settings)
+        build("text.layers.0.weight")

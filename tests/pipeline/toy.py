@@ -28,6 +28,8 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.partition import balance
 from megatron_mm.pipeline.schedule import build_pipeline, run_batch
 from megatron_mm.platform import setup
@@ -263,18 +265,14 @@ def build(case: Case):
     performance = PerformanceConfig(**parse_layout(case.layout).performance)
     if performance.overlap_grad_reduce:
         performance.ddp_bucket_size = case.bucket_size
-    pipeline = build_pipeline(
-        graph,
-        balance([1.0] * len(graph.nodes), sizes.chunks),
+    settings = LayerSettings(
         sizes,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        seed=11,
-        recompute_layers="full" in case.layout,
-        distributed_optimizer=distopt,
-        dropout=case.dropout > 0,
+        recompute="full" if "full" in case.layout else "none",
+        hidden_dropout=case.dropout,
         performance=performance,
     )
+    cuts = balance([1.0] * len(graph.nodes), sizes.chunks)
+    pipeline = build_pipeline(PipelineDesign(graph, cuts, settings, distopt), torch.device("cpu"), seed=11)
     config = small_config()
     config.performance = performance
     config.training.train_iters, config.training.global_batch_size = 100, case.global_batch

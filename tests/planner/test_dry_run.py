@@ -92,18 +92,18 @@ def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_pa
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
-    from megatron_mm.planner.assembly import choose_cuts, model_graph, training_times
+    from megatron_mm.planner.assembly import Assembly
     from megatron_mm.planner.costs import imbalance
 
     config = small_perceiver_fusion(contrastive={"embedding_size": 16, "negatives": "batch"})
     config.parallel.pipeline_model_parallel_size, config.parallel.pipeline_cuts = 2, ["perceiver.latents"]
     sizes = ParallelSizes(pp=2)
-    graph = model_graph(config, sizes, "cpu", 0)
     dump_config(config, tmp_path / "r.yaml")
     found = run_dry(tmp_path / "r.yaml", 2, tmp_path / "r.json")["slowest_over_mean"]
 
     def balance() -> float:
-        return imbalance(training_times(config, graph, sizes), choose_cuts(config, graph, sizes))[1]
+        assembly = Assembly.of(config, sizes)
+        return imbalance(assembly.times, assembly.cuts)[1]
 
     assert found == pytest.approx(balance(), rel=0.02)
     config.training.global_batch_size = config.training.micro_batch_size  # one microbatch, one pass

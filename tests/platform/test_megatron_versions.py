@@ -11,7 +11,7 @@ import pytest
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import megatron_versions, setup
 from megatron_mm.training.optimizer import Optimizer
 from tests.recipes import small_vlm
@@ -57,7 +57,7 @@ def test_a_model_is_built_saved_and_loaded_without_a_word(tmp_path, caplog):
     device = setup.initialize(ParallelSizes(), seed=1)
     caplog.set_level(logging.WARNING)
     config = small_vlm()
-    pipeline = build_model(config, ParallelSizes(), device, seed=1)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, seed=1)
     optimizer = Optimizer(config, pipeline)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)

@@ -20,7 +20,7 @@ from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.config.validate import parallel_sizes
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.pipeline.schedule import run_batch
-from megatron_mm.planner.assembly import build_model, model_graph
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.optimizer import Optimizer
 from tests import recipes
@@ -43,7 +43,7 @@ def learn(system: str, layout: str) -> dict:
     config = config_of(system, layout, "text.*", SYSTEMS[system][1])
     sizes = parallel_sizes(config, setup.world_size())
     config.parallel.pipeline_cuts = ["text.layers.1"] if sizes.pp > 1 else None
-    pipeline = build_model(config, sizes, setup.initialize(sizes, seed=1), seed=3)
+    pipeline = Assembly.of(config, sizes).build(setup.initialize(sizes, seed=1), seed=3)
     optimizer, rows = Optimizer(config, pipeline), GeneratedRows(config)
 
     def weights() -> dict[str, torch.Tensor]:
@@ -75,9 +75,9 @@ def test_a_frozen_encoder_needs_its_head_frozen(system):
     config, head = config_of(system, "DP1", "text.*"), SYSTEMS[system][1]
     message = rf"'{head}' and 'text\.embedding' share .* the same frozen_iters; they have 0 and -1"
     with pytest.raises(ValueError, match=message):
-        model_graph(config, parallel_sizes(config, 1), "cpu", 0)
+        Assembly.of(config, parallel_sizes(config, 1))
     config.optimizer.groups[0].nodes = ["text.layers.*"]  # u and v among themselves
-    model_graph(config, parallel_sizes(config, 1), "cpu", 0)
+    Assembly.of(config, parallel_sizes(config, 1))
 
 
 @pytest.mark.slow

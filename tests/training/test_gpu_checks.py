@@ -54,7 +54,7 @@ def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
     setup.apply_platform()
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.models.phases import LAST_PHASE
-    from megatron_mm.planner.assembly import full_plan, model_graph
+    from megatron_mm.planner.assembly import Assembly
     from megatron_mm.planner.costs import total_parameters
     from tests.full_recipes import estimates
 
@@ -62,8 +62,8 @@ def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
     sizes = parallel_sizes(config, world_size)
     check(config, sizes)
     assert config.parallel.sequence_parallel == ("SP" in layout)
-    graph = model_graph(config, ParallelSizes(), "cpu", LAST_PHASE)
-    assert total_parameters(graph, full_plan(config)) == pytest.approx(1.1e9, rel=0.05)
+    assembly = Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE)
+    assert total_parameters(assembly.graph, assembly.plan) == pytest.approx(1.1e9, rel=0.05)
     assert max(estimates(config, sizes)) < 36 * 2**30
 
 

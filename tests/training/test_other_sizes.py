@@ -5,7 +5,7 @@ import pytest
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.planner.assembly import build_model
+from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
 from megatron_mm.training.optimizer import Optimizer
@@ -14,7 +14,7 @@ from tests.recipes import small_vlm
 
 def build(config):
     device = setup.initialize(ParallelSizes(), seed=1)
-    pipeline = build_model(config, ParallelSizes(), device, seed=1)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, seed=1)
     return pipeline, Optimizer(config, pipeline)
 
 
