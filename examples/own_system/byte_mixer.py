@@ -30,7 +30,7 @@ from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import System, register
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.data.reading.rows import Document, collate
-from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
+from megatron_mm.models.graph import ForwardContext, Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
 
@@ -149,11 +149,17 @@ def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
         return of_plan
 
     table = BYTES * width
-    nodes = [Node("embedding", partial(make, ByteEmbedding), (), (hidden,), cost(table, 0), frozenset({"tokens_RT"}))]
+    nodes = [Node(
+        "embedding",
+        Kind(partial(make, ByteEmbedding), cost(table, 0)),
+        (),
+        (hidden,),
+        fields=frozenset({"tokens_RT"}),
+    )]
     for index in range(config.num_layers):
         layer, figures = partial(make, GatedConvolution), cost(matrix + 2 * width, matrix)
-        nodes.append(Node(f"layers.{index}", layer, ("hidden",), (hidden,), figures, recomputable=True))
-    nodes.append(Node("output", partial(make, ByteHead), ("hidden",), (logits,), cost(table, table)))
+        nodes.append(Node(f"layers.{index}", Kind(layer, figures), ("hidden",), (hidden,), recomputable=True))
+    nodes.append(Node("output", Kind(partial(make, ByteHead), cost(table, table)), ("hidden",), (logits,)))
     return Graph(nodes, [smoothed_loss(config.label_smoothing)])
 
 

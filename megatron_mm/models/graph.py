@@ -8,15 +8,16 @@ nodes (`Graph.carries_gradient`). Nothing here knows about processes or about an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.names import Entry
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,47 @@ class ForwardContext:
         return self._derived[key]
 
 
+class LayerKind(Protocol):
+    """A kind of module that a node holds: how it is built, what it costs, what its weights are called elsewhere.
+
+    Training, planning and conversion read the same object, so that what is trained is what is planned and exported.
+    """
+
+    def build(self) -> nn.Module:
+        """The module, its weights not yet filled, on the platform's current device."""
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """What a microbatch of this plan costs."""
+
+    def names(self, node: str, exported: str) -> Iterable[Entry]:
+        """Each training tensor of a node of this kind, and the exported tensors that it is made of.
+
+        Args:
+            node: the node's name, prefix of the training names.
+            exported: prefix of the exported names.
+        """
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind made of functions; without `names` it has nothing to export."""
+
+    build: Callable[[], nn.Module]
+    cost: Callable[[MicrobatchPlan], NodeCost]
+    names: Callable[[str, str], Iterable[Entry]] = lambda node, exported: ()
+
+
 @dataclass(frozen=True)
 class Node:
     """One piece of the model that is never cut.
 
     Attributes:
         name: prefix of the parameter names and checkpoint keys, the same in every layout.
-        build: makes the module. It is called as `module(*streams_read, context)`, with the streams in the order of
+        kind: makes the module. It is called as `module(*streams_read, context)`, with the streams in the order of
             `reads` and a ForwardContext, and returns one tensor, or a tuple in the order of `writes`.
         reads: names of streams.
         writes: streams.
-        cost: NodeCost for a plan.
+        exported: prefix of its weights' names in the exported model.
         fields: fields of Microbatch that the module reads beyond those that every stage has.
         trainable: False freezes it: no gradients, evaluation mode, outside DDP and optimizer.
         recomputable: a layer that full recomputation runs again in the backward pass.
@@ -118,14 +149,27 @@ class Node:
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    kind: LayerKind
     reads: tuple[str, ...]
     writes: tuple[Stream, ...]
-    cost: Callable[[MicrobatchPlan], NodeCost]
+    exported: str = ""
     fields: frozenset[str] = frozenset()
     trainable: bool = True
     recomputable: bool = False
     ties: Mapping[str, str] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The module, its weights not yet filled."""
+        return self.kind.build()
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """What a microbatch of this plan costs."""
+        return self.kind.cost(plan)
+
+    def names(self) -> list[Entry]:
+        """Its training tensors and the exported tensors that they are made of; tied ones are their owner's."""
+        tied = {f"{self.name}.{name}" for name in self.ties}
+        return [entry for entry in self.kind.names(self.name, self.exported) if entry.training not in tied]
 
 
 @dataclass(frozen=True)

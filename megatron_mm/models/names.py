@@ -115,6 +115,94 @@ def query_key_value(
         yield Entry(training + f".{kind}", tuple(Part(f"{name}.{kind}") for name in hf), heads, head_dim, trailing)
 
 
+@dataclass(frozen=True)
+class LayerNames:
+    """Names of a layer's parts in the exported model, below the layer's own."""
+
+    attention_norm: str
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    mlp_norm: str
+    fc1: tuple[str, ...]
+    """One linear layer, or gate and up projection of a gated MLP."""
+    fc2: str
+    key_bias: bool = True
+    """Whether keys have a bias where queries have one."""
+
+
+def _layer_names(attention_norm: str, attention: str, output: str, mlp_norm: str, fc1, fc2: str, **kind) -> LayerNames:
+    query, key, value = (f"{attention}.{letter}_proj" for letter in "qkv")
+    return LayerNames(attention_norm, query, key, value, f"{attention}.{output}", mlp_norm, fc1, fc2, **kind)
+
+
+#: Llama's, of a gated MLP without biases.
+LLAMA = _layer_names(
+    "input_layernorm",
+    "self_attn",
+    "o_proj",
+    "post_attention_layernorm",
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+)
+CLIP = _layer_names("layer_norm1", "self_attn", "out_proj", "layer_norm2", ("mlp.fc1",), "mlp.fc2")
+WHISPER = _layer_names(
+    "self_attn_layer_norm", "self_attn", "out_proj", "final_layer_norm", ("fc1",), "fc2", key_bias=False
+)
+OPT = _layer_names("self_attn_layer_norm", "self_attn", "out_proj", "final_layer_norm", ("fc1",), "fc2")
+#: Of ViT-MAE, and of the parts that have no model of their own at Hugging Face.
+VIT = _layer_names("layernorm_before", "attention", "o_proj", "layernorm_after", ("mlp.fc1",), "mlp.fc2")
+
+
+def self_attention_names(
+    node: str, exported: str, names: LayerNames, hidden: int, heads: int, groups: int, bias: bool, norm_bias: bool
+) -> Iterator[Entry]:
+    """Norm, fused queries, keys and values, and output projection of a layer of self-attention.
+
+    Args:
+        groups: key-value heads.
+        norm_bias: the norm has a bias.
+    """
+    yield from norm(f"{node}.input_layernorm", f"{exported}.{names.attention_norm}", hidden, bias=norm_bias)
+    for kind, trailing in (("weight", (hidden,)), ("bias", ()))[: 2 if bias else 1]:
+        key = None if kind == "bias" and not names.key_bias else f"{exported}.{names.key}.{kind}"
+        query, value = f"{exported}.{names.query}.{kind}", f"{exported}.{names.value}.{kind}"
+        parts = (Part(query, heads // groups), Part(key), Part(value))
+        yield Entry(f"{node}.self_attention.linear_qkv.{kind}", parts, groups, hidden // heads, trailing)
+    yield from linear(
+        f"{node}.self_attention.linear_proj", f"{exported}.{names.attention_output}", hidden, hidden, bias=bias
+    )
+
+
+def mlp_names(
+    node: str, exported: str, names: LayerNames, hidden: int, ffn: int, bias: bool, norm_bias: bool
+) -> Iterator[Entry]:
+    """Norm and both projections of an MLP."""
+    yield from norm(f"{node}.pre_mlp_layernorm", f"{exported}.{names.mlp_norm}", hidden, bias=norm_bias)
+    fc1, fc2 = f"{node}.mlp.linear_fc1", f"{node}.mlp.linear_fc2"
+    if len(names.fc1) > 1:
+        yield stacked(f"{fc1}.weight", [f"{exported}.{name}.weight" for name in names.fc1], ffn, hidden)
+        yield plain(f"{fc2}.weight", f"{exported}.{names.fc2}.weight", hidden, ffn)
+    else:
+        yield from linear(fc1, f"{exported}.{names.fc1[0]}", ffn, hidden, bias=bias)
+        yield from linear(fc2, f"{exported}.{names.fc2}", hidden, ffn, bias=bias)
+
+
+def memory_attention_names(
+    node: str, exported: str, hidden: int, heads: int, groups: int, memory_width: int, qk_norm: bool = False
+) -> Iterator[Entry]:
+    """Attention to a memory, without biases."""
+    head_dim = hidden // heads
+    yield plain(f"{node}.linear_q.weight", f"{exported}.q_proj.weight", hidden, hidden)
+    parts = (Part(f"{exported}.k_proj.weight"), Part(f"{exported}.v_proj.weight"))
+    yield Entry(f"{node}.linear_kv.weight", parts, groups, head_dim, (memory_width,))
+    if qk_norm:
+        for kind in "qk":
+            yield from norm(f"{node}.{kind}_layernorm", f"{exported}.{kind}_norm", head_dim, bias=False)
+    yield plain(f"{node}.linear_proj.weight", f"{exported}.o_proj.weight", hidden, hidden)
+
+
 #: Spelling of a layer's norms in checkpoints: megatron-core keeps Transformer Engine's fused names in both backends.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import Graph, Node, Stream
+from megatron_mm.models.graph import Graph, Kind, Node, Stream
+from megatron_mm.models.layers.attention import causal_plan
 from megatron_mm.models.layers.memory_attention import memory_layer, memory_layer_cost
 from megatron_mm.models.layers.pooling import last_row_state, last_state
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
@@ -18,7 +19,6 @@ from megatron_mm.parts.contrastive.nodes import embedding_node, scale_node
 from megatron_mm.parts.contrastive.section import ContrastiveConfig
 from megatron_mm.parts.decoder.nodes import DecoderNodes
 from megatron_mm.parts.decoder.section import DecoderConfig
-from megatron_mm.parts.text_encoder.nodes import causal_plan
 from megatron_mm.parts.vit.rows import image_of_row, row_images
 from tests.objectives.cases import Case, rows, table_node
 
@@ -69,7 +69,7 @@ def memory_node(settings: LayerSettings, shape: StackShape, stream: Stream, name
         )
 
     build = partial(memory_layer, settings, shape, 1, view, memory_width=MEMORY_WIDTH, **kind)
-    return Node(name, build, (stream.name, "image_memory"), (stream,), cost, recomputable=True)
+    return Node(name, Kind(build, cost), (stream.name, "image_memory"), (stream,), recomputable=True)
 
 
 def every_kind(settings: LayerSettings) -> Case:

@@ -10,7 +10,7 @@ from transformers import PerceiverConfig as HFPerceiverConfig
 from transformers.models.perceiver.modeling_perceiver import PerceiverLayer
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Graph, Loss, Node, NodeCost, Stream
+from megatron_mm.models.graph import ForwardContext, Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.parts.perceiver.nodes import perceiver_nodes, query_node
@@ -54,7 +54,7 @@ def make_graph(settings: LayerSettings, mask: torch.Tensor = MASK, init_std: flo
     def given() -> nn.Module:
         return describe(Memory(mask), init_std=1.0)
 
-    nodes = [Node("memory", given, (), (memory, visible), lambda plan: NodeCost(ROWS * LENGTH * WIDTH))]
+    nodes = [Node("memory", Kind(given, lambda plan: NodeCost(ROWS * LENGTH * WIDTH)), (), (memory, visible))]
     nodes += perceiver_nodes(
         config, settings, init_std, memory_width=WIDTH, pairs=lambda plan: ROWS, memory_length=lambda plan: LENGTH
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, Stream
+from megatron_mm.models.graph import Graph, Kind, Loss, Node, NodeCost, Stream
 
 PLAN = MicrobatchPlan(2, 8, 1, 1, 1, 1, False, 8)
 
@@ -16,7 +16,14 @@ def stream(name: str, layout: str = "replicated", rows: int = 4) -> Stream:
 
 
 def node(name: str, reads=(), writes=(), trainable: bool = True, fields=()) -> Node:
-    return Node(name, nn.Identity, tuple(reads), tuple(writes), lambda plan: NodeCost(1), frozenset(fields), trainable)
+    return Node(
+        name,
+        Kind(nn.Identity, lambda plan: NodeCost(1)),
+        tuple(reads),
+        tuple(writes),
+        fields=frozenset(fields),
+        trainable=trainable,
+    )
 
 
 def graph() -> Graph:

@@ -13,11 +13,10 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaTextCrossAttention
 
 from megatron_mm.models.graph import ForwardContext
-from megatron_mm.models.layers.attention import document_mask
+from megatron_mm.models.layers.attention import causal_plan, document_mask
 from megatron_mm.models.layers.memory_attention import memory_layer
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.parts.decoder.nodes import DecoderNodes, decoder_shape
-from megatron_mm.parts.text_encoder.nodes import causal_plan
 from megatron_mm.parts.vit.rows import image_of_row, row_images
 from megatron_mm.platform import setup
 from tests.models import memory_case as case

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
+from megatron_mm.models.graph import ForwardContext, Graph, Kind, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives.contrastive import image_text_loss
@@ -41,7 +41,12 @@ def table_node(name: str, *shape: int) -> Node:
     def build() -> nn.Module:
         return describe(Table(*shape), init_std=1.0)
 
-    return Node(name, build, (), (Stream(name, lambda plan: (plan.num_rows, *shape), dtype=torch.float32),), _free)
+    return Node(
+        name,
+        Kind(build, _free),
+        (),
+        (Stream(name, lambda plan: (plan.num_rows, *shape), dtype=torch.float32),),
+    )
 
 
 def _free(plan: MicrobatchPlan) -> NodeCost:
@@ -112,11 +117,17 @@ def matching(settings: LayerSettings) -> Case:
         Stream("match_valid", lambda plan: (3 * plan.num_rows,), dtype=torch.float32),
     ]
     reads = ("image_memory", "text", "image_embedding", "text_embedding", "logit_scale")
-    nodes.append(Node("pairs", lambda: Pairs(False, True), reads, tuple(pairs), _free, frozenset({"tokens_RT"})))
+    nodes.append(Node(
+        "pairs",
+        Kind(lambda: Pairs(False, True), _free),
+        reads,
+        tuple(pairs),
+        fields=frozenset({"tokens_RT"}),
+    ))
     logits = Stream("match_logits", lambda plan: (3 * plan.num_rows, 2), dtype=torch.float32)
 
     def head() -> nn.Module:
         return describe(MatchHead(), init_std=1.0)
 
-    nodes.append(Node("head", head, ("pair_memory", "pair_mask"), (logits,), _free))
+    nodes.append(Node("head", Kind(head, _free), ("pair_memory", "pair_mask"), (logits,)))
     return Graph(nodes, [matching_loss(weight=0.7)]), lambda n: rows(n, WITH_IMAGE | {2, 10, 11, 12})

@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.config.validate import parallel_sizes
-from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
+from megatron_mm.models.graph import Graph, Kind, Node, NodeCost, Stream
 from megatron_mm.pipeline.partition import balance, bottleneck, cuts_by_name
 
 
@@ -105,7 +105,7 @@ def test_the_bottleneck_is_explained():
 
 def named_graph() -> Graph:
     x = Stream("x", lambda plan: (1,))
-    nodes = [Node(name, nn.Identity, (), (x,), lambda plan: NodeCost(1)) for name in "abcd"]
+    nodes = [Node(name, Kind(nn.Identity, lambda plan: NodeCost(1)), (), (x,)) for name in "abcd"]
     return Graph(nodes, [])
 
 

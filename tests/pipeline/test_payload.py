@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
+from megatron_mm.models.graph import Graph, Kind, Node, NodeCost, Stream
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, new_anchor, pack, payload_layout, payload_rows, unpack
 
 PLAN = MicrobatchPlan(2, 8, 1, 1, 1, 1, False, 8)
@@ -18,7 +18,7 @@ def graph() -> Graph:
     text = Stream("text", lambda plan: (4, 1, 6))
 
     def node(name, reads, writes, trainable=True):
-        return Node(name, nn.Identity, reads, writes, lambda plan: NodeCost(0), trainable=trainable)
+        return Node(name, Kind(nn.Identity, lambda plan: NodeCost(0)), reads, writes, trainable=trainable)
 
     nodes = [
         node("tower", (), (frozen,), trainable=False),

@@ -1,11 +1,13 @@
 """Tied weights: truth is one process, where the tied uses are one Parameter and autograd adds their gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_mm.checks.layouts import compare, parse_layout
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
+from megatron_mm.models.graph import Graph, Kind, Node, NodeCost, Stream
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.schedule import build_pipeline
@@ -63,8 +65,9 @@ def test_a_checkpoint_has_the_weight_once_and_loads_anywhere(train_in_processes,
 
 def tied_graph(ties: dict[str, str], trainable: bool = True) -> Graph:
     x = Stream("x", lambda plan: (1,))
-    nodes = [Node(name, torch.nn.Identity, (), (x,), lambda plan: NodeCost(1)) for name in ("a", "a.b")]
-    return Graph([*nodes, Node("c", torch.nn.Identity, (), (x,), nodes[0].cost, ties=ties, trainable=trainable)], [])
+    nodes = [Node(name, Kind(torch.nn.Identity, lambda plan: NodeCost(1)), (), (x,)) for name in ("a", "a.b")]
+    last = Node("c", nodes[0].kind, (), (x,), trainable=trainable, ties=ties)
+    return Graph([*nodes, last], [])
 
 
 def test_the_owner_is_the_node_with_the_longest_name():
@@ -86,7 +89,7 @@ def test_ties_to_what_a_node_lacks_or_of_another_shape_are_refused():
     def graph(key: str) -> Graph:
         nodes = list(graph_of(Case(layers=1, tied=False)).nodes)
         head = nodes.pop()
-        return Graph([*nodes, Node("head", head.build, head.reads, head.writes, head.cost, ties={"weight": key})], [])
+        return Graph([*nodes, replace(head, ties={"weight": key})], [])
 
     def build(key: str) -> None:
         build_pipeline(PipelineDesign(graph(key), [0, 7], LayerSettings()), torch.device("cpu"), seed=1)

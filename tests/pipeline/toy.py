@@ -26,7 +26,7 @@ from megatron_mm.checks.layouts import _whole_gradients, parse_layout
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import Graph, Loss, Node, NodeCost, Stream
+from megatron_mm.models.graph import Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.pipeline.design import PipelineDesign
@@ -175,18 +175,24 @@ def graph_of(case: Case) -> Graph:
         return NodeCost(WIDTH * WIDTH, 2.0 * WIDTH * WIDTH * plan.num_rows)
 
     nodes = [
-        Node("text.embedding", partial(_build, Embedding), (), (text,), cost, frozenset({"tokens_RT"})),
-        Node("image.embedding", partial(_build, ImageEmbedding), (), (image,), cost, frozenset({"images_ICHW"})),
+        Node("text.embedding", Kind(partial(_build, Embedding), cost), (), (text,), fields=frozenset({"tokens_RT"})),
+        Node(
+            "image.embedding",
+            Kind(partial(_build, ImageEmbedding), cost),
+            (),
+            (image,),
+            fields=frozenset({"images_ICHW"}),
+        ),
     ]
     for i in range(case.layers):
         for stream in (text, image):
             name = f"{stream.name}.layers.{i}"
             layer = partial(_build, Layer, case.dropout, name == case.broken)
-            nodes.append(Node(name, layer, (stream.name,), (stream,), cost, recomputable=True))
-    nodes.append(Node("pair", partial(_build, Pair), ("text", "image"), (*pair, valid, scale), cost))
-    nodes.append(Node("fusion.layers.0", partial(_build, Layer, case.dropout), ("text",), (text,), cost))
+            nodes.append(Node(name, Kind(layer, cost), (stream.name,), (stream,), recomputable=True))
+    nodes.append(Node("pair", Kind(partial(_build, Pair), cost), ("text", "image"), (*pair, valid, scale)))
+    nodes.append(Node("fusion.layers.0", Kind(partial(_build, Layer, case.dropout), cost), ("text",), (text,)))
     ties = {"weight": "text.embedding.table.weight"} if case.tied else {}
-    nodes.append(Node("head", partial(_build, Head), ("text", "image"), (logits,), cost, ties=ties))
+    nodes.append(Node("head", Kind(partial(_build, Head), cost), ("text", "image"), (logits,), ties=ties))
 
     def first_token(logits, context):
         return functional.cross_entropy(logits, context.batch.labels_RT[:, 0], reduction="sum")

@@ -71,6 +71,16 @@ class AttentionPlan:
     exchange: Literal["none", "gather", "heads", "core"] = "none"
 
 
+def whole_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
+    """Every position of a sequence [B, T, C] sees all of that sequence, its padding included."""
+    return AttentionPlan(rows=hidden.shape[0])
+
+
+def causal_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
+    """Every token sees the earlier ones; padding stands after the text, so nothing sees it."""
+    return AttentionPlan(rows=hidden.shape[0], causal=True)
+
+
 def text_plan(
     context: ForwardContext,
     *,

@@ -16,6 +16,8 @@ Shape suffixes: A sounds, L positions of a sound, P = 2L-1 distances, C width, N
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -25,13 +27,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
-from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.channels import ChannelNorm, DepthwiseConvolution, ShardedModule
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter, shard
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.names import Entry, linear, norm, plain, query_key_value
 
 
 def relative_sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
@@ -260,3 +263,54 @@ def conformer_cost(
     probabilities = 0 if settings.recompute == "selective" else heads * length
     stored = 2.0 * (positions * (whole + sharded + probabilities) + sizes.cp * distances * hidden)
     return NodeCost(products + hidden**2 + biases + norms, flops, stored)
+
+
+@dataclass(frozen=True)
+class ConformerLayerKind:
+    """A block.
+
+    Attributes:
+        length: positions of a sound.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    kernel_size: int
+    length: int
+
+    def build(self) -> ConformerLayer:
+        """The block."""
+        return conformer_layer(self.settings, self.shape, self.kernel_size)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all sounds."""
+        return conformer_cost(self.shape, self.kernel_size, plan.num_sounds, self.length, self.settings)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Wav2Vec2-Conformer's."""
+        size, heads, ffn = self.shape.hidden_size, self.shape.num_attention_heads, self.shape.ffn_hidden_size
+        width = size // heads
+        yield from _feed_forward_names(node, exported, "ffn1", size, ffn)
+        yield from norm(f"{node}.attention_layernorm", f"{exported}.self_attn_layer_norm", size, bias=True)
+        attention, hf = f"{node}.self_attention", f"{exported}.self_attn"
+        names = (f"{hf}.linear_q", f"{hf}.linear_k", f"{hf}.linear_v")
+        yield from query_key_value(f"{attention}.linear_qkv", names, heads, width, size)
+        yield from linear(f"{attention}.linear_pos", f"{hf}.linear_pos", size, size, bias=False)
+        for name in ("pos_bias_u", "pos_bias_v"):
+            yield plain(f"{attention}.{name}", f"{hf}.{name}", heads, width)
+        yield from linear(f"{attention}.linear_proj", f"{hf}.linear_out", size, size)
+        convolution, hf = f"{node}.convolution", f"{exported}.conv_module"
+        yield from norm(f"{node}.convolution_layernorm", f"{hf}.layer_norm", size, bias=True)
+        yield from linear(f"{convolution}.pointwise_conv1", f"{hf}.pointwise_conv1", 2 * size, size, bias=False)
+        depthwise = (size, 1, self.kernel_size)
+        yield plain(f"{convolution}.depthwise_conv.weight", f"{hf}.depthwise_conv.weight", *depthwise)
+        yield from norm(f"{convolution}.depthwise_layernorm", f"{hf}.depthwise_layer_norm", size, bias=True)
+        yield from linear(f"{convolution}.pointwise_conv2", f"{hf}.pointwise_conv2", size, size, bias=False)
+        yield from _feed_forward_names(node, exported, "ffn2", size, ffn)
+        yield from norm(f"{node}.final_layernorm", f"{exported}.final_layer_norm", size, bias=True)
+
+
+def _feed_forward_names(ours: str, theirs: str, name: str, size: int, ffn: int) -> Iterator[Entry]:
+    yield from norm(f"{ours}.{name}_layernorm", f"{theirs}.{name}_layer_norm", size, bias=True)
+    yield from linear(f"{ours}.{name}.linear_fc1", f"{theirs}.{name}.intermediate_dense", ffn, size)
+    yield from linear(f"{ours}.{name}.linear_fc2", f"{theirs}.{name}.output_dense", size, ffn)

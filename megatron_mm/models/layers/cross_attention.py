@@ -15,7 +15,7 @@ row, E keys of a row (all slots, images before sounds), G key-value heads, N que
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,15 +24,17 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 from torch.nn import functional
 
-from megatron_mm.data.reading.microbatch import Microbatch
-from megatron_mm.models.graph import ForwardContext
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
+from megatron_mm.models.layers.costs import cross_cost
 from megatron_mm.models.layers.elementwise import rms_norm
 from megatron_mm.models.layers.media_attention import seen_slots
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import sequence_parallel_slice, sum_gradient_over_tp
 from megatron_mm.models.layers.transformer import dropout_region
+from megatron_mm.models.names import Entry, Part, norm, plain
 
 
 @dataclass(frozen=True)
@@ -174,3 +176,58 @@ def gated_cross_attention(
         row={"linear_proj": shape.num_attention_heads},
         constants={"gate": gate_init},
     )
+
+
+@dataclass(frozen=True)
+class GatedCrossAttentionKind:
+    """A sublayer that reads images and sounds of a row's slots."""
+
+    settings: LayerSettings
+    shape: StackShape
+    image_width: int
+    sound_width: int
+    image_tokens: int
+    sound_tokens: int
+    qk_layernorm: bool
+    gate_init: float
+
+    def build(self) -> GatedCrossAttention:
+        """The sublayer."""
+        return gated_cross_attention(
+            self.settings,
+            self.shape,
+            gate_init=self.gate_init,
+            image_width=self.image_width,
+            sound_width=self.sound_width,
+            image_tokens=self.image_tokens,
+            sound_tokens=self.sound_tokens,
+            qk_layernorm=self.qk_layernorm,
+        )
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all rows; every medium is projected once."""
+        images = (self.image_width, plan.num_images, self.image_tokens, plan.image_slots)
+        sounds = (self.sound_width, plan.num_sounds, self.sound_tokens, plan.sound_slots)
+        return cross_cost(
+            self.shape,
+            self.settings.sizes,
+            rows=plan.num_rows,
+            length=plan.row_length,
+            memories=(images, sounds),
+            qk_layernorm=self.qk_layernorm,
+        )
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Llama's, with keys and values of each medium."""
+        size, attention = self.shape.hidden_size, f"{exported}.cross_attn"
+        head_dim, groups = self.shape.head_dim, self.shape.num_query_groups
+        yield from norm(f"{node}.input_layernorm", f"{exported}.input_layernorm", size, bias=False)
+        yield plain(f"{node}.linear_q.weight", f"{attention}.q_proj.weight", size, size)
+        for memory, width in (("image", self.image_width), ("audio", self.sound_width)):
+            parts = tuple(Part(f"{attention}.{kind}_proj_{memory}.weight") for kind in "kv")
+            yield Entry(f"{node}.linear_kv_{memory}.weight", parts, groups, head_dim, (width,))
+        if self.qk_layernorm:
+            for kind in "qk":
+                yield from norm(f"{node}.{kind}_layernorm", f"{attention}.{kind}_norm", head_dim, bias=False)
+        yield plain(f"{node}.linear_proj.weight", f"{attention}.o_proj.weight", size, size)
+        yield plain(f"{node}.gate", f"{exported}.gate", 1)

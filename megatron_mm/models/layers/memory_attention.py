@@ -13,7 +13,7 @@ N query heads, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.backends import backend_of
@@ -37,7 +37,8 @@ from megatron_mm.models.layers.cross_attention import HeadNorm
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import sequence_parallel_slice, sum_gradient_over_tp
-from megatron_mm.models.layers.transformer import dropout_region
+from megatron_mm.models.layers.transformer import attention_entries, dropout_region, mlp_entries
+from megatron_mm.models.names import Entry, LayerNames, memory_attention_names, norm, plain
 
 
 @dataclass(frozen=True)
@@ -312,3 +313,94 @@ def attention_only_cost(
     kept = copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp)
     stored = positions * (2.0 * (2 * hidden * kept + 2 * query + key_value) + 4.0 * shape.num_attention_heads)
     return NodeCost(matrices + biases + norm, 2.0 * positions * matrices + 4.0 * positions * length * query, stored)
+
+
+@dataclass(frozen=True)
+class MemoryLayerNames:
+    """Names of what a layer has beyond `LayerNames`, below the layer's own."""
+
+    cross_norm: str
+    cross_attention: str
+    cross_gate: str = ""
+    mlp_gate: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryLayerKind:
+    """A layer that reads a memory; gated, it has no self-attention.
+
+    Attributes:
+        sequences: (sequences, length) of the stream that the layer rewrites, in a microbatch.
+        memories: (memories, positions of one) in a microbatch.
+        self_plan: how the tokens of the stream see one another.
+        gate_init: makes a gated layer, whose gates begin with this.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    number: int
+    view: ViewMaker
+    sequences: Callable[[MicrobatchPlan], tuple[int, int]]
+    memories: Callable[[MicrobatchPlan], tuple[int, int]]
+    memory_width: int
+    layer_names: LayerNames
+    memory_names: MemoryLayerNames
+    sharded: bool = False
+    self_plan: Callable[[torch.Tensor, ForwardContext], object] | None = None
+    cross_query_groups: int | None = None
+    qk_layernorm: bool = False
+    gate_init: float | None = None
+
+    def build(self) -> MemoryLayer:
+        """The layer."""
+        return memory_layer(
+            self.settings,
+            self.shape,
+            self.number,
+            self.view,
+            memory_width=self.memory_width,
+            sharded=self.sharded,
+            plan=self.self_plan,
+            cross_query_groups=self.cross_query_groups,
+            qk_layernorm=self.qk_layernorm,
+            gate_init=self.gate_init,
+        )
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all rows and memories."""
+        rows, length = self.sequences(plan)
+        memories, memory_length = self.memories(plan)
+        return memory_layer_cost(
+            self.shape,
+            self.settings.sizes,
+            rows=rows,
+            length=length,
+            memories=memories,
+            memory_length=memory_length,
+            memory_width=self.memory_width,
+            sharded=self.sharded,
+            cross_query_groups=self.cross_query_groups,
+            qk_layernorm=self.qk_layernorm,
+            gated=self.gate_init is not None,
+        )
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """In the order of the layer's parts."""
+        shape, gated = self.shape, self.gate_init is not None
+        if not gated:
+            yield from attention_entries(node, exported, self.layer_names, shape)
+        yield from self.cross_entries(node, exported)
+        yield from mlp_entries(node, exported, self.layer_names, shape)
+        if gated:
+            yield plain(f"{node}.mlp_bda.gate", f"{exported}.{self.memory_names.mlp_gate}", 1)
+
+    def cross_entries(self, node: str, exported: str) -> Iterator[Entry]:
+        """The cross-attention, with its norm and its gate."""
+        shape, names = self.shape, self.memory_names
+        norm_bias, groups = shape.normalization == "LayerNorm", self.cross_query_groups or shape.num_query_groups
+        heads, size = shape.num_attention_heads, shape.hidden_size
+        across = (size, heads, groups, self.memory_width, self.qk_layernorm)
+        yield from norm(f"{node}.pre_cross_attn_layernorm", f"{exported}.{names.cross_norm}", size, bias=norm_bias)
+        yield from memory_attention_names(f"{node}.cross_attention", f"{exported}.{names.cross_attention}", *across)
+        if self.gate_init is not None:
+            yield plain(f"{node}.cross_attn_bda.gate", f"{exported}.{names.cross_gate}", 1)

@@ -14,7 +14,8 @@ width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -31,6 +32,8 @@ from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.layers.transformer import mlp_entries
+from megatron_mm.models.names import VIT, Entry, Part, linear, norm, plain
 
 
 class LatentAttention(MegatronModule):
@@ -178,3 +181,82 @@ def latent_layer_cost(
     whole = copies(sizes, sharded=False) // sizes.cp
     values = positions * (4.0 * size * whole + 3 * size + 2 * ffn) + keys * (memory_width * whole + 2.0 * size)
     return NodeCost(parameters, flops, 2.0 * values + 4.0 * positions * shape.num_attention_heads)
+
+
+def latent_layer_names(node: str, exported: str, shape: StackShape, memory_width: int) -> Iterator[Entry]:
+    """Each training tensor of a layer that reads a memory with biases and a norm of its own, and the exported ones."""
+    size, heads = shape.hidden_size, shape.num_attention_heads
+    ours, attention = f"{node}.cross_attention", f"{exported}.attention"
+    yield from norm(f"{node}.pre_cross_attn_layernorm", f"{exported}.layernorm_before", size, bias=True)
+    yield from norm(f"{ours}.memory_layernorm", f"{exported}.layernorm_memory", memory_width, bias=True)
+    yield from linear(f"{ours}.linear_q", f"{attention}.q_proj", size, size)
+    for kind, trailing in (("weight", (memory_width,)), ("bias", ())):
+        parts = tuple(Part(f"{attention}.{name}_proj.{kind}") for name in "kv")
+        yield Entry(f"{ours}.linear_kv.{kind}", parts, heads, size // heads, trailing)
+    yield from linear(f"{ours}.linear_proj", f"{attention}.o_proj", size, size)
+    yield from mlp_entries(node, exported, VIT, shape)
+
+
+@dataclass(frozen=True)
+class LatentLayerKind:
+    """Latents read the memory of their pair.
+
+    Attributes:
+        pairs: of a microbatch.
+        queries: latents of a pair.
+        memory_length: positions of a pair's memory.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    memory_width: int
+    pairs: Callable[[MicrobatchPlan], int]
+    queries: int
+    memory_length: Callable[[MicrobatchPlan], int]
+
+    def build(self) -> LatentLayer:
+        """The layer."""
+        return latent_layer(self.settings, self.shape, memory_width=self.memory_width)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all pairs."""
+        lengths = {"memory_length": self.memory_length(plan), "memory_width": self.memory_width}
+        sizes, pairs = self.settings.sizes, self.pairs(plan)
+        return latent_layer_cost(self.shape, sizes, pairs=pairs, queries=self.queries, **lengths)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """See latent_layer_names."""
+        yield from latent_layer_names(node, exported, self.shape, self.memory_width)
+
+
+@dataclass(frozen=True)
+class QueryBlockKind:
+    """Output queries read the latents.
+
+    Attributes:
+        rows: pairs of a microbatch that are read.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    num_latents: int
+    num_queries: int
+    rows: Callable[[MicrobatchPlan], int]
+
+    def build(self) -> QueryBlock:
+        """The block."""
+        return query_block(self.settings, self.shape, num_queries=self.num_queries, rows=self.rows)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """A layer on the queries, and their table."""
+        width = self.shape.hidden_size
+        lengths = {"memory_length": self.num_latents, "memory_width": width}
+        sizes, rows = self.settings.sizes, self.rows(plan)
+        layer = latent_layer_cost(self.shape, sizes, pairs=rows, queries=self.num_queries, **lengths)
+        return layer + NodeCost(self.num_queries * width)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """The table, and those of latent_layer_names."""
+        width = self.shape.hidden_size
+        yield plain(f"{node}.queries", f"{exported}.queries", self.num_queries, width)
+        yield from latent_layer_names(f"{node}.cross", f"{exported}.cross", self.shape, width)

@@ -9,18 +9,21 @@ Shape suffixes: R rows, M positions, C width, E width of the shared space, s loc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import nn
 
-from megatron_mm.data.reading.microbatch import Microbatch
-from megatron_mm.models.graph import ForwardContext
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
+from megatron_mm.models.layers.costs import pooled_head_cost
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text, sequence_parallel_slice, sum_over_context
+from megatron_mm.models.names import Entry, norm, plain
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:
@@ -133,3 +136,67 @@ def logit_scale(settings: LayerSettings, temperature: float, max_scale: float) -
     """The scale, beginning with 1 / temperature."""
     begin = -math.log(temperature)
     return describe(LogitScale(settings, max_scale), init_std=0.0, constants={"log_scale": begin})
+
+
+@dataclass(frozen=True)
+class PooledHeadNames:
+    """Full names of a head's parts in the exported model."""
+
+    projection: str
+    norm: str
+
+
+@dataclass(frozen=True)
+class PooledHeadKind:
+    """A projection of pooled states, behind a norm where `norm` is a stack.
+
+    Attributes:
+        outputs: width of the result.
+        pool: the stream -> [vectors, width].
+        vectors: of a microbatch.
+        norm: the stack whose kind of norm the pooled state passes first.
+    """
+
+    settings: LayerSettings
+    width: int
+    outputs: int
+    pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor]
+    vectors: Callable[[MicrobatchPlan], int]
+    head_names: PooledHeadNames
+    norm: StackShape | None = None
+
+    def build(self) -> EmbeddingHead:
+        """The head."""
+        return embedding_head(self.settings, self.width, self.outputs, self.pool, self.norm)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """One product of all vectors."""
+        return pooled_head_cost(self.width, self.outputs, self.vectors(plan), self.settings.sizes, norm=self.norm)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Those of `head_names`."""
+        if self.norm is not None:
+            bias = self.norm.normalization == "LayerNorm"
+            yield from norm(f"{node}.pooled_layernorm", self.head_names.norm, self.width, bias=bias)
+        yield plain(f"{node}.projection", self.head_names.projection, self.outputs, self.width)
+
+
+@dataclass(frozen=True)
+class LogitScaleKind:
+    """The learned inverse temperature; exported under the node's exported name."""
+
+    settings: LayerSettings
+    temperature: float
+    max_scale: float
+
+    def build(self) -> LogitScale:
+        """The module."""
+        return logit_scale(self.settings, self.temperature, self.max_scale)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Nothing."""
+        return NodeCost(1)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """One number."""
+        yield plain(f"{node}.log_scale", exported, 1)

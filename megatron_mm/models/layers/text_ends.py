@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
@@ -10,13 +11,15 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional
 
-from megatron_mm.data.reading.microbatch import Microbatch
-from megatron_mm.models.graph import ForwardContext
+from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
+from megatron_mm.models.layers.costs import embedding_cost, head_cost
 from megatron_mm.models.layers.linear import ColumnParallelLinear
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import local_text
+from megatron_mm.models.names import Entry, norm, plain
 
 
 class TokenEmbedding(MegatronModule):
@@ -102,3 +105,81 @@ def language_head(settings: LayerSettings, shape: StackShape, vocab_size: int, *
     """The head, its weights not yet filled; `kind` as of LanguageHead."""
     module = LanguageHead(settings, shape, vocab_size, **kind)
     return describe(module, init_std=shape.init_std, column={"output_layer": None})
+
+
+@dataclass(frozen=True)
+class TokenEmbeddingKind:
+    """The vocabulary-parallel embedding of a sharded text; exported under the node's exported name.
+
+    Attributes:
+        tokens: which field of a microbatch it reads.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    vocab_size: int
+    tokens: Callable[[Microbatch], torch.Tensor]
+
+    def build(self) -> TokenEmbedding:
+        """The module."""
+        return token_embedding(self.settings, self.shape, self.vocab_size, self.tokens)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """A look-up."""
+        return embedding_cost(self.shape, self.vocab_size, plan.num_rows * plan.row_length, self.settings.sizes)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """The table."""
+        yield plain(f"{node}.word_embeddings.weight", exported, self.vocab_size, self.shape.hidden_size)
+
+
+@dataclass(frozen=True)
+class HeadNames:
+    """Full names of a head's parts in the exported model."""
+
+    norm: str
+    head: str = ""
+    """Empty: the vocabulary's vectors are another node's."""
+    projection: str = ""
+
+
+@dataclass(frozen=True)
+class LanguageHeadKind:
+    """Final norm and head, with the softmax of the loss.
+
+    Attributes:
+        output_width: width of the vocabulary's vectors, where states are projected to it first.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    vocab_size: int
+    head_names: HeadNames
+    sharded: bool = True
+    output_width: int | None = None
+
+    def build(self) -> LanguageHead:
+        """The module."""
+        options = {"sharded": self.sharded, "output_width": self.output_width}
+        return language_head(self.settings, self.shape, self.vocab_size, **options)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all positions of a microbatch; without the vectors of a tied head."""
+        return head_cost(
+            self.shape,
+            self.vocab_size,
+            plan.num_rows * plan.row_length,
+            self.settings.sizes,
+            sharded=self.sharded,
+            output_width=self.output_width,
+            tied=not self.head_names.head,
+        )
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Those of `head_names`."""
+        hidden, names = self.shape.hidden_size, self.head_names
+        yield from norm(f"{node}.final_layernorm", names.norm, hidden, bias=self.shape.normalization == "LayerNorm")
+        if self.output_width is not None:
+            yield plain(f"{node}.projection", names.projection, self.output_width, hidden)
+        if names.head:
+            yield plain(f"{node}.output_layer.weight", names.head, self.vocab_size, self.output_width or hidden)

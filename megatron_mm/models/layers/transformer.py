@@ -6,8 +6,9 @@ microbatch comes from, so the same class serves the text decoder and the towers,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import tensor_parallel
@@ -15,10 +16,13 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_mm.models.graph import ForwardContext
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
+from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
+from megatron_mm.models.layers.costs import layer_cost
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.names import Entry, LayerNames, mlp_names, self_attention_names
 
 
 class StackLayer(TransformerLayer):
@@ -52,6 +56,58 @@ def dropout_region(config: TransformerConfig, training: bool):
     if training and config.sequence_parallel and config.hidden_dropout + config.attention_dropout > 0:
         return tensor_parallel.get_cuda_rng_tracker().fork()
     return nullcontext()
+
+
+@dataclass(frozen=True)
+class StackLayerKind:
+    """A pre-norm layer of self-attention and MLP.
+
+    Attributes:
+        number: of the layer in its stack, from 1.
+        plan: how the tokens of a stream see one another.
+        sequences: (sequences, length) of each stream that the layer rewrites, in a microbatch.
+        layer_names: what its parts are called in the exported model.
+        sharded: positions are divided over context parallelism and sequence parallelism.
+    """
+
+    settings: LayerSettings
+    shape: StackShape
+    number: int
+    plan: Callable[[torch.Tensor, ForwardContext], object]
+    sequences: Callable[[MicrobatchPlan], Sequence[tuple[int, int]]]
+    layer_names: LayerNames
+    sharded: bool = False
+
+    def build(self) -> StackLayer:
+        """The layer."""
+        return stack_layer(self.settings, self.shape, self.number, self.plan, sharded=self.sharded)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all streams, by the same weights."""
+        sizes, total = self.settings.sizes, None
+        for sequences, length in self.sequences(plan):
+            cost = layer_cost(self.shape, sequences, length, sizes, sharded=self.sharded)
+            total = cost if total is None else replace(total + cost, parameters=cost.parameters)
+        return total
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Those of `layer_names`."""
+        yield from attention_entries(node, exported, self.layer_names, self.shape)
+        yield from mlp_entries(node, exported, self.layer_names, self.shape)
+
+
+def attention_entries(node: str, exported: str, names: LayerNames, shape: StackShape) -> Iterator[Entry]:
+    """Self-attention of a layer of this shape, with its norm."""
+    norm_bias, heads = shape.normalization == "LayerNorm", shape.num_attention_heads
+    sizes = (shape.hidden_size, heads, shape.num_query_groups)
+    yield from self_attention_names(node, exported, names, *sizes, bias=shape.bias, norm_bias=norm_bias)
+
+
+def mlp_entries(node: str, exported: str, names: LayerNames, shape: StackShape) -> Iterator[Entry]:
+    """MLP of a layer of this shape, with its norm."""
+    norm_bias = shape.normalization == "LayerNorm"
+    sizes = (shape.hidden_size, shape.ffn_hidden_size)
+    yield from mlp_names(node, exported, names, *sizes, bias=shape.bias, norm_bias=norm_bias)
 
 
 def stack_layer(

@@ -6,7 +6,8 @@ tower is whole on every context-parallel process and is never sequence-parallel:
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,13 +15,14 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.attention import AttentionPlan
+from megatron_mm.models.layers.attention import whole_plan
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies, layer_cost
+from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.elementwise import quick_gelu
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import stack_layer
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import CLIP, Entry, norm, plain
 from megatron_mm.parts.clip.section import VisionTowerConfig
 
 
@@ -60,11 +62,6 @@ class TemporalEmbedding(nn.Module):
         return image_memory + (table * (frames >= 0).to(table.dtype)[:, None])[:, None]
 
 
-def image_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
-    """Every token of an image sees all of that image."""
-    return AttentionPlan(rows=hidden.shape[0])
-
-
 def vision_shape(tower: VisionTowerConfig, init_std: float) -> StackShape:
     """The tower as a stack of layers."""
     return StackShape(
@@ -80,47 +77,86 @@ def vision_shape(tower: VisionTowerConfig, init_std: float) -> StackShape:
     )
 
 
-def vision_nodes(tower: VisionTowerConfig, settings: LayerSettings, init_std: float) -> list[Node]:
-    """Nodes of the tower; the temporal table is trainable even where the tower is frozen."""
-    shape = vision_shape(tower, init_std)
-    tokens, width = tower.tokens_per_image, tower.hidden_size
-    memory = Stream("image_memory", lambda plan: (plan.num_images, tokens, width))
+@dataclass(frozen=True)
+class EmbeddingsKind:
+    """Patches, class token and positions of all images; every process embeds all of them."""
 
-    def embeddings() -> nn.Module:
-        return describe(PatchEmbedding(tower, settings, shape), init_std=init_std)
+    tower: VisionTowerConfig
+    settings: LayerSettings
+    shape: StackShape
 
-    def temporal() -> nn.Module:
-        return describe(TemporalEmbedding(tower, settings), init_std=init_std, constants={"position_embedding": 0.0})
+    def build(self) -> nn.Module:
+        """The module."""
+        return describe(PatchEmbedding(self.tower, self.settings, self.shape), init_std=self.shape.init_std)
 
-    def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """One product of patches, on every process."""
+        tower, tokens, width = self.tower, self.tower.tokens_per_image, self.tower.hidden_size
         patch = 3 * tower.patch_size**2 * width
         parameters = patch + width + tokens * width + 2 * width
-        images = plan.num_images * copies(settings.sizes, sharded=False)  # every process embeds all images
+        images = plan.num_images * copies(self.settings.sizes, sharded=False)
         stored = 2.0 * images * (3 * tower.image_size**2 + 2 * tokens * width)
         return NodeCost(parameters, 2.0 * images * (tokens - 1) * patch, stored)
 
-    def temporal_cost(plan: MicrobatchPlan) -> NodeCost:
-        return NodeCost(tower.max_frames * width, 0.0, 0.0)
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """CLIP's."""
+        tower, width = self.tower, self.tower.hidden_size
+        hf, patch = f"{exported}.embeddings", (width, 3, tower.patch_size, tower.patch_size)
+        positions = (tower.tokens_per_image, width)
+        yield plain(f"{node}.patch_embedding.weight", f"{hf}.patch_embedding.weight", *patch)
+        yield plain(f"{node}.class_embedding", f"{hf}.class_embedding", width)
+        yield plain(f"{node}.position_embedding", f"{hf}.position_embedding.weight", *positions)
+        yield from norm(f"{node}.pre_layernorm", f"{exported}.pre_layrnorm", width, bias=True)
 
-    learns = not tower.frozen
-    nodes = [
-        Node("vision.embeddings", embeddings, (), (memory,), embeddings_cost, frozenset({"images_ICHW"}), learns)
+
+@dataclass(frozen=True)
+class TemporalKind:
+    """The table of temporal positions."""
+
+    tower: VisionTowerConfig
+    settings: LayerSettings
+    init_std: float
+
+    def build(self) -> nn.Module:
+        """The module; the table begins with zeros."""
+        module = TemporalEmbedding(self.tower, self.settings)
+        return describe(module, init_std=self.init_std, constants={"position_embedding": 0.0})
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """A look-up."""
+        return NodeCost(self.tower.max_frames * self.tower.hidden_size, 0.0, 0.0)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """A name beside CLIP's."""
+        sizes = (self.tower.max_frames, self.tower.hidden_size)
+        yield plain(f"{node}.position_embedding", f"{exported}.temporal_embedding.weight", *sizes)
+
+
+def vision_nodes(
+    tower: VisionTowerConfig, settings: LayerSettings, init_std: float, exported: str = "vision_tower"
+) -> list[Node]:
+    """Nodes of the tower; the temporal table is trainable even where the tower is frozen.
+
+    Args:
+        exported: the tower's name in the exported model.
+    """
+    shape = vision_shape(tower, init_std)
+    tokens, width, reads = tower.tokens_per_image, tower.hidden_size, ("image_memory",)
+    writes = (Stream("image_memory", lambda plan: (plan.num_images, tokens, width)),)
+
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_images, tokens)]
+
+    def layer(index: int) -> Node:
+        kind = StackLayerKind(settings, shape, index + 1, whole_plan, sequences, CLIP)
+        place = f"{exported}.encoder.layers.{index}"
+        options = {"trainable": not tower.frozen, "recomputable": True}
+        return Node(f"vision.layers.{index}", kind, reads, writes, place, **options)
+
+    embeddings, fields = EmbeddingsKind(tower, settings, shape), frozenset({"images_ICHW"})
+    temporal, frames = TemporalKind(tower, settings, init_std), frozenset({"image_frames_I"})
+    return [
+        Node("vision.embeddings", embeddings, (), writes, exported, fields, trainable=not tower.frozen),
+        *(layer(index) for index in range(tower.num_layers)),
+        Node("vision.temporal", temporal, reads, writes, exported, frames),
     ]
-    for index in range(tower.num_layers):
-        nodes.append(
-            Node(
-                f"vision.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, image_plan, sharded=False),
-                ("image_memory",),
-                (memory,),
-                lambda plan: layer_cost(shape, plan.num_images, tokens, settings.sizes, sharded=False),
-                trainable=learns,
-                recomputable=True,
-            )
-        )
-    nodes.append(
-        Node(
-            "vision.temporal", temporal, ("image_memory",), (memory,), temporal_cost, frozenset({"image_frames_I"})
-        )
-    )
-    return nodes

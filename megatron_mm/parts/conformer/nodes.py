@@ -9,7 +9,8 @@ tower is whole on every context-parallel process; its blocks are tensor-parallel
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,12 +20,13 @@ from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.initialization import Init
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.conformer import conformer_cost, conformer_layer
+from megatron_mm.models.layers.conformer import ConformerLayerKind
 from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.names import Entry, linear, norm, plain
 from megatron_mm.parts.conformer.section import ConformerConfig
-from megatron_mm.parts.whisper.nodes import AudioOutput
 
 
 class StridedConvolution(nn.Module):
@@ -84,67 +86,77 @@ def conformer_shape(tower: ConformerConfig, init_std: float) -> StackShape:
     )
 
 
-def conformer_nodes(tower: ConformerConfig, settings: LayerSettings, init_std: float) -> list[Node]:
-    """Nodes of the tower."""
-    shape = conformer_shape(tower, init_std)
-    tokens, width = tower.tokens_per_sound, tower.hidden_size
-    memory = Stream("audio_memory", lambda plan: (plan.num_sounds, tokens, width))
+@dataclass(frozen=True)
+class FrontKind:
+    """Every tensor- and context-parallel process runs the front end on all sounds."""
 
-    def front() -> nn.Module:
-        module = describe(WaveformFront(tower, settings, shape), init_std=init_std)
+    tower: ConformerConfig
+    settings: LayerSettings
+    shape: StackShape
+
+    def build(self) -> nn.Module:
+        """The module."""
+        module = describe(WaveformFront(self.tower, self.settings, self.shape), init_std=self.shape.init_std)
         # Silence, which pads every sound, would pass convolutions without bias as exact zeros, and the gradient of each
         # norm at zero is 1/sqrt(eps): 1e12 through four of them.
         for layer in module.convolutions:
-            layer.convolution.bias.init = Init("normal", std=init_std)
+            layer.convolution.bias.init = Init("normal", std=self.shape.init_std)
         return module
 
-    def output() -> nn.Module:
-        return describe(AudioOutput(settings, shape), init_std=init_std)
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Convolutions and projection."""
+        tower = self.tower
+        width, hidden, length = tower.front_channels, tower.hidden_size, tower.num_samples
+        parameters, products, stored, inputs = 0, 0, length, 1
+        for kernel, stride in zip(tower.front_kernels, tower.front_strides):
+            length = (length - kernel) // stride + 1
+            parameters += kernel * inputs * width + 3 * width
+            products += length * kernel * inputs * width
+            stored += 3 * length * width  # inputs of the norm, of GELU, and of the next convolution or norm
+            inputs = width
+        parameters += 2 * width + width * hidden + hidden
+        products += length * width * hidden
+        stored += length * width  # input of the projection
+        sounds = plan.num_sounds * copies(self.settings.sizes, sharded=False)
+        return NodeCost(parameters, 2.0 * sounds * products, 2.0 * sounds * stored)
 
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, sharded=False)
-        return NodeCost(2 * width, 0.0, stored)
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Wav2Vec2-Conformer's."""
+        channels = self.tower.front_channels
+        for i, kernel in enumerate(self.tower.front_kernels):
+            ours, theirs = f"{node}.convolutions.{i}", f"{exported}.feature_extractor.conv_layers.{i}"
+            yield plain(f"{ours}.convolution.weight", f"{theirs}.conv.weight", channels, channels if i else 1, kernel)
+            yield plain(f"{ours}.convolution.bias", f"{theirs}.conv.bias", channels)
+            yield from norm(f"{ours}.layernorm", f"{theirs}.layer_norm", channels, bias=True)
+        projection = f"{exported}.feature_projection"
+        yield from norm(f"{node}.projection_layernorm", f"{projection}.layer_norm", channels, bias=True)
+        yield from linear(f"{node}.projection", f"{projection}.projection", self.tower.hidden_size, channels)
 
-    learns = not tower.frozen
-    nodes = [
-        Node(
-            "audio.front",
-            front,
-            (),
-            (memory,),
-            partial(_front_cost, tower, settings),
-            frozenset({"waveforms_AN"}),
-            learns,
-        )
+
+def conformer_nodes(
+    tower: ConformerConfig, settings: LayerSettings, init_std: float, exported: str = "audio_tower"
+) -> list[Node]:
+    """Nodes of the tower.
+
+    Args:
+        exported: the tower's name in the exported model.
+    """
+    shape = conformer_shape(tower, init_std)
+    tokens, width, reads = tower.tokens_per_sound, tower.hidden_size, ("audio_memory",)
+    writes, learns = (Stream("audio_memory", lambda plan: (plan.num_sounds, tokens, width)),), not tower.frozen
+
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_sounds, tokens)]
+
+    def layer(index: int) -> Node:
+        kind = ConformerLayerKind(settings, shape, tower.conv_kernel_size, tokens)
+        place = f"{exported}.encoder.layers.{index}"
+        return Node(f"audio.layers.{index}", kind, reads, writes, place, trainable=learns, recomputable=True)
+
+    front, fields = FrontKind(tower, settings, shape), frozenset({"waveforms_AN"})
+    output = FinalNormKind(settings, shape, sequences)
+    return [
+        Node("audio.front", front, (), writes, exported, fields, trainable=learns),
+        *(layer(index) for index in range(tower.num_layers)),
+        Node("audio.output", output, reads, writes, f"{exported}.encoder.layer_norm", trainable=learns),
     ]
-    for index in range(tower.num_layers):
-        nodes.append(
-            Node(
-                f"audio.layers.{index}",
-                partial(conformer_layer, settings, shape, tower.conv_kernel_size),
-                ("audio_memory",),
-                (memory,),
-                lambda plan: conformer_cost(shape, tower.conv_kernel_size, plan.num_sounds, tokens, settings),
-                trainable=learns,
-                recomputable=True,
-            )
-        )
-    nodes.append(Node("audio.output", output, ("audio_memory",), (memory,), output_cost, trainable=learns))
-    return nodes
-
-
-def _front_cost(tower: ConformerConfig, settings: LayerSettings, plan: MicrobatchPlan) -> NodeCost:
-    """Every tensor- and context-parallel process runs the front end on all sounds."""
-    width, hidden, length = tower.front_channels, tower.hidden_size, tower.num_samples
-    parameters, products, stored, inputs = 0, 0, length, 1
-    for kernel, stride in zip(tower.front_kernels, tower.front_strides):
-        length = (length - kernel) // stride + 1
-        parameters += kernel * inputs * width + 3 * width
-        products += length * kernel * inputs * width
-        stored += 3 * length * width  # inputs of the norm, of GELU, and of the next convolution or norm
-        inputs = width
-    parameters += 2 * width + width * hidden + hidden
-    products += length * width * hidden
-    stored += length * width  # input of the projection
-    sounds = plan.num_sounds * copies(settings.sizes, sharded=False)
-    return NodeCost(parameters, 2.0 * sounds * products, 2.0 * sounds * stored)

@@ -7,20 +7,26 @@ sharded over context parallelism, and over tensor parallelism under sequence par
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.graph import ForwardContext, Node, Stream
 from megatron_mm.models.layers.attention import AttentionPlan, text_plan
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import embedding_cost, head_cost, layer_cost
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
-from megatron_mm.models.layers.text_ends import language_head, token_embedding
-from megatron_mm.models.layers.transformer import stack_layer
+from megatron_mm.models.layers.text_ends import (
+    HeadNames,
+    LanguageHeadKind,
+    TokenEmbeddingKind,
+)
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import LLAMA
 from megatron_mm.parts.decoder.section import DecoderConfig
+
+#: The name of Llama's embedding.
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def causal(plan: MicrobatchPlan) -> bool:
@@ -90,38 +96,23 @@ class DecoderNodes:
         fields: frozenset[str] = frozenset({"tokens_RT"}),
     ) -> Node:
         """`decoder.embedding`: writes `text` from the tokens that a microbatch is to read."""
-        vocab = self.decoder.vocab_size
-        return Node(
-            "decoder.embedding",
-            partial(token_embedding, self.settings, self.shape, vocab, tokens),
-            (),
-            (self.text,),
-            lambda plan: embedding_cost(self.shape, vocab, plan.num_rows * plan.row_length, self.settings.sizes),
-            fields,
-        )
+        kind = TokenEmbeddingKind(self.settings, self.shape, self.decoder.vocab_size, tokens)
+        return Node("decoder.embedding", kind, (), (self.text,), EMBEDDING, fields)
 
     def layer(self, index: int) -> Node:
         """`decoder.layers.INDEX`: self-attention and MLP."""
-
-        def cost(plan: MicrobatchPlan) -> NodeCost:
-            return layer_cost(self.shape, plan.num_rows, plan.row_length, self.settings.sizes, sharded=True)
-
-        return Node(
-            f"decoder.layers.{index}",
-            partial(stack_layer, self.settings, self.shape, index + 1, self.plan, sharded=True),
-            ("text",),
-            (self.text,),
-            cost,
-            recomputable=True,
-        )
+        options = {"sequences": rows_of_text, "layer_names": LLAMA, "sharded": True}
+        kind = StackLayerKind(self.settings, self.shape, index + 1, self.plan, **options)
+        place = f"model.layers.{index}"
+        return Node(f"decoder.layers.{index}", kind, ("text",), (self.text,), place, recomputable=True)
 
     def output(self) -> Node:
         """`decoder.output`: final norm and head, writes `logits`."""
-        vocab = self.decoder.vocab_size
-        return Node(
-            "decoder.output",
-            partial(language_head, self.settings, self.shape, vocab),
-            ("text",),
-            (self.logits,),
-            lambda plan: head_cost(self.shape, vocab, plan.num_rows * plan.row_length, self.settings.sizes),
-        )
+        names = HeadNames("model.norm", head="lm_head.weight")
+        kind = LanguageHeadKind(self.settings, self.shape, self.decoder.vocab_size, names)
+        return Node("decoder.output", kind, ("text",), (self.logits,))
+
+
+def rows_of_text(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+    """Each row is a sequence."""
+    return [(plan.num_rows, plan.row_length)]

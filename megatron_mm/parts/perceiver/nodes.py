@@ -9,8 +9,8 @@ of it is whole on every context-parallel process and never sequence-parallel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,12 +18,15 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.attention import AttentionPlan
-from megatron_mm.models.layers.costs import layer_cost
+from megatron_mm.models.layers.attention import whole_plan
 from megatron_mm.models.layers.parameters import describe, empty_parameter
-from megatron_mm.models.layers.perceiver import latent_layer, latent_layer_cost, query_block
+from megatron_mm.models.layers.perceiver import (
+    LatentLayerKind,
+    QueryBlockKind,
+)
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
-from megatron_mm.models.layers.transformer import stack_layer
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import VIT, Entry, plain
 from megatron_mm.parts.perceiver.section import PerceiverConfig
 
 Count = Callable[[MicrobatchPlan], int]
@@ -42,11 +45,6 @@ class Latents(nn.Module):
         return self.latents.repeat(self.pairs(context.batch.plan), 1, 1)
 
 
-def latent_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
-    """Every latent of a pair sees all of that pair's."""
-    return AttentionPlan(rows=hidden.shape[0])
-
-
 def latent_shape(config: PerceiverConfig, init_std: float) -> StackShape:
     """The latent transformer as a stack of layers; cross-attention layers count as well."""
     return StackShape(
@@ -62,10 +60,33 @@ def latent_shape(config: PerceiverConfig, init_std: float) -> StackShape:
     )
 
 
+@dataclass(frozen=True)
+class LatentsKind:
+    """The latents, the same for every pair."""
+
+    config: PerceiverConfig
+    settings: LayerSettings
+    init_std: float
+    pairs: Count
+
+    def build(self) -> nn.Module:
+        """The module."""
+        return describe(Latents(self.config, self.settings, self.pairs), init_std=self.init_std)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """No products."""
+        return NodeCost(self.config.num_latents * self.config.hidden_size)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """The table."""
+        yield plain(f"{node}.latents", f"{exported}.latents", self.config.num_latents, self.config.hidden_size)
+
+
 def perceiver_nodes(
     config: PerceiverConfig,
     settings: LayerSettings,
     init_std: float,
+    exported: str = "perceiver",
     *,
     memory_width: int,
     pairs: Count,
@@ -74,66 +95,41 @@ def perceiver_nodes(
     """Nodes of the latent transformer.
 
     Args:
+        exported: its name in the exported model.
         memory_width: W of `pair_memory`.
         pairs: B of a microbatch.
         memory_length: M of a microbatch.
     """
-    shape, count, sizes = latent_shape(config, init_std), config.num_latents, settings.sizes
+    shape, count = latent_shape(config, init_std), config.num_latents
     latents = Stream("latents", lambda plan: (pairs(plan), count, config.hidden_size))
 
-    def first() -> nn.Module:
-        return describe(Latents(config, settings, pairs), init_std=init_std)
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(pairs(plan), count)]
 
-    def cross_cost(plan: MicrobatchPlan) -> NodeCost:
-        lengths = {"memory_length": memory_length(plan), "memory_width": memory_width}
-        return latent_layer_cost(shape, sizes, pairs=pairs(plan), queries=count, **lengths)
-
-    nodes = [Node("perceiver.latents", first, (), (latents,), lambda plan: NodeCost(count * config.hidden_size))]
-    number = 0
+    nodes = [Node("perceiver.latents", LatentsKind(config, settings, init_std, pairs), (), (latents,), exported)]
+    reads, number = ("latents", "pair_memory", "pair_mask"), 0
     for block in range(config.num_blocks):
-        nodes.append(
-            Node(
-                f"perceiver.blocks.{block}.cross",
-                partial(latent_layer, settings, shape, memory_width=memory_width),
-                ("latents", "pair_memory", "pair_mask"),
-                (latents,),
-                cross_cost,
-                recomputable=True,
-            )
-        )
+        name, place = f"perceiver.blocks.{block}", f"{exported}.blocks.{block}"
+        cross = LatentLayerKind(settings, shape, memory_width, pairs, count, memory_length)
+        nodes.append(Node(f"{name}.cross", cross, reads, (latents,), f"{place}.cross", recomputable=True))
         for index in range(config.layers_per_block):
             number += 1
-            nodes.append(
-                Node(
-                    f"perceiver.blocks.{block}.layers.{index}",
-                    partial(stack_layer, settings, shape, number, latent_plan, sharded=False),
-                    ("latents",),
-                    (latents,),
-                    lambda plan: layer_cost(shape, pairs(plan), count, sizes, sharded=False),
-                    recomputable=True,
-                )
-            )
+            kind = StackLayerKind(settings, shape, number, whole_plan, sequences, VIT)
+            at = f"layers.{index}"
+            nodes.append(Node(f"{name}.{at}", kind, ("latents",), (latents,), f"{place}.{at}", recomputable=True))
     return nodes
 
 
 def query_node(
-    config: PerceiverConfig, settings: LayerSettings, init_std: float, *, num_queries: int, rows: Count
+    config: PerceiverConfig,
+    settings: LayerSettings,
+    init_std: float,
+    exported: str = "queries",
+    *,
+    num_queries: int,
+    rows: Count,
 ) -> Node:
     """The node `perceiver.queries`: the latents of the first `rows(plan)` pairs -> `query_states`."""
-    shape = latent_shape(config, init_std)
+    kind = QueryBlockKind(settings, latent_shape(config, init_std), config.num_latents, num_queries, rows)
     states = Stream("query_states", lambda plan: (rows(plan), num_queries, config.hidden_size))
-
-    def cost(plan: MicrobatchPlan) -> NodeCost:
-        lengths = {"memory_length": config.num_latents, "memory_width": config.hidden_size}
-        layer = latent_layer_cost(shape, settings.sizes, pairs=rows(plan), queries=num_queries, **lengths)
-        parameters = layer.parameters + num_queries * config.hidden_size
-        return NodeCost(parameters, layer.forward_flops, layer.activation_bytes)
-
-    return Node(
-        "perceiver.queries",
-        partial(query_block, settings, shape, num_queries=num_queries, rows=rows),
-        ("latents",),
-        (states,),
-        cost,
-        recomputable=True,
-    )
+    return Node("perceiver.queries", kind, ("latents",), (states,), exported, recomputable=True)

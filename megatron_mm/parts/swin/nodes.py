@@ -13,7 +13,8 @@ tensor parallelism.
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -25,10 +26,12 @@ from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.window_attention import WindowAttention
 from megatron_mm.models.layers.windows import POSITION_WIDTH, WindowGrid, Windows
+from megatron_mm.models.names import Entry, Part, linear, norm, plain
 from megatron_mm.parts.swin.section import SwinConfig
 
 
@@ -158,20 +161,6 @@ class PatchMerging(MegatronModule):
         return self.layernorm(gather_from_tensor_model_parallel_region(reduced) if self.gather else reduced)
 
 
-class SwinOutput(nn.Module):
-    """The final LayerNorm."""
-
-    def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        super().__init__()
-        self.final_layernorm = backend_of(settings).norm(
-            layer_config(settings, shape, sharded=False), shape.hidden_size
-        )
-
-    def forward(self, vision_memory: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[S, C] -> [S, C]."""
-        return self.final_layernorm(vision_memory)
-
-
 def block_cost(tower: SwinConfig, settings: LayerSettings, stage: int, block: int, plan: MicrobatchPlan) -> NodeCost:
     """A block on all tokens of a stage."""
     shape, sizes = stage_shape(tower, stage, 0.0), settings.sizes
@@ -200,63 +189,145 @@ def merge_cost(tower: SwinConfig, settings: LayerSettings, stage: int, plan: Mic
     return NodeCost(8 * width**2 + 4 * width, 16.0 * tokens * width**2 * sizes.cp, stored)
 
 
-def swin_nodes(tower: SwinConfig, settings: LayerSettings, init_std: float) -> list[Node]:
-    """Nodes of the tower; `init_std` is the deviation of matrices."""
-    stages = len(tower.depths)
-    first, last = (stage_shape(tower, stage, init_std) for stage in (0, stages - 1))
-    side = tower.image_size // tower.patch_size
-    learns = not tower.frozen
+@dataclass(frozen=True)
+class EmbeddingsKind:
+    """Patches of all images and clips, on every process."""
 
-    def memory(stage: int) -> Stream:
-        tokens, width = (side // 2**stage) ** 2, tower.embed_dim * 2**stage
-        return Stream("vision_memory", lambda plan: (total_frames(tower, plan) * tokens, width))
+    tower: SwinConfig
+    settings: LayerSettings
+    init_std: float
 
-    def embeddings() -> nn.Module:
-        return describe(PatchEmbedding(tower, settings, first), init_std=init_std)
+    def build(self) -> nn.Module:
+        """The module."""
+        shape = stage_shape(self.tower, 0, self.init_std)
+        return describe(PatchEmbedding(self.tower, self.settings, shape), init_std=self.init_std)
 
-    def block(stage: int, number: int) -> nn.Module:
-        shape = stage_shape(tower, stage, init_std)
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """One product of the patches."""
+        tower = self.tower
+        width, pixels, places = tower.embed_dim, 3 * tower.patch_size**2, (tower.image_size // tower.patch_size) ** 2
+        depth = min(tower.temporal_patch_size, max(1, plan.clip_frames))
+        deep = plan.num_images + plan.num_clips * clip_depth(tower, plan.clip_frames) * depth
+        tokens = total_frames(tower, plan) * places
+        parameters = pixels * tower.temporal_patch_size * width + 3 * width
+        every = copies(self.settings.sizes, sharded=False)
+        stored = 2.0 * every * (deep * places * pixels + tokens * width)
+        return NodeCost(parameters, 2.0 * every * deep * places * pixels * width, stored)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Swin V2's."""
+        tower, width, hf = self.tower, self.tower.embed_dim, f"{exported}.embeddings"
+        patch = (3, tower.temporal_patch_size, tower.patch_size, tower.patch_size)
+        yield plain(f"{node}.weight", f"{hf}.patch_embeddings.projection.weight", width, *patch)
+        yield plain(f"{node}.bias", f"{hf}.patch_embeddings.projection.bias", width)
+        yield from norm(f"{node}.layernorm", f"{hf}.norm", width, bias=True)
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A block of a stage; every second one shifts its windows."""
+
+    tower: SwinConfig
+    settings: LayerSettings
+    init_std: float
+    stage: int
+    number: int
+
+    def build(self) -> nn.Module:
+        """The block."""
+        shape = stage_shape(self.tower, self.stage, self.init_std)
         heads = shape.num_attention_heads
         return describe(
-            SwinBlock(tower, settings, shape, stage, number),
-            init_std=init_std,
+            SwinBlock(self.tower, self.settings, shape, self.stage, self.number),
+            init_std=self.init_std,
             column={"linear_qkv": heads, "attention": heads, "position_bias": heads, "linear_fc1": None},
             row={"linear_proj": heads, "linear_fc2": None},
             constants={"logit_scale": math.log(10.0)},
         )
 
-    def merge(stage: int) -> nn.Module:
-        module = PatchMerging(settings, stage_shape(tower, stage, init_std), side // 2**stage)
-        return describe(module, init_std=init_std, column={"linear_reduction": None})
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """See block_cost."""
+        return block_cost(self.tower, self.settings, self.stage, self.number, plan)
 
-    def output() -> nn.Module:
-        return describe(SwinOutput(settings, last), init_std=init_std)
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Swin V2's."""
+        shape = stage_shape(self.tower, self.stage, self.init_std)
+        width, heads, ffn = shape.hidden_size, shape.num_attention_heads, shape.ffn_hidden_size
+        attention, theirs = f"{node}.attention", f"{exported}.attention.self"
+        parts = tuple(Part(f"{theirs}.{kind}.weight") for kind in ("query", "key", "value"))
+        yield Entry(f"{attention}.linear_qkv.weight", parts, heads, width // heads, (width,))
+        yield plain(f"{attention}.query_bias", f"{theirs}.query.bias", width)
+        yield plain(f"{attention}.value_bias", f"{theirs}.value.bias", width)
+        yield plain(f"{attention}.logit_scale", f"{theirs}.logit_scale", heads)
+        position, mlp = f"{attention}.position_bias", f"{theirs}.continuous_position_bias_mlp"
+        yield from linear(f"{position}.linear_offset", f"{mlp}.0", POSITION_WIDTH, 3)
+        yield plain(f"{position}.head_weight", f"{mlp}.2.weight", heads, POSITION_WIDTH)
+        yield from linear(f"{attention}.linear_proj", f"{exported}.attention.output.dense", width, width)
+        yield from norm(f"{node}.attention_layernorm", f"{exported}.layernorm_before", width, bias=True)
+        yield from linear(f"{node}.linear_fc1", f"{exported}.intermediate.dense", ffn, width)
+        yield from linear(f"{node}.linear_fc2", f"{exported}.output.dense", width, ffn)
+        yield from norm(f"{node}.mlp_layernorm", f"{exported}.layernorm_after", width, bias=True)
 
-    def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
-        width, pixels = tower.embed_dim, 3 * tower.patch_size**2
-        depth = min(tower.temporal_patch_size, max(1, plan.clip_frames))
-        deep = plan.num_images + plan.num_clips * clip_depth(tower, plan.clip_frames) * depth
-        tokens = total_frames(tower, plan) * side**2
-        parameters = pixels * tower.temporal_patch_size * width + 3 * width
-        every = copies(settings.sizes, sharded=False)
-        stored = 2.0 * every * (deep * side**2 * pixels + tokens * width)
-        return NodeCost(parameters, 2.0 * every * deep * side**2 * pixels * width, stored)
 
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        tokens, width = total_frames(tower, plan) * tower.grid_size**2, tower.hidden_size
-        return NodeCost(2 * width, 0.0, 2.0 * tokens * width * copies(settings.sizes, sharded=False))
+@dataclass(frozen=True)
+class MergeKind:
+    """The merging after a stage."""
 
+    tower: SwinConfig
+    settings: LayerSettings
+    init_std: float
+    stage: int
+
+    def build(self) -> nn.Module:
+        """The module."""
+        side = self.tower.image_size // self.tower.patch_size // 2**self.stage
+        module = PatchMerging(self.settings, stage_shape(self.tower, self.stage, self.init_std), side)
+        return describe(module, init_std=self.init_std, column={"linear_reduction": None})
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """See merge_cost."""
+        return merge_cost(self.tower, self.settings, self.stage, plan)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Swin V2's."""
+        width = self.tower.embed_dim * 2**self.stage
+        yield from linear(f"{node}.linear_reduction", f"{exported}.reduction", 2 * width, 4 * width, bias=False)
+        yield from norm(f"{node}.layernorm", f"{exported}.norm", 2 * width, bias=True)
+
+
+def swin_nodes(
+    tower: SwinConfig, settings: LayerSettings, init_std: float, exported: str = "vision_tower"
+) -> list[Node]:
+    """Nodes of the tower.
+
+    Args:
+        init_std: deviation of matrices.
+        exported: the tower's name in the exported model.
+    """
+    stages, side = len(tower.depths), tower.image_size // tower.patch_size
     reads, fields = ("vision_memory",), frozenset({"images_ICHW", "clips_VFCHW"})
-    nodes = [Node("vision.embeddings", embeddings, (), (memory(0),), embeddings_cost, fields, learns)]
+    options = {"trainable": not tower.frozen, "recomputable": True}
+
+    def memory(stage: int) -> Stream:
+        tokens, width = (side // 2**stage) ** 2, tower.embed_dim * 2**stage
+        return Stream("vision_memory", lambda plan: (total_frames(tower, plan) * tokens, width))
+
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(total_frames(tower, plan), tower.grid_size**2)]
+
+    embeddings = EmbeddingsKind(tower, settings, init_std)
+    nodes = [
+        Node("vision.embeddings", embeddings, (), (memory(0),), exported, fields, trainable=not tower.frozen)
+    ]
     for stage, depth in enumerate(tower.depths):
+        name, place = f"vision.stages.{stage}", f"{exported}.encoder.layers.{stage}"
         for number in range(depth):
-            name = f"vision.stages.{stage}.blocks.{number}"
-            cost = partial(block_cost, tower, settings, stage, number)
-            build = partial(block, stage, number)
-            nodes.append(Node(name, build, reads, (memory(stage),), cost, trainable=learns, recomputable=True))
+            kind, at = BlockKind(tower, settings, init_std, stage, number), f"blocks.{number}"
+            nodes.append(Node(f"{name}.{at}", kind, reads, (memory(stage),), f"{place}.{at}", **options))
         if stage < stages - 1:
-            name, cost = f"vision.stages.{stage}.merge", partial(merge_cost, tower, settings, stage)
+            kind = MergeKind(tower, settings, init_std, stage)
             written = (memory(stage + 1),)
-            nodes.append(Node(name, partial(merge, stage), reads, written, cost, trainable=learns, recomputable=True))
-    nodes.append(Node("vision.output", output, reads, (memory(stages - 1),), output_cost, trainable=learns))
-    return nodes
+            nodes.append(Node(f"{name}.merge", kind, reads, written, f"{place}.downsample", **options))
+    output = FinalNormKind(settings, stage_shape(tower, stages - 1, init_std), sequences)
+    written, place = (memory(stages - 1),), f"{exported}.layernorm"
+    return [*nodes, Node("vision.output", output, reads, written, place, trainable=not tower.frozen)]

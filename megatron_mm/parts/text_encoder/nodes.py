@@ -6,6 +6,8 @@ divide by no parallel size, so it is a tower: whole on every context-parallel pr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,12 +19,14 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.attention import AttentionPlan
-from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies, layer_cost
+from megatron_mm.models.layers.attention import causal_plan
+from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import stack_layer
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import OPT, Entry, plain
+from megatron_mm.parts.decoder.nodes import rows_of_text
 from megatron_mm.parts.text_encoder.section import TextEncoderConfig
 
 _ACTIVATIONS = {
@@ -53,25 +57,6 @@ class TextEmbedding(MegatronModule):
         return self.word_embeddings(tokens) + self.position_embedding[: tokens.shape[1]]
 
 
-class FinalNorm(nn.Module):
-    """The norm that ends a stack."""
-
-    def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        super().__init__()
-        self.final_layernorm = backend_of(settings).norm(
-            layer_config(settings, shape, sharded=False), shape.hidden_size
-        )
-
-    def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """The stream, normalised."""
-        return self.final_layernorm(hidden)
-
-
-def causal_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
-    """Every token sees the earlier ones; padding stands after the text, so nothing sees it."""
-    return AttentionPlan(rows=hidden.shape[0], causal=True)
-
-
 def text_shape(text: TextEncoderConfig, init_std: float) -> StackShape:
     """The encoder as a stack of layers."""
     return StackShape(
@@ -87,37 +72,50 @@ def text_shape(text: TextEncoderConfig, init_std: float) -> StackShape:
     )
 
 
-def text_nodes(text: TextEncoderConfig, settings: LayerSettings, init_std: float) -> list[Node]:
-    """Nodes of the encoder."""
+@dataclass(frozen=True)
+class EmbeddingKind:
+    """Tokens and positions of all rows."""
+
+    text: TextEncoderConfig
+    settings: LayerSettings
+    shape: StackShape
+
+    def build(self) -> nn.Module:
+        """The module."""
+        module = TextEmbedding(self.text, self.settings, self.shape)
+        return describe(module, init_std=self.shape.init_std, column={"word_embeddings": None})
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """A look-up; indices of eight bytes."""
+        stored = 8.0 * plan.num_rows * plan.row_length * copies(self.settings.sizes, sharded=False)
+        return NodeCost((self.text.vocab_size + self.text.max_positions) * self.text.hidden_size, 0.0, stored)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """OPT's."""
+        text, width = self.text, self.text.hidden_size
+        yield plain(f"{node}.word_embeddings.weight", f"{exported}.embed_tokens.weight", text.vocab_size, width)
+        yield plain(f"{node}.position_embedding", f"{exported}.embed_positions.weight", text.max_positions, width)
+
+
+def text_nodes(
+    text: TextEncoderConfig, settings: LayerSettings, init_std: float, exported: str = "text_encoder"
+) -> list[Node]:
+    """Nodes of the encoder.
+
+    Args:
+        exported: the encoder's name in the exported model.
+    """
     shape, width = text_shape(text, init_std), text.hidden_size
     stream = Stream("text", lambda plan: (plan.num_rows, plan.row_length, width))
 
-    def embedding() -> nn.Module:
-        module = TextEmbedding(text, settings, shape)
-        return describe(module, init_std=init_std, column={"word_embeddings": None})
+    def layer(index: int) -> Node:
+        kind = StackLayerKind(settings, shape, index + 1, causal_plan, rows_of_text, OPT)
+        place = f"{exported}.layers.{index}"
+        return Node(f"text.layers.{index}", kind, ("text",), (stream,), place, recomputable=True)
 
-    def output() -> nn.Module:
-        return describe(FinalNorm(settings, shape), init_std=init_std)
-
-    def embedding_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 8.0 * plan.num_rows * plan.row_length * copies(settings.sizes, sharded=False)
-        return NodeCost((text.vocab_size + text.max_positions) * width, 0.0, stored)
-
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 2.0 * plan.num_rows * plan.row_length * width * copies(settings.sizes, sharded=False)
-        return NodeCost(2 * width, 0.0, stored)
-
-    nodes = [Node("text.embedding", embedding, (), (stream,), embedding_cost, frozenset({"tokens_RT"}))]
-    for index in range(text.num_layers):
-        nodes.append(
-            Node(
-                f"text.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, causal_plan, sharded=False),
-                ("text",),
-                (stream,),
-                lambda plan: layer_cost(shape, plan.num_rows, plan.row_length, settings.sizes, sharded=False),
-                recomputable=True,
-            )
-        )
-    nodes.append(Node("text.output", output, ("text",), (stream,), output_cost))
-    return nodes
+    embedding, output = EmbeddingKind(text, settings, shape), FinalNormKind(settings, shape, rows_of_text)
+    return [
+        Node("text.embedding", embedding, (), (stream,), exported, frozenset({"tokens_RT"})),
+        *(layer(index) for index in range(text.num_layers)),
+        Node("text.output", output, ("text",), (stream,), f"{exported}.final_layer_norm"),
+    ]

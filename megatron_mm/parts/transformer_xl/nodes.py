@@ -8,6 +8,8 @@ a cut, a row or a microbatch. The tower is whole on every context-parallel proce
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,8 +21,8 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.relative_attention import (
     SegmentPlan,
@@ -30,6 +32,8 @@ from megatron_mm.models.layers.relative_attention import (
     relative_layer_cost,
 )
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.layers.transformer import mlp_entries
+from megatron_mm.models.names import VIT, Entry, linear, plain, self_attention_names
 from megatron_mm.parts.transformer_xl.section import TransformerXLConfig
 
 _SHARED = ("self_attention.u", "self_attention.v")
@@ -55,20 +59,6 @@ class VariantEmbedding(MegatronModule):
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """[variants · R, T, C]."""
         return self.word_embeddings(torch.cat([getattr(context.batch, name) for name in self.variants]))
-
-
-class TextOutput(nn.Module):
-    """The encoder's final LayerNorm."""
-
-    def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        super().__init__()
-        self.final_layernorm = backend_of(settings).norm(
-            layer_config(settings, shape, sharded=False), shape.hidden_size
-        )
-
-    def forward(self, text: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[B, T, C] -> [B, T, C]."""
-        return self.final_layernorm(text)
 
 
 def segment_plan(text: torch.Tensor, context: ForwardContext, segment_length: int) -> SegmentPlan:
@@ -106,50 +96,97 @@ def text_shape(text: TransformerXLConfig, init_std: float) -> StackShape:
     )
 
 
+@dataclass(frozen=True)
+class EmbeddingKind:
+    """All variants of the text by one table."""
+
+    text: TransformerXLConfig
+    settings: LayerSettings
+    shape: StackShape
+    variants: tuple[str, ...]
+
+    def build(self) -> nn.Module:
+        """The module."""
+        module = VariantEmbedding(self.settings, self.shape, self.text.vocab_size, self.variants)
+        return describe(module, init_std=self.shape.init_std, column={"word_embeddings": None})
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """A look-up; indices of eight bytes."""
+        tokens = len(self.variants) * plan.num_rows * plan.row_length * copies(self.settings.sizes, sharded=False)
+        return NodeCost(self.text.vocab_size * self.text.hidden_size, 0.0, 8.0 * tokens)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """The table."""
+        sizes = (self.text.vocab_size, self.text.hidden_size)
+        yield plain(f"{node}.word_embeddings.weight", f"{exported}.embed_tokens.weight", *sizes)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A layer of relative attention; u and v are the first layer's, exported beside the layers."""
+
+    settings: LayerSettings
+    shape: StackShape
+    number: int
+    segment_length: int
+    variants: int
+    tower: str
+    """The encoder's name in the exported model."""
+
+    def build(self) -> nn.Module:
+        """The layer."""
+        plan = partial(segment_plan, segment_length=self.segment_length)
+        return relative_layer(self.settings, self.shape, self.number, plan)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """Of all variants."""
+        rows, segments = self.variants * plan.num_rows, plan.row_length // self.segment_length
+        sizes, own = self.settings.sizes, self.number == 1
+        return relative_layer_cost(self.shape, rows, segments, self.segment_length, sizes, own_biases=own)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Those of ViT's layers, with the projection of relative positions."""
+        size, attention = self.shape.hidden_size, f"{node}.self_attention"
+        if self.number == 1:
+            for name in ("u", "v"):
+                yield plain(f"{attention}.{name}", f"{self.tower}.{name}", size)
+        heads = self.shape.num_attention_heads
+        own = self_attention_names(node, exported, VIT, size, heads, heads, bias=False, norm_bias=True)
+        *before, projection = own
+        yield from before
+        yield from linear(f"{attention}.linear_pos", f"{exported}.attention.r_proj", size, size, bias=False)
+        yield projection
+        yield from mlp_entries(node, exported, VIT, self.shape)
+
+
 def transformer_xl_nodes(
-    text: TransformerXLConfig, settings: LayerSettings, init_std: float, variants: tuple[str, ...]
+    text: TransformerXLConfig,
+    settings: LayerSettings,
+    init_std: float,
+    variants: tuple[str, ...],
+    exported: str = "text_tower",
 ) -> list[Node]:
     """Nodes of the encoder.
 
     Args:
         variants: fields of Microbatch that hold tokens [R, T]; the stream holds their rows one variant after another.
+        exported: the encoder's name in the exported model.
     """
-    shape, length = text_shape(text, init_std), text.segment_length
-    stream = Stream("text", lambda plan: (len(variants) * plan.num_rows, plan.row_length, text.hidden_size))
-    plan_of = partial(segment_plan, segment_length=length)
+    shape, count = text_shape(text, init_std), len(variants)
+    stream = Stream("text", lambda plan: (count * plan.num_rows, plan.row_length, text.hidden_size))
 
-    def embedding() -> nn.Module:
-        module = VariantEmbedding(settings, shape, text.vocab_size, variants)
-        return describe(module, init_std=init_std, column={"word_embeddings": None})
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(count * plan.num_rows, plan.row_length)]
 
-    def output() -> nn.Module:
-        return describe(TextOutput(settings, shape), init_std=init_std)
+    def layer(index: int) -> Node:
+        kind = LayerKind(settings, shape, index + 1, text.segment_length, count, exported)
+        ties = {name: f"text.layers.0.{name}" for name in _SHARED} if index else {}
+        place = f"{exported}.layers.{index}"
+        return Node(f"text.layers.{index}", kind, ("text",), (stream,), place, recomputable=True, ties=ties)
 
-    def tokens(plan: MicrobatchPlan) -> int:
-        return len(variants) * plan.num_rows * plan.row_length * copies(settings.sizes, sharded=False)
-
-    def embedding_cost(plan: MicrobatchPlan) -> NodeCost:
-        return NodeCost(text.vocab_size * text.hidden_size, 0.0, 8.0 * tokens(plan))
-
-    def layer_cost(plan: MicrobatchPlan, first: bool) -> NodeCost:
-        rows, segments = len(variants) * plan.num_rows, plan.row_length // length
-        return relative_layer_cost(shape, rows, segments, length, settings.sizes, own_biases=first)
-
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        return NodeCost(2 * text.hidden_size, 0.0, 2.0 * tokens(plan) * text.hidden_size)
-
-    nodes = [Node("text.embedding", embedding, (), (stream,), embedding_cost, frozenset(variants))]
-    for index in range(text.num_layers):
-        nodes.append(
-            Node(
-                f"text.layers.{index}",
-                partial(relative_layer, settings, shape, index + 1, plan_of),
-                ("text",),
-                (stream,),
-                partial(layer_cost, first=index == 0),
-                recomputable=True,
-                ties={name: f"text.layers.0.{name}" for name in _SHARED} if index else {},
-            )
-        )
-    nodes.append(Node("text.output", output, ("text",), (stream,), output_cost))
-    return nodes
+    embedding = EmbeddingKind(text, settings, shape, variants)
+    return [
+        Node("text.embedding", embedding, (), (stream,), exported, frozenset(variants)),
+        *(layer(index) for index in range(text.num_layers)),
+        Node("text.output", FinalNormKind(settings, shape, sequences), ("text",), (stream,), f"{exported}.layernorm"),
+    ]

@@ -10,19 +10,21 @@ Shape suffixes as in nodes.py; D is the decoder's width.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
+from megatron_mm.models.layers.attention import whole_plan
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies, layer_cost
+from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import stack_layer
-from megatron_mm.parts.clip.nodes import image_plan
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import VIT, Entry, linear, norm, plain
 from megatron_mm.parts.vit.nodes import shuffled_patches, sine_cosine_positions, vit_shape
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
@@ -66,45 +68,89 @@ class MAEOutput(nn.Module):
         return self.linear(self.final_layernorm(mae_hidden[:, 1:]))
 
 
-def mae_nodes(tower: ViTConfig, mae: MAEConfig, settings: LayerSettings, init_std: float) -> list[Node]:
-    """Nodes of the decoder; LayerNorms have the tower's epsilon."""
-    shape = vit_shape(mae, tower.layernorm_epsilon, init_std)
-    patches, width, whole = tower.num_patches, mae.hidden_size, copies(settings.sizes, sharded=False)
-    visible, pixels = mae.visible_patches(patches), 3 * tower.patch_size**2
-    hidden = Stream("mae_hidden", lambda plan: (plan.num_images, 1 + patches, width))
-    prediction = Stream("mae_prediction", lambda plan: (plan.num_images, patches, pixels))
+@dataclass(frozen=True)
+class EmbeddingsKind:
+    """What the decoder reads, on every process."""
 
-    def embeddings() -> nn.Module:
-        return describe(MAEEmbedding(tower, mae, settings), init_std=init_std)
+    tower: ViTConfig
+    mae: MAEConfig
+    settings: LayerSettings
+    init_std: float
 
-    def output() -> nn.Module:
-        return describe(MAEOutput(tower, settings, shape), init_std=init_std)
+    def build(self) -> nn.Module:
+        """The module."""
+        return describe(MAEEmbedding(self.tower, self.mae, self.settings), init_std=self.init_std)
 
-    def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
-        tokens, matrix = plan.num_images * whole * (1 + visible), tower.hidden_size * width
-        stored = 2.0 * tokens * tower.hidden_size + 8.0 * plan.num_images * whole * visible
-        return NodeCost(matrix + 2 * width, 2.0 * tokens * matrix, stored)
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """A product of the visible patches and the class token."""
+        inputs, width = self.tower.hidden_size, self.mae.hidden_size
+        images = plan.num_images * copies(self.settings.sizes, sharded=False)
+        visible = self.mae.visible_patches(self.tower.num_patches)
+        tokens, matrix = images * (1 + visible), inputs * width
+        return NodeCost(matrix + 2 * width, 2.0 * tokens * matrix, 2.0 * tokens * inputs + 8.0 * images * visible)
 
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        tokens, matrix = plan.num_images * whole * patches, width * pixels
-        # Inputs of the norm and of the linear layer; the loss keeps its fp32 error.
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """ViT-MAE's."""
+        width = self.mae.hidden_size
+        yield plain(f"{node}.mask_token", f"{exported}.mask_token", width)
+        yield from linear(f"{node}.linear", f"{exported}.decoder_embed", width, self.tower.hidden_size)
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """Norm and pixels, on every process."""
+
+    tower: ViTConfig
+    settings: LayerSettings
+    shape: StackShape
+
+    @property
+    def pixels(self) -> int:
+        """Values of a patch."""
+        return 3 * self.tower.patch_size**2
+
+    def build(self) -> nn.Module:
+        """The module."""
+        return describe(MAEOutput(self.tower, self.settings, self.shape), init_std=self.shape.init_std)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """What is kept are the inputs of the norm and of the linear layer, and the loss's error in fp32."""
+        width, pixels = self.shape.hidden_size, self.pixels
+        tokens = plan.num_images * copies(self.settings.sizes, sharded=False) * self.tower.num_patches
+        matrix = width * pixels
         return NodeCost(matrix + pixels + 2 * width, 2.0 * tokens * matrix, tokens * (4.0 * width + 4.0 * pixels))
 
-    nodes = [
-        Node(
-            "mae.embeddings", embeddings, ("masked_memory",), (hidden,), embeddings_cost, frozenset({"patch_noise_IP"})
-        )
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """ViT-MAE's."""
+        yield from norm(f"{node}.final_layernorm", f"{exported}.decoder_norm", self.shape.hidden_size, bias=True)
+        yield from linear(f"{node}.linear", f"{exported}.decoder_pred", self.pixels, self.shape.hidden_size)
+
+
+def mae_nodes(
+    tower: ViTConfig, mae: MAEConfig, settings: LayerSettings, init_std: float, exported: str = "mae_decoder"
+) -> list[Node]:
+    """Nodes of the decoder; LayerNorms have the tower's epsilon.
+
+    Args:
+        exported: the decoder's name in the exported model.
+    """
+    shape = vit_shape(mae, tower.layernorm_epsilon, init_std)
+    patches, width = tower.num_patches, mae.hidden_size
+    output = OutputKind(tower, settings, shape)
+    hidden = Stream("mae_hidden", lambda plan: (plan.num_images, 1 + patches, width))
+    prediction = Stream("mae_prediction", lambda plan: (plan.num_images, patches, output.pixels))
+
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_images, 1 + patches)]
+
+    def layer(index: int) -> Node:
+        kind = StackLayerKind(settings, shape, index + 1, whole_plan, sequences, VIT)
+        place = f"{exported}.decoder_layers.{index}"
+        return Node(f"mae.layers.{index}", kind, ("mae_hidden",), (hidden,), place, recomputable=True)
+
+    embeddings, fields = EmbeddingsKind(tower, mae, settings, init_std), frozenset({"patch_noise_IP"})
+    return [
+        Node("mae.embeddings", embeddings, ("masked_memory",), (hidden,), exported, fields),
+        *(layer(index) for index in range(mae.num_layers)),
+        Node("mae.output", output, ("mae_hidden",), (prediction,), exported),
     ]
-    for index in range(mae.num_layers):
-        nodes.append(
-            Node(
-                f"mae.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, image_plan, sharded=False),
-                ("mae_hidden",),
-                (hidden,),
-                lambda plan: layer_cost(shape, plan.num_images, 1 + patches, settings.sizes, sharded=False),
-                recomputable=True,
-            )
-        )
-    nodes.append(Node("mae.output", output, ("mae_hidden",), (prediction,), output_cost))
-    return nodes

@@ -13,7 +13,8 @@ patch.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,12 +22,13 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies, layer_cost
+from megatron_mm.models.layers.attention import whole_plan
+from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
-from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import stack_layer
-from megatron_mm.parts.clip.nodes import image_plan
+from megatron_mm.models.layers.settings import LayerSettings, StackShape
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import VIT, Entry, plain
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
 
@@ -111,21 +113,6 @@ class ViTEmbedding(nn.Module):
         return torch.cat((self.class_token.expand(patches.shape[0], 1, -1), patches), dim=1)  # its position is zero
 
 
-class ViTOutput(nn.Module):
-    """The final LayerNorm."""
-
-    def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        super().__init__()
-        self.final_layernorm = backend_of(settings).norm(
-            layer_config(settings, shape, sharded=False), shape.hidden_size
-        )
-
-    def forward(self, *inputs: torch.Tensor | ForwardContext) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """(stream, …, context) -> each stream, normalised."""
-        written = tuple(self.final_layernorm(stream) for stream in inputs[:-1])
-        return written if len(written) > 1 else written[0]
-
-
 def vit_shape(part: ViTConfig | MAEConfig, epsilon: float, init_std: float) -> StackShape:
     """The tower, or the MAE decoder, as a stack of layers."""
     return StackShape(
@@ -141,12 +128,54 @@ def vit_shape(part: ViTConfig | MAEConfig, epsilon: float, init_std: float) -> S
     )
 
 
+@dataclass(frozen=True)
+class EmbeddingsKind:
+    """Patches of whole images, of their visible patches, or of both, on every process.
+
+    Attributes:
+        visible: patches of a masked image; None: none are masked.
+    """
+
+    tower: ViTConfig
+    settings: LayerSettings
+    init_std: float
+    full: bool
+    visible: int | None
+
+    def build(self) -> nn.Module:
+        """The module."""
+        return describe(ViTEmbedding(self.tower, self.settings, self.full, self.visible), init_std=self.init_std)
+
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """One product of the patches that are embedded."""
+        width, patch = self.tower.hidden_size, 3 * self.tower.patch_size**2
+        images = plan.num_images * copies(self.settings.sizes, sharded=False)
+        embedded = images * (self.tower.num_patches if self.full else self.visible)
+        picked = images * (self.visible or 0)  # their indices, eight bytes each
+        return NodeCost((patch + 2) * width, 2.0 * embedded * patch * width, 2.0 * embedded * patch + 8.0 * picked)
+
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """ViT-MAE's."""
+        hf, width, size = f"{exported}.embeddings", self.tower.hidden_size, self.tower.patch_size
+        projection = f"{hf}.patch_embeddings.projection"
+        yield plain(f"{node}.class_token", f"{hf}.cls_token", width)
+        yield plain(f"{node}.patch_embedding.weight", f"{projection}.weight", width, 3, size, size)
+        yield plain(f"{node}.patch_embedding.bias", f"{projection}.bias", width)
+
+
 def vit_nodes(
-    tower: ViTConfig, settings: LayerSettings, init_std: float, *, full: bool = True, masked: MAEConfig | None = None
+    tower: ViTConfig,
+    settings: LayerSettings,
+    init_std: float,
+    exported: str = "vision_tower",
+    *,
+    full: bool = True,
+    masked: MAEConfig | None = None,
 ) -> list[Node]:
     """Nodes of the tower.
 
     Args:
+        exported: the tower's name in the exported model.
         full: write `image_memory`, of whole images.
         masked: write `masked_memory`, of what this mask ratio leaves visible.
 
@@ -156,7 +185,7 @@ def vit_nodes(
     if not full and masked is None:
         raise ValueError("a vision tower must be applied to whole images (full), to masked images (masked), or to both")
     shape = vit_shape(tower, tower.layernorm_epsilon, init_std)
-    patches, width, whole = tower.num_patches, tower.hidden_size, copies(settings.sizes, sharded=False)
+    patches, width = tower.num_patches, tower.hidden_size
     visible = None if masked is None else masked.visible_patches(patches)
     if visible == 0:
         raise ValueError(f"a mask ratio of {masked.mask_ratio} leaves none of an image's {patches} patches visible")
@@ -169,46 +198,22 @@ def vit_nodes(
     def stream(name: str, length: int) -> Stream:
         return Stream(name, lambda plan: (plan.num_images, length, width))
 
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_images, length) for length in lengths.values()]
+
     names, streams = tuple(lengths), tuple(stream(name, length) for name, length in lengths.items())
-    tokens = sum(lengths.values())
-
-    def embeddings() -> nn.Module:
-        return describe(ViTEmbedding(tower, settings, full, visible), init_std=init_std)
-
-    def output() -> nn.Module:
-        return describe(ViTOutput(settings, shape), init_std=init_std)
-
-    def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
-        patch = 3 * tower.patch_size**2
-        embedded = plan.num_images * whole * (patches if full else visible)
-        picked = plan.num_images * whole * (visible or 0)  # their indices, eight bytes each
-        return NodeCost((patch + 2) * width, 2.0 * embedded * patch * width, 2.0 * embedded * patch + 8.0 * picked)
-
-    def layers_cost(plan: MicrobatchPlan) -> NodeCost:
-        costs = [
-            layer_cost(shape, plan.num_images, length, settings.sizes, sharded=False) for length in lengths.values()
-        ]
-        return NodeCost(
-            costs[0].parameters, sum(cost.forward_flops for cost in costs), sum(c.activation_bytes for c in costs)
-        )
-
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        return NodeCost(2 * width, 0.0, 2.0 * plan.num_images * tokens * width * whole)
-
     learns = not tower.frozen
+
+    def layer(index: int) -> Node:
+        kind = StackLayerKind(settings, shape, index + 1, whole_plan, sequences, VIT)
+        place = f"{exported}.layers.{index}"
+        return Node(f"vision.layers.{index}", kind, names, streams, place, trainable=learns, recomputable=True)
+
+    embeddings = EmbeddingsKind(tower, settings, init_std, full, visible)
     fields = frozenset({"images_ICHW"} | ({"patch_noise_IP"} if visible is not None else set()))
-    nodes = [Node("vision.embeddings", embeddings, (), streams, embeddings_cost, fields, learns)]
-    for index in range(tower.num_layers):
-        nodes.append(
-            Node(
-                f"vision.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, image_plan, sharded=False),
-                names,
-                streams,
-                layers_cost,
-                trainable=learns,
-                recomputable=True,
-            )
-        )
-    nodes.append(Node("vision.output", output, names, streams, output_cost, trainable=learns))
-    return nodes
+    output = FinalNormKind(settings, shape, sequences)
+    return [
+        Node("vision.embeddings", embeddings, (), streams, exported, fields, trainable=learns),
+        *(layer(index) for index in range(tower.num_layers)),
+        Node("vision.output", output, names, streams, f"{exported}.layernorm", trainable=learns),
+    ]

@@ -7,7 +7,8 @@ on [A, frames / 2, C]. The tower is whole on every context-parallel process.
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,12 +16,13 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.attention import AttentionPlan
-from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies, layer_cost
+from megatron_mm.models.layers.attention import whole_plan
+from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe
-from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import stack_layer
+from megatron_mm.models.layers.settings import LayerSettings, StackShape
+from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.names import WHISPER, Entry, plain
 from megatron_mm.parts.whisper.section import AudioTowerConfig
 
 
@@ -49,25 +51,6 @@ class SpectrogramEmbedding(nn.Module):
         return functional.gelu(self.conv2(hidden)).transpose(1, 2) + self.positions
 
 
-class AudioOutput(nn.Module):
-    """The encoder's final LayerNorm."""
-
-    def __init__(self, settings: LayerSettings, shape: StackShape) -> None:
-        super().__init__()
-        self.final_layernorm = backend_of(settings).norm(
-            layer_config(settings, shape, sharded=False), shape.hidden_size
-        )
-
-    def forward(self, audio_memory: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[A, M, C] -> [A, M, C]."""
-        return self.final_layernorm(audio_memory)
-
-
-def sound_plan(hidden: torch.Tensor, context: ForwardContext) -> AttentionPlan:
-    """Every position of a sound sees all of that sound, its padding included, as in Whisper."""
-    return AttentionPlan(rows=hidden.shape[0])
-
-
 def audio_shape(tower: AudioTowerConfig, init_std: float) -> StackShape:
     """The tower as a stack of layers."""
     return StackShape(
@@ -83,44 +66,59 @@ def audio_shape(tower: AudioTowerConfig, init_std: float) -> StackShape:
     )
 
 
-def audio_nodes(tower: AudioTowerConfig, settings: LayerSettings, init_std: float) -> list[Node]:
-    """Nodes of the tower."""
-    shape = audio_shape(tower, init_std)
-    tokens, width, bins = tower.tokens_per_sound, tower.hidden_size, tower.num_mel_bins
-    memory = Stream("audio_memory", lambda plan: (plan.num_sounds, tokens, width))
+@dataclass(frozen=True)
+class EmbeddingsKind:
+    """Both convolutions over all spectrograms, on every process."""
 
-    def embeddings() -> nn.Module:
-        return describe(SpectrogramEmbedding(tower, settings), init_std=init_std)
+    tower: AudioTowerConfig
+    settings: LayerSettings
+    init_std: float
 
-    def output() -> nn.Module:
-        return describe(AudioOutput(settings, shape), init_std=init_std)
+    def build(self) -> nn.Module:
+        """The module."""
+        return describe(SpectrogramEmbedding(self.tower, self.settings), init_std=self.init_std)
 
-    def embeddings_cost(plan: MicrobatchPlan) -> NodeCost:
+    def cost(self, plan: MicrobatchPlan) -> NodeCost:
+        """What is kept are the inputs of both convolutions and of both GELUs."""
+        width, bins = self.tower.hidden_size, self.tower.num_mel_bins
         conv1, conv2 = 3 * bins * width, 3 * width * width
-        frames = plan.num_sounds * tower.num_frames * copies(settings.sizes, sharded=False)  # on every process
-        # Inputs of both convolutions and of both GELUs.
+        frames = plan.num_sounds * self.tower.num_frames * copies(self.settings.sizes, sharded=False)
         stored = 2.0 * frames * (bins + 2 * width + width / 2)
         return NodeCost(conv1 + conv2 + 2 * width, 2.0 * frames * (conv1 + conv2 / 2), stored)
 
-    def output_cost(plan: MicrobatchPlan) -> NodeCost:
-        stored = 2.0 * plan.num_sounds * tokens * width * copies(settings.sizes, sharded=False)
-        return NodeCost(2 * width, 0.0, stored)
+    def names(self, node: str, exported: str) -> Iterator[Entry]:
+        """Whisper's."""
+        width = self.tower.hidden_size
+        for name, channels in (("conv1", self.tower.num_mel_bins), ("conv2", width)):
+            yield plain(f"{node}.{name}.weight", f"{exported}.{name}.weight", width, channels, 3)
+            yield plain(f"{node}.{name}.bias", f"{exported}.{name}.bias", width)
 
+
+def audio_nodes(
+    tower: AudioTowerConfig, settings: LayerSettings, init_std: float, exported: str = "audio_tower"
+) -> list[Node]:
+    """Nodes of the tower.
+
+    Args:
+        exported: the tower's name in the exported model.
+    """
+    shape = audio_shape(tower, init_std)
+    tokens, width, reads = tower.tokens_per_sound, tower.hidden_size, ("audio_memory",)
+    writes = (Stream("audio_memory", lambda plan: (plan.num_sounds, tokens, width)),)
     learns = not tower.frozen
-    nodes = [
-        Node("audio.embeddings", embeddings, (), (memory,), embeddings_cost, frozenset({"sounds_AMF"}), learns)
+
+    def sequences(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_sounds, tokens)]
+
+    def layer(index: int) -> Node:
+        kind = StackLayerKind(settings, shape, index + 1, whole_plan, sequences, WHISPER)
+        place = f"{exported}.layers.{index}"
+        return Node(f"audio.layers.{index}", kind, reads, writes, place, trainable=learns, recomputable=True)
+
+    embeddings, fields = EmbeddingsKind(tower, settings, init_std), frozenset({"sounds_AMF"})
+    output = FinalNormKind(settings, shape, sequences)
+    return [
+        Node("audio.embeddings", embeddings, (), writes, exported, fields, trainable=learns),
+        *(layer(index) for index in range(tower.num_layers)),
+        Node("audio.output", output, reads, writes, f"{exported}.layer_norm", trainable=learns),
     ]
-    for index in range(tower.num_layers):
-        nodes.append(
-            Node(
-                f"audio.layers.{index}",
-                partial(stack_layer, settings, shape, index + 1, sound_plan, sharded=False),
-                ("audio_memory",),
-                (memory,),
-                lambda plan: layer_cost(shape, plan.num_sounds, tokens, settings.sizes, sharded=False),
-                trainable=learns,
-                recomputable=True,
-            )
-        )
-    nodes.append(Node("audio.output", output, ("audio_memory",), (memory,), output_cost, trainable=learns))
-    return nodes

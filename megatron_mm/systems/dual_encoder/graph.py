@@ -8,19 +8,23 @@ Streams: `image_memory` [I, 1 + P, C]; `text` [R, T, C], rewritten by encoder an
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
-from megatron_mm.models.graph import Graph, Node, NodeCost, Stream
-from megatron_mm.models.layers.costs import head_cost
-from megatron_mm.models.layers.memory_attention import memory_layer, memory_layer_cost
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
+from megatron_mm.models.graph import Graph, Node, Stream
+from megatron_mm.models.layers.attention import causal_plan
+from megatron_mm.models.layers.memory_attention import (
+    MemoryLayerKind,
+    MemoryLayerNames,
+)
 from megatron_mm.models.layers.pooling import last_row_state
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
-from megatron_mm.models.layers.text_ends import language_head
+from megatron_mm.models.layers.text_ends import HeadNames, LanguageHeadKind
+from megatron_mm.models.names import OPT
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.contrastive import image_text_loss
 from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.parts.contrastive.nodes import embedding_node, scale_node
-from megatron_mm.parts.text_encoder.nodes import causal_plan, text_nodes, text_shape
+from megatron_mm.parts.text_encoder.nodes import text_nodes, text_shape
 from megatron_mm.parts.vit.mae import mae_nodes
 from megatron_mm.parts.vit.nodes import vit_nodes
 from megatron_mm.parts.vit.rows import mean_patch, row_images
@@ -46,9 +50,9 @@ def build_graph(config: DualEncoderConfig, settings: LayerSettings) -> Graph:
     text = text_shape(config.text, std)
     if config.contrastive_weight > 0:
         args = (settings, vision.hidden_size, config.contrastive, mean_patch)
-        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args))
+        nodes.append(embedding_node("image", "image_memory", "image_embedding", *args))
         args = (settings, text.hidden_size, config.contrastive, last_row_state)
-        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args))
+        nodes.append(embedding_node("text", "text", "text_embedding", *args))
         nodes.append(scale_node(settings, config.contrastive))
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
     if config.causal_lm_weight > 0:
@@ -56,6 +60,9 @@ def build_graph(config: DualEncoderConfig, settings: LayerSettings) -> Graph:
         kind = settings.performance.cross_entropy
         losses.append(causal_lm_loss(weight=config.causal_lm_weight, sharded=False, kind=kind))
     return Graph(nodes, losses)
+
+
+_NAMES = MemoryLayerNames("cross_attn_layer_norm", "cross_attn")
 
 
 def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape) -> list[Node]:
@@ -70,42 +77,19 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
     stream = Stream("text", lambda plan: (plan.num_rows, plan.row_length, text.hidden_size))
     logits = Stream("logits", lambda plan: (plan.num_rows * plan.row_length, 1, config.text.vocab_size))
 
-    def cost(plan) -> NodeCost:
-        return memory_layer_cost(
-            shape,
-            settings.sizes,
-            rows=plan.num_rows,
-            length=plan.row_length,
-            memories=plan.num_images,
-            memory_length=vision.tokens_per_image,
-            memory_width=vision.hidden_size,
-            sharded=False,
-        )
+    def rows(plan: MicrobatchPlan) -> tuple[int, int]:
+        return plan.num_rows, plan.row_length
+
+    def images(plan: MicrobatchPlan) -> tuple[int, int]:
+        return plan.num_images, vision.tokens_per_image
 
     def layer(index: int) -> Node:
-        build = partial(
-            memory_layer,
-            settings,
-            shape,
-            index + 1,
-            row_images,
-            memory_width=vision.hidden_size,
-            sharded=False,
-            plan=causal_plan,
-        )
-        name, reads = f"fusion.layers.{index}", ("text", "image_memory")
-        return Node(name, build, reads, (stream,), cost, recomputable=True)
+        reading = (row_images, rows, images, vision.hidden_size, OPT, _NAMES)
+        kind = MemoryLayerKind(settings, shape, index + 1, *reading, self_plan=causal_plan)
+        name = f"fusion.layers.{index}"
+        return Node(name, kind, ("text", "image_memory"), (stream,), name, recomputable=True)
 
-    def output_cost(plan) -> NodeCost:
-        positions = plan.num_rows * plan.row_length
-        return head_cost(shape, config.text.vocab_size, positions, settings.sizes, sharded=False, tied=True)
-
-    output = Node(
-        "fusion.output",
-        partial(language_head, settings, shape, config.text.vocab_size, sharded=False),
-        ("text",),
-        (logits,),
-        output_cost,
-        ties={"output_layer.weight": EMBEDDING},
-    )
+    names = HeadNames("fusion.final_layer_norm")
+    head = LanguageHeadKind(settings, shape, config.text.vocab_size, names, sharded=False)
+    output = Node("fusion.output", head, ("text",), (logits,), ties={"output_layer.weight": EMBEDDING})
     return [*(layer(index) for index in range(fusion.num_layers)), output]

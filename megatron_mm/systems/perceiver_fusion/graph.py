@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Graph, Node, NodeCost, Stream
-from megatron_mm.models.layers.costs import copies, head_cost, pooled_head_cost
-from megatron_mm.models.layers.pooling import embedding_head, masked_mean
+from megatron_mm.models.graph import ForwardContext, Graph, Kind, Node, NodeCost, Stream
+from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.pooling import PooledHeadKind, PooledHeadNames, masked_mean
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
-from megatron_mm.models.layers.text_ends import language_head
+from megatron_mm.models.layers.text_ends import HeadNames, LanguageHeadKind
 from megatron_mm.objectives.contrastive import image_text_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss, matching_pairs
-from megatron_mm.parts.contrastive.nodes import embedding_node, scale_node
+from megatron_mm.parts.contrastive.nodes import embedding_node, rows_of, scale_node
 from megatron_mm.parts.perceiver.nodes import perceiver_nodes, query_node
 from megatron_mm.parts.transformer_xl.nodes import transformer_xl_nodes
 from megatron_mm.parts.vit.nodes import vit_nodes
@@ -43,15 +43,12 @@ def build_graph(config: PerceiverFusionConfig, settings: LayerSettings) -> Graph
     nodes += transformer_xl_nodes(config.text, settings, std, variants)
     if contrasts or matches:  # matching looks for hard negatives by the embeddings
         args = (settings, config.vision.hidden_size, config.contrastive, mean_patch)
-        nodes.append(embedding_node("contrastive.image", "image_memory", "image_embedding", *args))
+        nodes.append(embedding_node("image", "image_memory", "image_embedding", *args))
         args = (settings, config.text.hidden_size, config.contrastive, mean_token)
-        nodes.append(embedding_node("contrastive.text", "text", "text_embedding", *args))
+        nodes.append(embedding_node("text", "text", "text_embedding", *args))
         nodes.append(scale_node(settings, config.contrastive))
     if contrasts:
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
-
-    def rows(plan: MicrobatchPlan) -> int:
-        return plan.num_rows
 
     def pairs(plan: MicrobatchPlan) -> int:
         return plan.num_rows * (int(predicts) + 3 * int(matches))
@@ -67,7 +64,7 @@ def build_graph(config: PerceiverFusionConfig, settings: LayerSettings) -> Graph
         nodes.append(_match_head(config, settings, predicts))
         losses.append(matching_loss(weight=config.matching_weight))
     if predicts:
-        nodes.append(query_node(config.perceiver, settings, std, num_queries=config.max_positions, rows=rows))
+        nodes.append(query_node(config.perceiver, settings, std, num_queries=config.max_positions, rows=rows_of))
         nodes.append(_masked_head(config, settings))
         kind = settings.performance.cross_entropy
         losses.append(masked_lm_loss(weight=config.masked_lm_weight, sharded=False, kind=kind))
@@ -136,7 +133,7 @@ def _pairs(
         return NodeCost(0, flops, 2.0 * pairs(plan) * length(plan) * width * everywhere)
 
     build = partial(Pairs, predicts, matches)
-    return Node("fusion.pairs", build, reads, tuple(streams), cost, fields)
+    return Node("fusion.pairs", Kind(build, cost), reads, tuple(streams), fields=fields)
 
 
 def _latent_shape(config: PerceiverFusionConfig) -> StackShape:
@@ -161,27 +158,19 @@ def _match_head(config: PerceiverFusionConfig, settings: LayerSettings, predicts
     def pool(latents: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         return latents[context.batch.plan.num_rows if predicts else 0 :].mean(dim=1)
 
-    def cost(plan: MicrobatchPlan) -> NodeCost:
-        return pooled_head_cost(shape.hidden_size, 2, 3 * plan.num_rows, settings.sizes, norm=shape)
+    def pairs(plan: MicrobatchPlan) -> int:
+        return 3 * plan.num_rows
 
     logits = Stream("match_logits", lambda plan: (3 * plan.num_rows, 2), dtype=torch.float32)
-    build = partial(embedding_head, settings, shape.hidden_size, 2, pool, shape)
-    return Node("matching.head", build, ("latents",), (logits,), cost)
+    names = PooledHeadNames("match_projection.weight", "match_norm")
+    kind = PooledHeadKind(settings, shape.hidden_size, 2, pool, pairs, names, shape)
+    return Node("matching.head", kind, ("latents",), (logits,))
 
 
 def _masked_head(config: PerceiverFusionConfig, settings: LayerSettings) -> Node:
     shape, vocab, width = _latent_shape(config), config.text.vocab_size, config.text.hidden_size
     logits = Stream("logits", lambda plan: (plan.num_rows * plan.row_length, 1, vocab))
-
-    def cost(plan: MicrobatchPlan) -> NodeCost:
-        positions = plan.num_rows * plan.row_length
-        return head_cost(shape, vocab, positions, settings.sizes, sharded=False, output_width=width, tied=True)
-
-    return Node(
-        "masked_lm.output",
-        partial(language_head, settings, shape, vocab, sharded=False, output_width=width),
-        ("query_states",),
-        (logits,),
-        cost,
-        ties={"output_layer.weight": EMBEDDING},
-    )
+    names = HeadNames("lm_norm", projection="lm_projection.weight")
+    kind = LanguageHeadKind(settings, shape, vocab, names, sharded=False, output_width=width)
+    ties = {"output_layer.weight": EMBEDDING}
+    return Node("masked_lm.output", kind, ("query_states",), (logits,), ties=ties)

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_mm.models.graph import Graph, Node, NodeCost
-from megatron_mm.models.layers.memory_attention import memory_layer, memory_layer_cost
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
+from megatron_mm.models.graph import Graph, Node
+from megatron_mm.models.layers.memory_attention import (
+    MemoryLayerKind,
+    MemoryLayerNames,
+)
 from megatron_mm.models.layers.pooling import last_state
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.names import LLAMA
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.contrastive import image_text_loss
 from megatron_mm.objectives.mae import mae_loss
@@ -27,83 +32,62 @@ from megatron_mm.systems.vlm.section import VLMConfig
 
 def build_graph(config: VLMConfig, settings: LayerSettings) -> Graph:
     """The graph of a phase."""
+    vision, std = config.vision, config.init_std
     if config.phase == "mae":
-        nodes = vit_nodes(config.vision, settings, config.init_std, full=False, masked=config.mae)
-        nodes += mae_nodes(config.vision, config.mae, settings, config.init_std)
-        return Graph(nodes, [mae_loss(config.vision, config.mae)])
-    decoder = DecoderNodes(config.decoder, settings, config.init_std)
-    contrasts, speaks = config.contrastive_weight > 0, config.causal_lm_weight > 0
-    nodes = vit_nodes(config.vision, settings, config.init_std)
+        nodes = vit_nodes(vision, settings, std, full=False, masked=config.mae)
+        nodes += mae_nodes(vision, config.mae, settings, std)
+        return Graph(nodes, [mae_loss(vision, config.mae)])
+    decoder = DecoderNodes(config.decoder, settings, std)
+    contrasts, generates = config.contrastive_weight > 0, config.causal_lm_weight > 0
+    nodes = vit_nodes(vision, settings, std)
     losses = []
     if contrasts:
-        nodes.append(
-            embedding_node(
-                "contrastive.image",
-                "image_memory",
-                "image_embedding",
-                settings,
-                config.vision.hidden_size,
-                config.contrastive,
-                mean_patch,
-            )
-        )
+        args = (settings, vision.hidden_size, config.contrastive, mean_patch)
+        nodes.append(embedding_node("image", "image_memory", "image_embedding", *args))
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
     nodes.append(decoder.embedding())
     cross = config.cross_attention
-    for index in range(config.decoder.num_layers if speaks else cross.first_layer):
+    for index in range(config.decoder.num_layers if generates else cross.first_layer):
         if index >= cross.first_layer and (index - cross.first_layer) % cross.every == 0:
             nodes.append(_gated_block(config, settings, decoder, (index - cross.first_layer) // cross.every))
         nodes.append(decoder.layer(index))
         if contrasts and index + 1 == cross.first_layer:
-            nodes.append(_text_embedding(config, settings, decoder))
+            pool = partial(last_state, sequence_parallel=settings.sizes.sequence_parallel)
+            args = (settings, decoder.shape.hidden_size, config.contrastive, pool, decoder.shape)
+            nodes.append(embedding_node("text", "text", "text_embedding", *args))
     if contrasts:
         nodes.append(scale_node(settings, config.contrastive))
-    if speaks:
+    if generates:
         nodes.append(decoder.output())
         losses.append(causal_lm_loss(weight=config.causal_lm_weight, kind=settings.performance.cross_entropy))
     return Graph(nodes, losses)
 
 
+_NAMES = MemoryLayerNames("input_layernorm", "cross_attn", "cross_attn_gate", "mlp_gate")
+
+
 def _gated_block(config: VLMConfig, settings: LayerSettings, decoder: DecoderNodes, number: int) -> Node:
     cross, vision = config.cross_attention, config.vision
-    build = partial(
-        memory_layer,
+
+    def rows(plan: MicrobatchPlan) -> tuple[int, int]:
+        return plan.num_rows, plan.row_length
+
+    def images(plan: MicrobatchPlan) -> tuple[int, int]:
+        return plan.num_images, vision.tokens_per_image
+
+    kind = MemoryLayerKind(
         settings,
         decoder.shape,
         number + 1,
         row_images,
-        memory_width=vision.hidden_size,
+        rows,
+        images,
+        vision.hidden_size,
+        LLAMA,
+        _NAMES,
         sharded=True,
         qk_layernorm=cross.qk_layernorm,
         gate_init=cross.gate_init,
     )
-
-    def cost(plan) -> NodeCost:
-        return memory_layer_cost(
-            decoder.shape,
-            settings.sizes,
-            rows=plan.num_rows,
-            length=plan.row_length,
-            memories=plan.num_images,
-            memory_length=vision.tokens_per_image,
-            memory_width=vision.hidden_size,
-            sharded=True,
-            qk_layernorm=cross.qk_layernorm,
-            gated=True,
-        )
-
-    name, reads = f"decoder.cross_layers.{number}", ("text", "image_memory")
-    return Node(name, build, reads, (decoder.text,), cost, recomputable=True)
-
-
-def _text_embedding(config: VLMConfig, settings: LayerSettings, decoder: DecoderNodes) -> Node:
-    return embedding_node(
-        "contrastive.text",
-        "text",
-        "text_embedding",
-        settings,
-        decoder.shape.hidden_size,
-        config.contrastive,
-        partial(last_state, sequence_parallel=settings.sizes.sequence_parallel),
-        norm=decoder.shape,
-    )
+    at, reads = f"cross_layers.{number}", ("text", "image_memory")
+    return Node(f"decoder.{at}", kind, reads, (decoder.text,), f"model.{at}", recomputable=True)
