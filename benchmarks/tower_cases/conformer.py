@@ -12,8 +12,8 @@ from torch import nn
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.graph import names_of
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.conformer.names import conformer_entries
 from megatron_mm.parts.conformer.nodes import conformer_nodes
 from megatron_mm.parts.conformer.section import ConformerConfig
 
@@ -66,7 +66,7 @@ def give_weights(ours: Tower, peer: nn.Module, tower: ConformerConfig) -> None:
     found = {name.removeprefix("built.").replace("/", "."): value for name, value in ours.named_parameters()}
     theirs = dict(peer.named_parameters())
     with torch.no_grad():
-        for entry in conformer_entries(tower, "audio", "peer"):
+        for entry in names_of(conformer_nodes(tower, LayerSettings(), 0.02, "peer")):
             if entry.training.endswith("depthwise_layernorm.weight"):
                 found[entry.training].zero_()
             for name, value in entry.split(found[entry.training]):

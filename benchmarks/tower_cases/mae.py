@@ -6,10 +6,10 @@ import torch
 
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower, make_batch, sizes
+from megatron_mm.models.graph import names_of
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.parts.vit.mae import mae_nodes
-from megatron_mm.parts.vit.names import mae_entries, vit_entries
 from megatron_mm.parts.vit.nodes import sine_cosine_positions, vit_nodes
 from megatron_mm.parts.vit.section import MAEConfig
 
@@ -34,7 +34,10 @@ def build(smoke: bool) -> TowerCase:
             mask_ratio=mae.mask_ratio, norm_pix_loss=mae.normalize_pixels, attn_implementation="sdpa",
         )
     ).train()  # fmt: skip
-    entries = [*vit_entries(tower, hf_prefix="vit"), *mae_entries(tower, mae, hf_prefix="decoder")]
+    entries = [
+        *names_of(vit_nodes(tower, LayerSettings(), 0.02, "vit")),
+        *names_of(mae_nodes(tower, mae, LayerSettings(), 0.02, "decoder")),
+    ]
     ours.give_weights(peer, entries)
     for positions in (peer.vit.embeddings.position_embeddings, peer.decoder.decoder_pos_embed):
         positions.copy_(sine_cosine_positions(tower.image_size // tower.patch_size, positions.shape[-1], "cpu"))

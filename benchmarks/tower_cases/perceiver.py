@@ -10,10 +10,9 @@ from torch import nn
 
 from benchmarks.tower_cases import TowerCase
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.graph import ForwardContext, names_of
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.perceiver.names import perceiver_entries
 from megatron_mm.parts.perceiver.nodes import perceiver_nodes
 from megatron_mm.parts.perceiver.section import PerceiverConfig
 
@@ -87,7 +86,17 @@ def build(smoke: bool) -> TowerCase:
         )
     ).train()
     found = {name.replace("/", "."): parameter.detach() for name, parameter in modules.named_parameters()}
-    entries = perceiver_entries(config, memory_width, hf_prefix="peer")
+    entries = names_of(
+        perceiver_nodes(
+            config,
+            LayerSettings(),
+            0.02,
+            "peer",
+            memory_width=memory_width,
+            pairs=lambda plan: 1,
+            memory_length=lambda plan: 1,
+        )
+    )
     peer.load_state_dict(
         {
             peer_name(name.removeprefix("peer.")): value

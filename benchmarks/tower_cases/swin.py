@@ -8,8 +8,8 @@ from torch import nn
 from benchmarks.tower_cases import TowerCase
 from benchmarks.tower_cases.vit import Tower
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.graph import names_of
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.swin.names import swin_entries
 from megatron_mm.parts.swin.nodes import swin_nodes
 from megatron_mm.parts.swin.section import SwinConfig
 
@@ -44,7 +44,7 @@ def give_weights(ours: Tower, peer: nn.Module, tower: SwinConfig) -> None:
     values = {name.removeprefix("built.").replace("/", "."): value for name, value in ours.named_parameters()}
     theirs = dict(peer.named_parameters(prefix="peer"))
     with torch.no_grad():
-        for entry in swin_entries(tower, hf_prefix="peer"):
+        for entry in names_of(swin_nodes(tower, LayerSettings(), 0.02, "peer")):
             for name, value in entry.split(values[entry.training]):
                 if name.endswith("projection.weight"):
                     value = value.sum(dim=2)

@@ -7,11 +7,10 @@ from torch import nn
 
 from benchmarks.tower_cases import TowerCase
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext, Node
+from megatron_mm.models.graph import ForwardContext, Node, names_of
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import Entry
-from megatron_mm.parts.vit.names import vit_entries
 from megatron_mm.parts.vit.nodes import sine_cosine_positions, vit_nodes
 from megatron_mm.parts.vit.section import ViTConfig
 
@@ -92,7 +91,7 @@ def build(smoke: bool) -> TowerCase:
         ),
         add_pooling_layer=False,
     ).train()  # fmt: skip
-    ours.give_weights(nn.ModuleDict({"peer": peer}), list(vit_entries(tower, hf_prefix="peer")))
+    ours.give_weights(nn.ModuleDict({"peer": peer}), names_of(vit_nodes(tower, LayerSettings(), 0.02, "peer")))
     positions = peer.embeddings.position_embeddings.requires_grad_(False)  # fixed here, so no work for the peer either
     positions.copy_(sine_cosine_positions(tower.image_size // tower.patch_size, tower.hidden_size, "cpu"))
     batch = make_batch(tower, images)

@@ -1,7 +1,8 @@
 """The section of a system: what `model:` of a recipe may hold, chosen by `model.system`.
 
 Beside its fields a section offers what the rest of the program asks of a system: `inputs`, the InputFormat of its
-samples; `problems(config, sizes)`, what contradicts itself; `notes(sizes)`, what a layout cannot divide.
+samples; what it learns (`generates`, `contrasts`, …), by which graph, export and evaluation go;
+`problems(config, sizes)`, what contradicts itself; `notes(sizes)`, what a layout cannot divide.
 """
 
 from __future__ import annotations
@@ -37,6 +38,26 @@ class SystemConfig:
     def inputs(self) -> InputFormat:
         """What samples must hold."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its samples hold")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model reads text; a phase may not."""
+        return True
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model learns to generate text."""
+        return False
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the model embeds samples of two modalities for comparison."""
+        return False
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the model learns masked autoencoding."""
+        return False
 
     def problems(self, config, sizes) -> Iterator[str]:
         """What contradicts itself, the rest of the configuration or the layout."""

@@ -31,7 +31,7 @@ from megatron_mm.conversion.hf_folder import (
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
 from megatron_mm.data.tokens.tokenizer import MASK
 from megatron_mm.models.names import Entry, Part
-from megatron_mm.systems.export import Adapter, adapter_of, differences
+from megatron_mm.systems.export import Adapter, adapter_of, differences, model_entries
 
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
 ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})
@@ -102,7 +102,7 @@ def check_vocabulary(tokenizer: Path, vocab_size: int) -> dict[str, int]:
 
 def hf_tensors(config: SystemConfig, reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:
     """Named Hugging Face tensors of a training checkpoint, one at a time."""
-    for entry in adapter_of(config.system, reader.folder).entries(config):
+    for entry in model_entries(config):
         yield from entry.split(reader.read(entry.training))
 
 
@@ -156,7 +156,7 @@ def export(
     folder = find_checkpoint(checkpoint)
     config = load_config(folder / "config.yaml")
     adapter, reader = adapter_of(config.model.system, folder / "config.yaml"), CheckpointReader(folder)
-    entries = adapter.entries(config.model)
+    entries = model_entries(config.model)
     check_checkpoint(entries, reader)
     tokenizer_file = Path(tokenizer) if tokenizer else tokenizer_of(config, folder)
     text = text_fields(adapter, config.model, tokenizer_file, folder)
@@ -205,11 +205,11 @@ def text_fields(adapter: Adapter, model: SystemConfig, tokenizer: Path | None, f
     Raises:
         ValueError: the model has text, and there is no tokenizer, or one that does not fit.
     """
-    if not adapter.vocab_size(model):
+    if not model.reads_text:
         return {}
     if tokenizer is None or not tokenizer.exists():
         raise ValueError(f"{tokenizer or folder / TOKENIZER}: missing; pass --tokenizer")
-    return check_vocabulary(tokenizer, adapter.vocab_size(model))
+    return check_vocabulary(tokenizer, model.inputs.vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ restore
@@ -287,7 +287,7 @@ def restore(
         differ = differences(fields, {name: value for name, value in ours.items() if name not in ROW_LENGTH})
         if differ:
             raise ValueError(f"{config} does not describe {hf_folder}: {'; '.join(differ)}")
-    entries = adapter.entries(tree.model)
+    entries = model_entries(tree.model)
     for entry in entries:
         for part in entry.parts:
             if part.name is not None:

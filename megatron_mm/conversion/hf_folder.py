@@ -175,8 +175,7 @@ def write_hf_files(
     head = {"architectures": [architecture], "model_type": adapter.name, "auto_map": adapter.auto_map(config.model)}
     tail = {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": False, **release_fields()}
     write_json(folder / "config.json", head | adapter.fields(config) | text | tail)
-    speaks = adapter.speaks(config.model)
-    if speaks:
+    if config.model.generates:
         ids = {name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         version = {"transformers_version": tail["transformers_version"]}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids, **version})
@@ -184,7 +183,9 @@ def write_hf_files(
         shutil.copyfile(HF_FILES / name, folder / name)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
-    words = {"auto": "AutoModelForCausalLM", "use": GENERATES} if speaks else {"auto": "AutoModel", "use": EMBEDS}
+    words = {"auto": "AutoModel", "use": EMBEDS}
+    if config.model.generates:
+        words = {"auto": "AutoModelForCausalLM", "use": GENERATES}
     (folder / "README.md").write_text(README.format(name=architecture, **words))
 
 

@@ -21,7 +21,7 @@ from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.hf.modeling_synapse import sinusoids
 from megatron_mm.hf.vit import sine_cosine_positions
 from megatron_mm.models.names import Entry, Part
-from megatron_mm.systems.export import adapter_of
+from megatron_mm.systems.export import model_entries
 
 
 class _Weights:
@@ -39,7 +39,7 @@ class _Weights:
         fields = {**family.defaults, **family.fields(raw)}
         self.tied = bool(fields.get("tie_word_embeddings"))
         entries = [
-            entry for entry in adapter_of(config.model.system, folder).entries(config.model)
+            entry for entry in model_entries(config.model)
             if entry.parts[0].name.startswith(family.ours)
             and not any(piece in entry.parts[0].name for piece in family.lacks)
         ]  # fmt: skip

@@ -34,6 +34,7 @@ from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.systems import build_graph
+from megatron_mm.systems.export import model_entries
 
 #: Largest difference of values, as a share of the largest of them, where both sides have the same weights: fp32 sums in
 #: other orders, through all layers.
@@ -199,7 +200,7 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
     recipe = load_config(find_checkpoint(checkpoint) / "config.yaml") if checkpoint is not None else None
     config = recipe or config_from_hf(fields, folder / "config.json")
     hf_inputs = adapter.load_class(adapter.config_class)(**fields).inputs
-    rows = Rows.of(config, adapter.speaks(config.model))
+    rows = Rows.of(config, config.model.generates)
     source = SafetensorsFolder(folder)
     numbers = sum(torch.Size(source.shape(name)).numel() for name in source.names)
     try:
@@ -221,7 +222,7 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
     except NoRoom as error:
         return f"{_sentence(said, ways)}; not compared with the training model: {error}"
     trained = find_checkpoint(checkpoint)
-    stored = CheckpointReader(trained).dtype(adapter.entries(recipe.model)[-1].training)
+    stored = CheckpointReader(trained).dtype(model_entries(recipe.model)[-1].training)
     tolerance = SAME if stored == source.dtype(source.names[-1]) else ROUNDED
     worst = _compare_streams(recipe, trained, rows, said, tolerance)
     return f"{_sentence(said, [*ways, 'by the training model'])} (values within {worst:.1e} of the largest)"

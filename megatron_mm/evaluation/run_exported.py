@@ -19,8 +19,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 def load(folder):
     """The model of a folder, in fp32."""
-    speaks = "AutoModelForCausalLM" in json.loads((Path(folder) / "config.json").read_text())["auto_map"]
-    kind = AutoModelForCausalLM if speaks else AutoModel
+    generates = "AutoModelForCausalLM" in json.loads((Path(folder) / "config.json").read_text())["auto_map"]
+    kind = AutoModelForCausalLM if generates else AutoModel
     return kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 

@@ -27,7 +27,7 @@ from megatron_mm.conversion.convert import (
 from megatron_mm.conversion.hf_folder import TOKENIZER, adapter_of_folder, is_hf_folder, read_json, release_fields
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.hf.processing_mm import MultimodalProcessor
-from megatron_mm.systems.export import adapter_of
+from megatron_mm.systems.export import adapter_of, model_entries
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Generator:
             folder = find_checkpoint(path)
             recipe = load_config(folder / "config.yaml")
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
-            check_checkpoint(adapter.entries(recipe.model), reader)
+            check_checkpoint(model_entries(recipe.model), reader)
             file = Path(tokenizer) if tokenizer else tokenizer_of(recipe, folder)
             fields = adapter.fields(recipe) | text_fields(adapter, recipe.model, file, folder)
             tensors = hf_tensors(recipe.model, reader)
@@ -122,7 +122,7 @@ class Generator:
         Raises:
             ValueError: a file is missing or does not decode (names it); the model does not generate text.
         """
-        if not (self.model.can_generate() and getattr(self.model.config, "speaks", True)):
+        if not (self.model.can_generate() and getattr(self.model.config, "generates", True)):
             raise ValueError(f"{type(self.model).__name__} of this folder generates no text: it embeds and compares")
         decoding = decoding or Decoding()
         arguments = decoding.arguments()

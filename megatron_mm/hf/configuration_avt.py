@@ -59,14 +59,14 @@ class AVTConfig(MultimodalConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def speaks(self):
+    def generates(self):
         """Whether the model generates text."""
         return self.generation_weight > 0 and self.masked_lm_share < 1
 
     @property
     def has_text(self):
         """Whether there is a decoder."""
-        return self.speaks or (self.masked_lm_weight > 0 and self.masked_lm_share > 0)
+        return self.generates or (self.masked_lm_weight > 0 and self.masked_lm_share > 0)
 
     @property
     def contrasts(self):

@@ -50,7 +50,7 @@ class MultimodalConfig(PreTrainedConfig):
         return getattr(self, "phase", "joint") == "joint"
 
     @property
-    def speaks(self):
+    def generates(self):
         """Whether the model generates text."""
         return self.has_text and getattr(self, "causal_lm_weight", 0.0) > 0
 

@@ -143,7 +143,7 @@ class DualEncoderModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         super().__init__(config, config.hidden_size)
         if config.has_text:
             self.text_encoder = TextEncoder(config)
-        if config.speaks:
+        if config.generates:
             self.fusion = Fusion(config)
         self.post_init()
 
@@ -216,7 +216,7 @@ class DualEncoderModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         if self.config.contrasts and past == 0:
             found["text_embeds"] = self.embed_texts(states, attention_mask)
             found["image_embeds"] = None if memory is None else self.embed_images(memory)
-        if self.config.speaks:
+        if self.config.generates:
             states = self.fusion(states, mask, cache, past, memory, memory_mask)
             states = kept_states(states, logits_to_keep)
             logits = found["logits"] = F.linear(states, self.text_encoder.embed_tokens.weight)

@@ -63,12 +63,12 @@ class VLMDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        layers = range(config.num_hidden_layers if config.speaks else config.lower_layers)
+        layers = range(config.num_hidden_layers if config.generates else config.lower_layers)
         blocks = sum(config.gated_block(index) is not None for index in layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in layers)
         self.cross_layers = nn.ModuleList(VLMGatedBlock(config) for _ in range(blocks))
-        if config.speaks:
+        if config.generates:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def lower(self, input_ids, rotary, mask, cache):
@@ -104,7 +104,7 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
             self.model = VLMDecoder(config)
         if config.contrasts:
             self.text_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.speaks:
+        if config.generates:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -115,7 +115,7 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         self.model.embed_tokens = value
 
     def get_output_embeddings(self):
-        return self.lm_head if self.config.speaks else None
+        return self.lm_head if self.config.generates else None
 
     def set_output_embeddings(self, value):
         self.lm_head = value
@@ -185,7 +185,7 @@ class VLMModel(ImageTextModel, MemoryGeneration, GenerationMixin):
         if self.config.contrasts and past == 0:
             found["text_embeds"] = self.embed_texts(states, attention_mask)
             found["image_embeds"] = None if memory is None else self.embed_images(memory)
-        if self.config.speaks:
+        if self.config.generates:
             states = self.model.upper(states, rotary, mask, cache, past, memory, memory_mask)
             logits = found["logits"] = self.lm_head(kept_states(states, logits_to_keep))
             if labels is not None:

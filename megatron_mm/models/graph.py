@@ -172,6 +172,11 @@ class Node:
         return [entry for entry in self.kind.names(self.name, self.exported) if entry.training not in tied]
 
 
+def names_of(nodes: Iterable[Node]) -> list[Entry]:
+    """Each training tensor of these nodes, and the exported tensors that it is made of, in their order."""
+    return [entry for node in nodes for entry in node.names()]
+
+
 @dataclass(frozen=True)
 class Loss:
     """A term of the objective, computed on the last stage.

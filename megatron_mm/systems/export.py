@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 from megatron_mm.config.schema import Config
 from megatron_mm.config.system import SystemConfig
@@ -42,21 +41,15 @@ class Adapter:
 
     name: str
     """The system's; `model_type` in config.json."""
-    entries: Callable[[Any], list[Entry]]
-    """Every parameter of a model (its section of the recipe), in the order of its nodes."""
     fields: Callable[[Config], dict]
     """config.json of a recipe, without transformers' own fields."""
     tree: Callable[[Mapping], dict]
     """The recipe's tree from config.json; KeyError names a missing field."""
-    vocab_size: Callable[[Any], int]
-    """Rows of the embedding; 0 where a phase has no text."""
     config_class: str
     """`module.Class` among the modelling files."""
     model_class: str
     modules: tuple[str, ...]
     """Modelling files that the folder needs besides these two and the processor's."""
-    speaks: Callable[[Any], bool]
-    """Whether a model of this section generates text."""
     bare_class: str | None = None
     """What AutoModel gives, if it is another class."""
 
@@ -73,12 +66,28 @@ class Adapter:
             "AutoModel": self.bare_class or self.model_class,
             "AutoProcessor": "processing_mm.MultimodalProcessor",
         }
-        return classes | ({"AutoModelForCausalLM": self.model_class} if self.speaks(model) else {})
+        return classes | ({"AutoModelForCausalLM": self.model_class} if model.generates else {})
 
     def load_class(self, name: str) -> type:
         """A class of the modelling files, in this process."""
         module, _, leaf = name.partition(".")
         return getattr(import_module(f"megatron_mm.hf.{module}"), leaf)
+
+
+def model_entries(model: SystemConfig) -> list[Entry]:
+    """Each training tensor of a model and the exported tensors that it is made of, in the order of its nodes.
+
+    Args:
+        model: the section of a system.
+    """
+    from megatron_mm.platform import setup
+
+    setup.apply_platform()  # before anything of megatron-core is imported
+    from megatron_mm.models.graph import names_of
+    from megatron_mm.models.layers.settings import LayerSettings
+    from megatron_mm.systems import build_graph
+
+    return names_of(build_graph(model, LayerSettings()).nodes)
 
 
 def adapter_of(name: object, source: object) -> Adapter:

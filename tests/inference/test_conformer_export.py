@@ -7,7 +7,9 @@ import torch
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.conformer import ConformerModel
-from megatron_mm.parts.conformer.names import conformer_entries
+from megatron_mm.models.graph import names_of
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.parts.conformer.nodes import conformer_nodes
 from megatron_mm.platform import setup
 from tests.models import conformer_case as case
 from tests.models.synapse_case import build
@@ -34,7 +36,7 @@ def test_exported_tower_is_the_training_tower():
         conv_stride=tower.front_strides,
         layer_norm_eps=tower.layernorm_epsilon,
     )
-    entries = list(conformer_entries(tower, "audio", "audio_tower"))
+    entries = names_of(conformer_nodes(tower, LayerSettings(), 0.02, "audio_tower"))
     ours, tensors = case.parameters(modules), {}
     assert set(ours) == {entry.training for entry in entries}
     for entry in entries:

@@ -10,8 +10,9 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.perceiver import PerceiverQueries, PerceiverTower
+from megatron_mm.models.graph import names_of
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.perceiver.names import perceiver_entries, perceiver_query_entries
+from megatron_mm.parts.perceiver.nodes import perceiver_nodes, query_node
 from megatron_mm.platform import setup
 from tests.models import perceiver_case, synapse_case
 
@@ -42,8 +43,20 @@ def test_plain_modules_are_the_training_nodes():
         _, streams = synapse_case.run(graph, modules, perceiver_case.make_batch())
     ours = {name.replace("/", "."): parameter.detach() for name, parameter in modules.named_parameters()}
     config = perceiver_case.tiny()
-    entries = list(perceiver_entries(config, perceiver_case.WIDTH, hf_prefix="tower"))
-    entries += perceiver_query_entries(config, perceiver_case.QUERIES, hf_prefix="queries")
+    entries = names_of(
+        perceiver_nodes(
+            config,
+            LayerSettings(),
+            0.02,
+            "tower",
+            memory_width=perceiver_case.WIDTH,
+            pairs=lambda plan: 1,
+            memory_length=lambda plan: 1,
+        )
+    )
+    entries += names_of(
+        [query_node(config, LayerSettings(), 0.02, "queries", num_queries=perceiver_case.QUERIES, rows=lambda plan: 1)]
+    )
     assert {entry.training for entry in entries} == ours.keys() - {"memory.memory"}
     tensors = dict(pair for entry in entries for pair in entry.split(ours[entry.training]))
     for entry in entries:

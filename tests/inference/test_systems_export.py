@@ -23,7 +23,7 @@ from megatron_mm.models.names import checkpoint_key
 from megatron_mm.objectives.matching import hard_negatives
 from megatron_mm.planner.assembly import full_plan
 from megatron_mm.systems import build_graph
-from megatron_mm.systems.export import adapter_of
+from megatron_mm.systems.export import model_entries
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
 
@@ -52,7 +52,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
 
 def test_entries_are_the_weights_that_training_saved(work):
     """Each once, with the keys of the checkpoint: nothing is lost on the way."""
-    entries = adapter_of(work.config.model.system, "").entries(work.config.model)
+    entries = model_entries(work.config.model)
     names = [entry.training for entry in entries]
     weights = work.trained.weights()
     assert sorted(names) == sorted(weights)
@@ -68,7 +68,7 @@ def test_entries_are_the_weights_that_training_saved(work):
 def test_entries_of_full_size_count_every_parameter(recipe):
     """Against the closed forms of the graph's nodes, which tests/models compare with the modules."""
     config = load_config(RECIPES / f"{recipe}.yaml")
-    entries = adapter_of(config.model.system, recipe).entries(config.model)
+    entries = model_entries(config.model)
     graph, plan = build_graph(config.model, LayerSettings()), full_plan(config)
     counted = sum(node.cost(plan).parameters for node in graph.nodes)
     assert sum(math.prod(entry.shape) for entry in entries) == counted
@@ -227,7 +227,7 @@ def test_features_alone_are_those_of_the_forward_pass(work):
 
 
 def test_greedy_tokens_are_the_training_models(work):
-    if not work.model.config.speaks:
+    if not work.model.config.generates:
         with pytest.raises(ValueError, match="generates no text"):
             next(Generator(work.model, None).generate([{"prompt": "a"}]))
         return

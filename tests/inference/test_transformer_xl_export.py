@@ -9,7 +9,9 @@ import torch
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.transformer_xl import TransformerXLTower
-from megatron_mm.parts.transformer_xl.names import transformer_xl_entries
+from megatron_mm.models.graph import names_of
+from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.parts.transformer_xl.nodes import transformer_xl_nodes
 from megatron_mm.platform import setup
 from tests.models import test_transformer_xl as case
 
@@ -25,7 +27,7 @@ def exported() -> tuple[TransformerXLTower, torch.Tensor, dict[str, torch.Tensor
     graph, modules = case.encoder(text)
     tied = {f"{node.name}.{name}" for node in graph.nodes for name in node.ties}
     ours = {name.replace("/", "."): parameter.detach() for name, parameter in modules.named_parameters()}
-    entries = list(transformer_xl_entries(text, hf_prefix="tower"))
+    entries = names_of(transformer_xl_nodes(text, LayerSettings(), 0.02, ("tokens_RT",), "tower"))
     assert {entry.training for entry in entries} == ours.keys() - tied
     tensors = dict(pair for entry in entries for pair in entry.split(ours[entry.training]))
     for entry in entries:

@@ -8,8 +8,10 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.hf.vit import MAEDecoder, ViTTower, masked_pixel_error
+from megatron_mm.models.graph import names_of
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.vit.names import mae_entries, vit_entries
+from megatron_mm.parts.vit.mae import mae_nodes
+from megatron_mm.parts.vit.nodes import vit_nodes
 from megatron_mm.platform import setup
 from tests.models import synapse_case as case
 from tests.models import vit_case
@@ -47,7 +49,10 @@ def test_plain_modules_are_the_training_nodes():
         for parameter in ours.values():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
         total, streams = case.run(graph, modules, batch)
-    entries = [*vit_entries(tower, hf_prefix="vision_tower"), *mae_entries(tower, mae, hf_prefix="mae_decoder")]
+    entries = [
+        *names_of(vit_nodes(tower, LayerSettings(), 0.02, "vision_tower")),
+        *names_of(mae_nodes(tower, mae, LayerSettings(), 0.02, "mae_decoder")),
+    ]
     assert {entry.training for entry in entries} == ours.keys()
     exported = dict(pair for entry in entries for pair in entry.split(ours[entry.training]))
     for entry in entries:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.graph import Graph
+from megatron_mm.models.graph import Graph, names_of
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.swin.names import swin_entries
 from megatron_mm.parts.swin.nodes import swin_nodes
 from megatron_mm.parts.swin.section import SwinConfig
 from tests.models import synapse_case as case
@@ -81,7 +80,7 @@ def named(modules: nn.ModuleDict) -> dict[str, nn.Parameter]:
 
 def exported(tower: SwinConfig, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors by training name under the names of an exported folder."""
-    entries = list(swin_entries(tower, hf_prefix="tower"))
+    entries = names_of(swin_nodes(tower, LayerSettings(), 0.02, "tower"))
     assert sorted(entry.training for entry in entries) == sorted(values)
     pairs = (pair for entry in entries for pair in entry.split(values[entry.training]))
     return {name.removeprefix("tower."): value.contiguous() for name, value in pairs}

@@ -24,11 +24,11 @@ from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import (
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
-from megatron_mm.models.graph import ForwardContext
+from megatron_mm.models.graph import ForwardContext, names_of
 from megatron_mm.models.initialization import initialize_module
 from megatron_mm.models.layers.conformer import relative_positions
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.parts.conformer.names import conformer_entries
+from megatron_mm.parts.conformer.nodes import conformer_nodes
 from megatron_mm.parts.conformer.section import ConformerConfig
 from megatron_mm.platform import setup
 from tests.models import conformer_case as case
@@ -77,7 +77,7 @@ def test_tower_is_wav2vec2_conformer_with_layer_norm(recompute: str):
     model = wav2vec2_conformer(tower)
     graph = case.tower_graph(tower, LayerSettings(recompute=recompute))
     modules, batch = build(graph), case.make_batch(tower)
-    entries = list(conformer_entries(tower, "audio", "hf"))
+    entries = names_of(conformer_nodes(tower, LayerSettings(), 0.02, "hf"))
     ours, theirs = case.parameters(modules), dict(model.named_parameters())
     assert set(ours) == {entry.training for entry in entries}
     for name, value in case.training_tensors(entries, oracle_names(theirs, "hf.")).items():
@@ -111,7 +111,11 @@ def load_layer(tower: ConformerConfig, oracle: nn.Module) -> tuple[nn.Module, li
     """Our block with the oracle's weights, and the entries of its parameters."""
     node = case.tower_graph(tower).nodes[1]
     layer, ours = fill(node.build()), "audio.layers.0."
-    entries = [entry for entry in conformer_entries(tower, "audio", "hf") if entry.training.startswith(ours)]
+    entries = [
+        entry
+        for entry in names_of(conformer_nodes(tower, LayerSettings(), 0.02, "hf"))
+        if entry.training.startswith(ours)
+    ]
     source = oracle_names(dict(oracle.named_parameters()), "hf.encoder.layers.0.")
     for name, value in case.training_tensors(entries, source).items():
         layer.get_parameter(name.removeprefix(ours)).data.copy_(value)

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from megatron_mm.models.graph import ForwardContext, Graph
+from megatron_mm.models.graph import ForwardContext, Graph, names_of
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import Entry
 from megatron_mm.objectives.mae import mae_loss
-from megatron_mm.parts.vit.names import mae_entries, vit_entries
+from megatron_mm.parts.vit.mae import mae_nodes
 from megatron_mm.parts.vit.nodes import vit_nodes
 from tests.models import synapse_case as case
 from tests.models import vit_case
@@ -81,7 +81,10 @@ def test_masked_autoencoding_is_vit_maes(normalize: bool, ratio: float):
     randomize(oracle)
     graph = vit_case.graph_of(LayerSettings(), mae, full=False)
     modules = case.build(graph)
-    entries = [*vit_entries(tower, hf_prefix="vit"), *mae_entries(tower, mae, hf_prefix="decoder")]
+    entries = [
+        *names_of(vit_nodes(tower, LayerSettings(), 0.02, "vit")),
+        *names_of(mae_nodes(tower, mae, LayerSettings(), 0.02, "decoder")),
+    ]
     ours = load(modules, oracle, entries)
     batch = vit_case.make_batch()
     expected = oracle(batch.images_ICHW, noise=batch.patch_noise_IP)
@@ -101,7 +104,7 @@ def test_whole_images_are_vit_maes_without_a_mask():
     randomize(oracle)
     graph = Graph(vit_nodes(tower, LayerSettings(), 0.1), [])
     modules = case.build(graph)
-    entries = list(vit_entries(tower, hf_prefix="model"))
+    entries = names_of(vit_nodes(tower, LayerSettings(), 0.02, "model"))
     named = nn.ModuleDict({"model": oracle})
     ours = load(modules, named, entries)
     batch = vit_case.make_batch()

@@ -60,7 +60,7 @@ def prepare(name: str, root: Path, tokenizer: Path) -> None:
     config = write_checkpoint(name, root, tokenizer)
     exported = export(root / "run", root / "exported", quiet=True)
     adapter = adapter_of(name, root)
-    rows = Rows.of(config, adapter.speaks(config.model))
+    rows = Rows.of(config, config.model.generates)
     given = questions(config, rows, left=name != "perceiver_fusion")
     reader = exact_reader(config, find_checkpoint(root / "run"))
     tokens = None

@@ -33,11 +33,10 @@ from megatron_mm.systems.avt.section import AVTConfig
 
 def build_graph(config: AVTConfig, settings: LayerSettings) -> Graph:
     """The graph; what an objective of weight zero alone would need is left out."""
-    masked, generates = "masked_lm" in config.tasks, "generation" in config.tasks
     losses, kind = [], settings.performance.cross_entropy
     nodes = swin_nodes(config.vision, settings, config.init_std)
     nodes += conformer_nodes(config.audio, settings, config.init_std)
-    if config.contrastive_weight > 0:
+    if config.contrasts:
         nodes += _contrastive_nodes(config, settings)
         losses.append(
             contrastive_loss(
@@ -48,13 +47,13 @@ def build_graph(config: AVTConfig, settings: LayerSettings) -> Graph:
                 whole_batch=config.contrastive.negatives == "batch",
             )
         )
-    if masked or generates:
+    if config.reads_text:
         nodes += fusion_nodes(config, settings)
-        nodes += _decoder_nodes(config, settings, masked)
-    if masked:
+        nodes += _decoder_nodes(config, settings)
+    if config.predicts_masked:
         tasks = frozenset({"masked_lm"})
         losses.append(masked_lm_loss(weight=config.masked_lm_weight, tasks=tasks, kind=kind))
-    if generates:
+    if config.generates:
         tasks = frozenset({"generation"})
         losses.append(causal_lm_loss("generation", weight=config.generation_weight, tasks=tasks, kind=kind))
     return Graph(nodes, losses)
@@ -77,7 +76,7 @@ def _contrastive_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]
     return [*heads, scale_node(settings, config.contrastive)]
 
 
-def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> list[Node]:
+def _decoder_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
     decoder = DecoderNodes(config.decoder, settings, config.init_std, lambda plan: plan.task != "masked_lm")
     sounds, width = config.audio.tokens_per_sound, config.decoder.hidden_size
 
@@ -101,5 +100,6 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings, masked: bool) -> 
         name, place = f"decoder.layers.{index}", f"model.layers.{index}"
         return Node(name, kind, ("text", "memory"), (decoder.text,), place, recomputable=True)
 
-    embedding = decoder.embedding(tokens, frozenset({"tokens_RT"} | ({"masked_tokens_RT"} if masked else set())))
+    read = {"tokens_RT", "masked_tokens_RT"} if config.predicts_masked else {"tokens_RT"}
+    embedding = decoder.embedding(tokens, frozenset(read))
     return [embedding, *(layer(index) for index in range(config.decoder.num_layers)), decoder.output()]

@@ -77,6 +77,26 @@ class AVTConfig(SystemConfig):
         return {name: share for name, share in shares.items() if share > 0 and weights[name] > 0}
 
     @property
+    def generates(self) -> bool:
+        """Whether it learns to generate text."""
+        return "generation" in self.tasks
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether sight and sound are embedded for comparison."""
+        return self.contrastive_weight > 0
+
+    @property
+    def predicts_masked(self) -> bool:
+        """Whether it learns masked language modelling."""
+        return "masked_lm" in self.tasks
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any objective needs fusion and decoder."""
+        return bool(self.tasks)
+
+    @property
     def inputs(self) -> InputFormat:
         """Rows of one text, one image or video clip, one waveform; microbatches of masked or causal text."""
         return InputFormat(
@@ -87,7 +107,7 @@ class AVTConfig(SystemConfig):
             sound="waveform",
             sample_rate=self.audio.sample_rate,
             seconds=self.audio.seconds,
-            mask_ratio=self.mask_ratio if "masked_lm" in self.tasks else 0.0,
+            mask_ratio=self.mask_ratio if self.predicts_masked else 0.0,
             tasks=tuple(self.tasks.items()),
         )
 
@@ -97,7 +117,7 @@ class AVTConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.audio.problems("model.audio", sizes.tp)
         yield from self.fusion.problems("model.fusion", sizes.tp)
-        if self.contrastive_weight > 0:
+        if self.contrasts:
             yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         yield from weights_problems(
             "model",

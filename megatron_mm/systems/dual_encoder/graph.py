@@ -36,26 +36,26 @@ EMBEDDING = "text.embedding.word_embeddings.weight"
 def build_graph(config: DualEncoderConfig, settings: LayerSettings) -> Graph:
     """The graph of a phase."""
     vision, std = config.vision, config.init_std
-    if config.phase == "mae":
+    if not config.reads_text:
         nodes = vit_nodes(vision, settings, std, full=False, masked=config.mae)
         nodes += mae_nodes(vision, config.mae, settings, std)
         return Graph(nodes, [mae_loss(vision, config.mae)])
     losses = []
-    masked = config.mae if config.mae_weight > 0 else None
+    masked = config.mae if config.reconstructs else None
     nodes = vit_nodes(vision, settings, std, masked=masked)
     if masked is not None:
         nodes += mae_nodes(vision, masked, settings, std)
         losses.append(mae_loss(vision, masked, config.mae_weight))
     nodes += text_nodes(config.text, settings, std)
     text = text_shape(config.text, std)
-    if config.contrastive_weight > 0:
+    if config.contrasts:
         args = (settings, vision.hidden_size, config.contrastive, mean_patch)
         nodes.append(embedding_node("image", "image_memory", "image_embedding", *args))
         args = (settings, text.hidden_size, config.contrastive, last_row_state)
         nodes.append(embedding_node("text", "text", "text_embedding", *args))
         nodes.append(scale_node(settings, config.contrastive))
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
-    if config.causal_lm_weight > 0:
+    if config.generates:
         nodes += _fusion(config, settings, text)
         kind = settings.performance.cross_entropy
         losses.append(causal_lm_loss(weight=config.causal_lm_weight, sharded=False, kind=kind))

@@ -52,23 +52,42 @@ class DualEncoderConfig(SystemConfig):
     """Weight of masked autoencoding in the joint phase; 0 leaves it out."""
 
     @property
+    def reads_text(self) -> bool:
+        """Masked autoencoding by itself is of the image tower alone."""
+        return self.phase == "joint"
+
+    @property
+    def generates(self) -> bool:
+        """Whether it learns to generate text."""
+        return self.reads_text and self.causal_lm_weight > 0
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether images and texts are embedded for comparison."""
+        return self.reads_text and self.contrastive_weight > 0
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it learns masked autoencoding."""
+        return not self.reads_text or self.mae_weight > 0
+
+    @property
     def inputs(self) -> InputFormat:
         """Rows of one text and at most one image."""
-        masks = self.phase == "mae" or self.mae_weight > 0
-        patches = self.vision.num_patches if masks else 0
+        patches = self.vision.num_patches if self.reconstructs else 0
         return InputFormat(self.text.vocab_size, packed=False, image_size=self.vision.image_size, patches=patches)
 
     def problems(self, config, sizes) -> Iterator[str]:
         """What is wrong."""
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
-        if self.phase == "mae" or self.mae_weight > 0:
+        if self.reconstructs:
             yield from self.mae.mask_problems("model.mae", self.vision)
         yield from self.text.problems("model.text", sizes.tp)
-        if self.phase == "joint":
+        if self.reads_text:
             weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
             yield from weights_problems("model", **weights)
-            if self.contrastive_weight > 0:
+            if self.contrasts:
                 yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         if self.mae_weight < 0:
             yield f"model.mae_weight is {self.mae_weight}; a weight must not be negative"

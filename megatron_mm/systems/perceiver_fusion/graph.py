@@ -35,8 +35,7 @@ EMBEDDING = "text.embedding.word_embeddings.weight"
 
 def build_graph(config: PerceiverFusionConfig, settings: LayerSettings) -> Graph:
     """The graph; what an objective of weight zero alone would need is left out."""
-    predicts, matches = config.masked_lm_weight > 0, config.matching_weight > 0
-    contrasts = config.contrastive_weight > 0
+    predicts, matches, contrasts = config.predicts_masked, config.matches, config.contrasts
     std, losses = config.init_std, []
     variants = ("tokens_RT", "masked_tokens_RT") if predicts else ("tokens_RT",)
     nodes = vit_nodes(config.vision, settings, std)

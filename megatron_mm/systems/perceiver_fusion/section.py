@@ -42,13 +42,28 @@ class PerceiverFusionConfig(SystemConfig):
     """Weight of image-text matching with hard negatives."""
 
     @property
+    def contrasts(self) -> bool:
+        """Whether images and texts are compared."""
+        return self.contrastive_weight > 0
+
+    @property
+    def matches(self) -> bool:
+        """Whether pairs of images and texts are told from wrong ones."""
+        return self.matching_weight > 0
+
+    @property
+    def predicts_masked(self) -> bool:
+        """Whether it learns masked language modelling."""
+        return self.masked_lm_weight > 0
+
+    @property
     def inputs(self) -> InputFormat:
         """Rows of one text and at most one image, with a masked copy of the text if that is learned from."""
         return InputFormat(
             self.text.vocab_size,
             packed=False,
             image_size=self.vision.image_size,
-            mask_ratio=self.mask_ratio if self.masked_lm_weight > 0 else 0.0,
+            mask_ratio=self.mask_ratio if self.predicts_masked else 0.0,
         )
 
     def problems(self, config, sizes) -> Iterator[str]:
@@ -56,7 +71,7 @@ class PerceiverFusionConfig(SystemConfig):
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.text.problems("model.text", sizes.tp)
         yield from self.perceiver.problems("model.perceiver", sizes.tp)
-        if self.contrastive_weight > 0:
+        if self.contrasts:
             yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         yield from weights_problems(
             "model",
@@ -64,7 +79,7 @@ class PerceiverFusionConfig(SystemConfig):
             masked_lm_weight=self.masked_lm_weight,
             matching_weight=self.matching_weight,
         )
-        if self.matching_weight > 0 and config.training.micro_batch_size * sizes.dp < 2:
+        if self.matches and config.training.micro_batch_size * sizes.dp < 2:
             yield (
                 "training.micro_batch_size 1 x data parallel 1 leaves image-text matching no wrong pair (they are "
                 "drawn from a microbatch); take more, or model.matching_weight: 0"

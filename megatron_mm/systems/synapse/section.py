@@ -27,6 +27,11 @@ class SynapseConfig(SystemConfig):
     audio: AudioTowerConfig = Field(default_factory=AudioTowerConfig)
 
     @property
+    def generates(self) -> bool:
+        """Whether it learns to generate text."""
+        return True
+
+    @property
     def inputs(self) -> InputFormat:
         """Packed rows with images, frames of videos and spectrograms."""
         return InputFormat(

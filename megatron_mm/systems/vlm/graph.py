@@ -33,31 +33,30 @@ from megatron_mm.systems.vlm.section import VLMConfig
 def build_graph(config: VLMConfig, settings: LayerSettings) -> Graph:
     """The graph of a phase."""
     vision, std = config.vision, config.init_std
-    if config.phase == "mae":
+    if not config.reads_text:
         nodes = vit_nodes(vision, settings, std, full=False, masked=config.mae)
         nodes += mae_nodes(vision, config.mae, settings, std)
         return Graph(nodes, [mae_loss(vision, config.mae)])
     decoder = DecoderNodes(config.decoder, settings, std)
-    contrasts, generates = config.contrastive_weight > 0, config.causal_lm_weight > 0
     nodes = vit_nodes(vision, settings, std)
     losses = []
-    if contrasts:
+    if config.contrasts:
         args = (settings, vision.hidden_size, config.contrastive, mean_patch)
         nodes.append(embedding_node("image", "image_memory", "image_embedding", *args))
         losses.append(image_text_loss(config.contrastive, config.contrastive_weight))
     nodes.append(decoder.embedding())
     cross = config.cross_attention
-    for index in range(config.decoder.num_layers if generates else cross.first_layer):
+    for index in range(config.decoder.num_layers if config.generates else cross.first_layer):
         if index >= cross.first_layer and (index - cross.first_layer) % cross.every == 0:
             nodes.append(_gated_block(config, settings, decoder, (index - cross.first_layer) // cross.every))
         nodes.append(decoder.layer(index))
-        if contrasts and index + 1 == cross.first_layer:
+        if config.contrasts and index + 1 == cross.first_layer:
             pool = partial(last_state, sequence_parallel=settings.sizes.sequence_parallel)
             args = (settings, decoder.shape.hidden_size, config.contrastive, pool, decoder.shape)
             nodes.append(embedding_node("text", "text", "text_embedding", *args))
-    if contrasts:
+    if config.contrasts:
         nodes.append(scale_node(settings, config.contrastive))
-    if generates:
+    if config.generates:
         nodes.append(decoder.output())
         losses.append(causal_lm_loss(weight=config.causal_lm_weight, kind=settings.performance.cross_entropy))
     return Graph(nodes, losses)

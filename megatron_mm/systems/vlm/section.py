@@ -43,22 +43,42 @@ class VLMConfig(SystemConfig):
     """Weight of next-token prediction."""
 
     @property
+    def reads_text(self) -> bool:
+        """Masked autoencoding is of the image tower alone."""
+        return self.phase == "joint"
+
+    @property
+    def generates(self) -> bool:
+        """Whether it learns to generate text."""
+        return self.reads_text and self.causal_lm_weight > 0
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether images and texts are embedded for comparison."""
+        return self.reads_text and self.contrastive_weight > 0
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it learns masked autoencoding."""
+        return not self.reads_text
+
+    @property
     def inputs(self) -> InputFormat:
         """Rows of one text and at most one image."""
-        patches = self.vision.num_patches if self.phase == "mae" else 0
+        patches = self.vision.num_patches if self.reconstructs else 0
         return InputFormat(self.decoder.vocab_size, packed=False, image_size=self.vision.image_size, patches=patches)
 
     def problems(self, config, sizes) -> Iterator[str]:
         """What is wrong."""
         yield from self.vision.problems("model.vision", sizes.tp)
         yield from self.mae.problems("model.mae", sizes.tp)
-        if self.phase == "mae":
+        if self.reconstructs:
             yield from self.mae.mask_problems("model.mae", self.vision)
         yield from self.decoder.problems("model.decoder", sizes.tp)
-        if self.phase == "joint":
+        if self.reads_text:
             weights = {"contrastive_weight": self.contrastive_weight, "causal_lm_weight": self.causal_lm_weight}
             yield from weights_problems("model", **weights)
-            if self.contrastive_weight > 0:
+            if self.contrasts:
                 yield from self.contrastive.problems("model.contrastive", config.training, sizes)
         cross = self.cross_attention
         if not 1 <= cross.first_layer < self.decoder.num_layers or cross.every < 1:
