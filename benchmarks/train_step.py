@@ -115,10 +115,11 @@ def plain_step(config, weights: dict, inputs: dict, fused: bool) -> Callable[[],
 
     from megatron_mm.hf.configuration_synapse import SynapseConfig
     from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
-    from megatron_mm.systems.synapse.export import fields, synapse_entries
+    from megatron_mm.systems.export import model_entries
+    from megatron_mm.systems.synapse.export import fields
 
     model = SynapseForCausalLM(SynapseConfig(**fields(config))).train()
-    entries = synapse_entries(config.model)
+    entries = model_entries(config.model)
     model.load_state_dict(dict(pair for entry in entries for pair in entry.split(weights[entry.training])))
     for name, parameter in model.named_parameters():
         vision = "vision_tower" in name and "temporal" not in name

@@ -21,7 +21,8 @@ from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
 from megatron_mm.parts.clip.section import VisionTowerConfig
 from megatron_mm.parts.decoder.section import CrossAttentionConfig, DecoderConfig
 from megatron_mm.parts.whisper.section import AudioTowerConfig
-from megatron_mm.systems.synapse.export import fields, synapse_entries
+from megatron_mm.systems.export import model_entries
+from megatron_mm.systems.synapse.export import fields
 from megatron_mm.systems.synapse.section import SynapseConfig
 
 
@@ -57,7 +58,7 @@ def random_weights(config: SynapseConfig, seed: int = 0) -> dict[str, torch.Tens
     """Training tensors; norms near one, gates open, everything else large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for entry in synapse_entries(config):
+    for entry in model_entries(config):
         noise = torch.randn(entry.shape, generator=generator)
         is_norm = "layernorm.weight" in entry.training
         weights[entry.training] = 1 + 0.1 * noise if is_norm else noise * (0.5 if len(entry.shape) < 2 else 0.08)
@@ -73,7 +74,7 @@ def hf_model(recipe: Config, seed: int = 0) -> SynapseForCausalLM:
     """The modelling class with `random_weights`."""
     model = SynapseForCausalLM(HFConfig(**fields(recipe))).eval()
     weights = random_weights(recipe.model, seed)
-    state = dict(pair for entry in synapse_entries(recipe.model) for pair in entry.split(weights[entry.training]))
+    state = dict(pair for entry in model_entries(recipe.model) for pair in entry.split(weights[entry.training]))
     model.load_state_dict(state, strict=True)
     return model
 

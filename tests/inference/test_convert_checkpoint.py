@@ -32,7 +32,7 @@ from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.conversion.pretrained import import_pretrained, resize_rows
 from megatron_mm.conversion.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
 from megatron_mm.models.names import Part, checkpoint_key
-from megatron_mm.systems.synapse.export import synapse_entries
+from megatron_mm.systems.export import model_entries
 from tests.inference.export_case import (
     hf_model,
     media_batch,
@@ -60,7 +60,7 @@ def folders(tmp_path_factory):
 
 
 def entry_of(recipe, name):
-    return next(entry for entry in synapse_entries(recipe.model) if entry.training == name)
+    return next(entry for entry in model_entries(recipe.model) if entry.training == name)
 
 
 # -------------------------------------------------------------------------------------------------------------- names
@@ -98,17 +98,17 @@ def test_gate_stands_before_up():
 
 def test_every_tensor_of_the_modelling_file_is_named_once():
     recipe = tiny_recipe()
-    names = [part.name for entry in synapse_entries(recipe.model) for part in entry.parts if part.name]
+    names = [part.name for entry in model_entries(recipe.model) for part in entry.parts if part.name]
     state = hf_model(recipe).state_dict()
     assert sorted(names) == sorted(state)
-    shapes = {p.name: e.part_shape(p) for e in synapse_entries(recipe.model) for p in e.parts if p.name}
+    shapes = {p.name: e.part_shape(p) for e in model_entries(recipe.model) for p in e.parts if p.name}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def test_split_then_fill_is_the_same_tensor():
     recipe = tiny_recipe()
     weights = random_weights(recipe.model)
-    for entry in synapse_entries(recipe.model):
+    for entry in model_entries(recipe.model):
         parts = dict(entry.split(weights[entry.training]))
         back = torch.zeros(entry.shape)
         for part in entry.parts:
@@ -431,9 +431,9 @@ def test_pretrained_towers_and_decoder_compute_what_their_sources_do(recipe_file
         source.eval().save_pretrained(sources[name], max_shard_size="100KB")
     folder = import_pretrained(recipe_file, tmp_path / "out", **sources, quiet=True)
     reader = CheckpointReader(folder)
-    entries = [entry for entry in synapse_entries(recipe.model) if entry.training in reader]
-    assert {e.training for e in synapse_entries(recipe.model)} - {e.training for e in entries} == {
-        e.training for e in synapse_entries(recipe.model) if "cross_layers" in e.training or "temporal" in e.training
+    entries = [entry for entry in model_entries(recipe.model) if entry.training in reader]
+    assert {e.training for e in model_entries(recipe.model)} - {e.training for e in entries} == {
+        e.training for e in model_entries(recipe.model) if "cross_layers" in e.training or "temporal" in e.training
     }
     model = hf_model(recipe)
     state = dict(pair for entry in entries for pair in entry.split(reader.read(entry.training)))
@@ -551,7 +551,7 @@ def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
     recipe = tiny_recipe(vocab_size=65536)
     decoder = recipe.model.decoder
     decoder.hidden_size, decoder.ffn_hidden_size = 256, 20480
-    weights = {e.training: torch.zeros(e.shape) + 1e-3 for e in synapse_entries(recipe.model)}
+    weights = {e.training: torch.zeros(e.shape) + 1e-3 for e in model_entries(recipe.model)}
     largest = max(t.numel() * 4 for t in weights.values())
     total = sum(t.numel() * 4 for t in weights.values())
     assert total > 4 * largest

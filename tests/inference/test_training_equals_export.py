@@ -16,7 +16,7 @@ import torch
 from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.generation.generate import Generator
-from megatron_mm.systems.synapse.export import synapse_entries
+from megatron_mm.systems.export import model_entries
 from tests.inference.export_case import media_batch, train_tokenizer, training_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_restored_weights_load_in_another_layout_and_come_back_unchanged(trained
     (tmp_path / "spm.model").write_bytes((trained / "spm.model").read_bytes())
     launch("reload", tmp_path, restored, processes=2)
     before, after = CheckpointReader(find_checkpoint(trained)), CheckpointReader(find_checkpoint(tmp_path))
-    for entry in synapse_entries(training_recipe().model):
+    for entry in model_entries(training_recipe().model):
         wanted, got = before.read(entry.training), after.read(entry.training)
         for part in entry.parts:
             if part.name is not None:  # key biases of the audio tower are not exported: softmax does not see them
