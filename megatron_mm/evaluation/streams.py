@@ -71,26 +71,9 @@ class GraphReader:
         """The system's graph."""
         return self._chunk.graph
 
-    def needed(self, names: Collection[str]) -> list[int]:
-        """Numbers of the nodes that must run for these streams, in order.
-
-        Raises:
-            ValueError: there is no such stream.
-        """
-        if unknown := set(names) - self.graph.streams.keys():
-            raise ValueError(f"no stream {', '.join(sorted(unknown))}; there are {', '.join(self.graph.streams)}")
-        wanted, numbers = set(names), []
-        for number in reversed(range(len(self.graph.nodes))):
-            node = self.graph.nodes[number]
-            written = {stream.name for stream in node.writes}
-            if written & wanted:
-                numbers.append(number)
-                wanted = (wanted - written) | set(node.reads)
-        return numbers[::-1]
-
     def fields(self, names: Collection[str]) -> frozenset[str]:
         """Microbatch fields that these streams need."""
-        return frozenset().union(*(self.graph.nodes[number].fields for number in self.needed(names)))
+        return frozenset().union(*(self.graph.nodes[number].fields for number in self.graph.needed(names)))
 
     @torch.inference_mode()
     def run(
@@ -105,7 +88,7 @@ class GraphReader:
                 differ in their tokens alone.
         """
         context, streams, of_tokens = ForwardContext(batch.to(self.device)), {}, set()
-        for number in self.needed(names):
+        for number in self.graph.needed(names):
             node, module = self.graph.nodes[number], self._chunk.node_modules[number]
             writes = [stream.name for stream in node.writes]
             depends = bool(node.fields & _TOKENS) or not of_tokens.isdisjoint(node.reads)

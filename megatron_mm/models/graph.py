@@ -189,6 +189,7 @@ class Loss:
         tasks: tasks of microbatches (MicrobatchPlan.task) that learn this term; None: all.
         whole_batch: the term compares samples of the whole global batch: `compute` is called once a step, with each
             stream as the list of its values in all microbatches (see pipeline/whole_batch.py).
+        measure: makes of this loss what measures it on held-out rows (objectives/measures.py); None: its mean.
     """
 
     name: str
@@ -200,6 +201,7 @@ class Loss:
     fields: frozenset[str] = frozenset()
     tasks: frozenset[str] | None = None
     whole_batch: bool = False
+    measure: Callable[[Loss], Any] | None = None
 
     def applies(self, plan: MicrobatchPlan) -> bool:
         """Whether a microbatch learns this term."""
@@ -272,16 +274,27 @@ class Graph:
 
     def leading_to(self, losses: Sequence[Loss]) -> Graph:
         """The part of the graph that some losses need: the other nodes stand where they stood, but do nothing."""
-        wanted = {name for loss in losses for name in loss.reads}
-        nodes: list[Node] = []
-        for node in reversed(self.nodes):
+        needed = set(self.needed(name for loss in losses for name in loss.reads))
+        idle = (node if at in needed else replace(node, reads=(), writes=()) for at, node in enumerate(self.nodes))
+        return Graph(list(idle), losses)
+
+    def needed(self, names: Iterable[str]) -> list[int]:
+        """Positions of the nodes that must run for these streams, in order.
+
+        Raises:
+            ValueError: there is no such stream.
+        """
+        wanted = set(names)
+        if unknown := wanted - self.streams.keys():
+            raise ValueError(f"no stream {', '.join(sorted(unknown))}; there are {', '.join(self.streams)}")
+        positions = []
+        for position in reversed(range(len(self.nodes))):
+            node = self.nodes[position]
             written = {stream.name for stream in node.writes}
             if written & wanted:
+                positions.append(position)
                 wanted = (wanted - written) | set(node.reads)
-                nodes.insert(0, node)
-            else:
-                nodes.insert(0, replace(node, reads=(), writes=()))
-        return Graph(nodes, losses)
+        return positions[::-1]
 
     def live(self, position: int) -> list[Stream]:
         """Streams that cross a cut just before node `position`: written earlier, read there or later, in name order."""

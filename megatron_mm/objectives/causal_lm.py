@@ -10,6 +10,7 @@ from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.layers.sharding import local_text
 from megatron_mm.objectives.cross_entropy import CrossEntropy, token_cross_entropy
+from megatron_mm.objectives.measures import TokenAccuracy
 
 
 def token_loss(
@@ -43,7 +44,7 @@ def token_loss(
     def count(batch: Microbatch) -> torch.Tensor:
         return mask(batch).sum()
 
-    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks)
+    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks, measure=TokenAccuracy)
 
 
 def causal_lm_loss(

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.objectives.measures import Retrieval
 from megatron_mm.parts.contrastive.section import ContrastiveConfig
 from megatron_mm.parts.vit.rows import rows_with_image
 from megatron_mm.platform import collectives
@@ -112,6 +113,7 @@ def contrastive_loss(
         weight,
         sharded=False,
         whole_batch=whole_batch,
+        measure=Retrieval,
     )
 
 

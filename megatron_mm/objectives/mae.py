@@ -6,6 +6,7 @@ import torch
 
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.objectives.measures import MaskedPatches
 from megatron_mm.parts.vit.nodes import patchify, shuffled_patches
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
@@ -46,4 +47,5 @@ def mae_loss(tower: ViTConfig, mae: MAEConfig, weight: float = 1.0) -> Loss:
         weight,
         sharded=False,
         fields=frozenset({"images_ICHW", "patch_noise_IP"}),
+        measure=MaskedPatches,
     )

@@ -17,6 +17,7 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.objectives.contrastive import gather_rows
+from megatron_mm.objectives.measures import Matching
 from megatron_mm.parts.vit.rows import rows_with_image
 
 _TEXTS, _IMAGES = 1, 2  # whose negatives a draw is for
@@ -107,4 +108,4 @@ def matching_loss(reads: tuple[str, str] = ("match_logits", "match_valid"), weig
     def count(batch: Microbatch) -> torch.Tensor:
         return 3 * rows_with_image(batch).sum()
 
-    return Loss("matching", compute, count, reads, weight, sharded=False)
+    return Loss("matching", compute, count, reads, weight, sharded=False, measure=Matching)

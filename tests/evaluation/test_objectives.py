@@ -12,12 +12,13 @@ import torch
 from megatron_mm.checkpoints.checkpoint import Position, save
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.evaluation.objectives import MaskedPatches, Matching, Retrieval, TokenAccuracy, score_objectives
+from megatron_mm.evaluation.objectives import score_objectives
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss
+from megatron_mm.objectives.measures import MaskedPatches, Matching, Retrieval, TokenAccuracy
 from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
@@ -81,10 +82,10 @@ def test_figures_of_a_whole_system_are_the_trainers_loss_and_the_likeliest_token
 
 def test_only_the_nodes_that_a_stream_needs_are_run(config):
     reader = GraphReader(config)
-    names = [reader.graph.nodes[number].name for number in reader.needed(["audio_memory"])]
+    names = [reader.graph.nodes[number].name for number in reader.graph.needed(["audio_memory"])]
     assert names and all(name.startswith("audio.") for name in names)
     assert reader.fields(["audio_memory"]) == {"sounds_AMF"}
-    assert len(reader.needed(["logits"])) == len(reader.graph.nodes)
+    assert len(reader.graph.needed(["logits"])) == len(reader.graph.nodes)
     with pytest.raises(ValueError, match="no stream nothing; there are "):
         reader.run(rows([[1]], [-1]), ["nothing"])
 

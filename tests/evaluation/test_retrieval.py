@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mm.evaluation.retrieval import ranks, score_both_directions, score_retrieval
+from megatron_mm.objectives.retrieval import ranks, score_both_directions, score_retrieval
 
 
 def test_orthogonal_pairs_are_found_and_a_rotation_of_the_candidates_is_not():
