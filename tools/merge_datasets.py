@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from megatron_mm.data.errors import run_tool
 from megatron_mm.data.store.merge import merge_datasets
+from megatron_mm.data.tool import run_tool
 
 
 @dataclass

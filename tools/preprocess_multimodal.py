@@ -27,8 +27,8 @@ import tyro
 
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.errors import run_tool
 from megatron_mm.data.jobs.skipped import OnError
+from megatron_mm.data.tool import run_tool
 from megatron_mm.media.encoding import KEEP, Encoding
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from megatron_mm.data.errors import run_tool
 from megatron_mm.data.store.split import split_dataset
+from megatron_mm.data.tool import run_tool
 
 
 @dataclass

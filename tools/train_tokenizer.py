@@ -11,8 +11,8 @@ from typing import Literal
 import tyro
 
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.errors import run_tool
 from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
+from megatron_mm.data.tool import run_tool
 
 
 @dataclass

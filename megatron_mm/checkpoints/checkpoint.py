@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,9 @@ from megatron_mm.config.schema import Config
 from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.platform import megatron_versions
-from megatron_mm.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from megatron_mm.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
 

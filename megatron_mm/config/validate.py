@@ -9,7 +9,6 @@ from megatron_mm.config import performance
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import divides
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.parts.decoder.section import DecoderConfig
 
 
 def parallel_sizes(config: Config, world_size: int) -> ParallelSizes:
@@ -92,10 +91,10 @@ def _attention(config: Config, sizes: ParallelSizes):
             f"parallel.cp_comm_type is p2p, which takes one document a row, and {model.system} packs documents; take "
             "all_gather or a2a"
         )
-    decoder = getattr(model, "decoder", None)
-    if comm == "a2a" and isinstance(decoder, DecoderConfig):
+    groups = getattr(getattr(model, "decoder", None), "num_query_groups", None)
+    if comm == "a2a" and groups is not None:
         by = "tensor x context parallel size, which parallel.cp_comm_type a2a asks for"
-        yield from divides("model.decoder.num_query_groups", decoder.num_query_groups, by, sizes.tp * sizes.cp)
+        yield from divides("model.decoder.num_query_groups", groups, by, sizes.tp * sizes.cp)
 
 
 def _values(config: Config):

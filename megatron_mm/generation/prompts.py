@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from megatron_mm.data.corpus.samples import parse_line
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS
+from megatron_mm.media.errors import DataError
 
 
 def read_prompts(path: Path, media_root: Path | None = None) -> list[dict]:

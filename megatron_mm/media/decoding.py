@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 #: Pixels above which an image is refused before it is decoded.
 MAX_IMAGE_PIXELS = 1 << 27

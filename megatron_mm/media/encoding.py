@@ -23,8 +23,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
+from megatron_mm.media.errors import DataError
 
 _QUALITY = 90
 

@@ -30,8 +30,8 @@ import torch.distributed as dist
 import megatron_mm
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.schema import Config
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.remote import localize
+from megatron_mm.media.errors import DataError
 from megatron_mm.models.node_names import ranges
 
 #: Distributions whose releases decide what is computed.

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.microbatch import Microbatch
+from megatron_mm.media.errors import DataError
 from megatron_mm.training.resilience import communication_device
 
 

@@ -26,10 +26,10 @@ from megatron_mm.data.cleaning.field_rules import FieldRules
 from megatron_mm.data.cleaning.media_rules import ImageRules, SoundRules
 from megatron_mm.data.cleaning.scan import Rules
 from megatron_mm.data.cleaning.text_rules import TextRules
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 from tests.data.killing import kill_and_continue, undisturbed
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -32,8 +32,8 @@ from megatron_mm.data.cleaning.duplicates import (
     link,
 )
 from megatron_mm.data.cleaning.scan import IMAGE_DTYPE, IMAGES, RECORD_DTYPE, RECORDS, TEXTS
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.order import mixed
+from megatron_mm.media.errors import DataError
 
 
 def passage(dice: random.Random, words: int = 120) -> str:

@@ -20,7 +20,7 @@ from megatron_mm.data.cleaning.media_rules import (
 from megatron_mm.data.cleaning.predicate import Predicate, PredicateError
 from megatron_mm.data.cleaning.records import Record
 from megatron_mm.data.cleaning.text_rules import GOPHER, Blocklist, TextRules
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 from tests.data.test_data_bombs import animation as oversized
 
 PROSE = (

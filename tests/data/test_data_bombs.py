@@ -28,14 +28,14 @@ from PIL import Image
 
 from megatron_mm.data.corpus import columns
 from megatron_mm.data.corpus.text_input import open_lines, zstd
-from megatron_mm.data.errors import DataError
 from megatron_mm.media import decoding as media
+from megatron_mm.media.errors import DataError
 
 MIB = 1 << 20
 #: python -c DECODE kind file …: tries to decode each, prints [peak in MiB, message] of each.
 DECODE = """
 import json, sys
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
@@ -52,7 +52,7 @@ for path in sys.argv[1:]:
 BUILD = """
 import json, sys
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 try:
     message = build_multimodal([sys.argv[1]], sys.argv[2], sys.argv[3], workers=0, progress=False, on_error="skip")
     message = str(message["counts"])
@@ -63,7 +63,7 @@ print(json.dumps([sys.argv[1], int(open("/proc/self/status").read().split("VmHWM
 #: python -c READ file: reads four lines.
 READ = """
 import json, sys
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 from megatron_mm.data.corpus.text_input import open_lines
 message = "read"
 try:
@@ -281,7 +281,7 @@ FILL = """
 import sys
 from megatron_mm.data import unfinished
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.errors import run_tool
+from megatron_mm.data.tool import run_tool
 unfinished.JOURNAL_SECONDS = -1
 run_tool(lambda: build_multimodal([sys.argv[1]], sys.argv[2], sys.argv[3], workers=1, progress=False) and 0)
 """

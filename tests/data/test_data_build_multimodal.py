@@ -14,11 +14,11 @@ import pytest
 import soundfile
 
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.merge import merge_datasets
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import summary, verify
+from megatron_mm.media.errors import DataError
 from tests.data.killing import start
 from tests.waiting import wait_until
 

@@ -14,11 +14,11 @@ import pytest
 import sentencepiece
 
 from megatron_mm.data.build.text import build_text
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.indexed import IndexedReader
 from megatron_mm.data.store.merge import merge_datasets
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
+from megatron_mm.media.errors import DataError
 from tests.data.real_texts import real_texts
 
 pytestmark = pytest.mark.interface

@@ -10,12 +10,12 @@ import torch
 
 from megatron_mm.config.load import config_type, dump_config, load_config
 from megatron_mm.config.systems import section_of
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.builder import CheckedSplit
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.order import TaskSchedule
+from megatron_mm.media.errors import DataError
 
 OWN = '''
     """Captions of coloured squares, made as they are read."""

@@ -11,10 +11,10 @@ import pytest
 
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
+from megatron_mm.media.errors import DataError
 
 
 def flip(data: bytearray, dice: random.Random) -> bytearray:

@@ -14,13 +14,13 @@ import torch
 
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.data.build.text import build_text
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.loader import MicrobatchLoader, microbatch_indexes
 from megatron_mm.data.reading.microbatch import ALWAYS_READ
 from megatron_mm.data.reading.packing import Limits, pack
 from megatron_mm.data.store.indexed import IndexedWriter
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 from megatron_mm.systems.synapse.section import SynapseConfig
 
 OPTIONAL_FIELDS = SynapseConfig().inputs.fields

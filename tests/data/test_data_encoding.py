@@ -18,11 +18,11 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
 from megatron_mm.media.encoding import Encoding, encode_medium
+from megatron_mm.media.errors import DataError
 
 pytestmark = pytest.mark.interface
 

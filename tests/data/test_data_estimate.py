@@ -14,7 +14,6 @@ import pytest
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.corpus.line_samples import MAX_HEADS, LineSamples
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.estimate import (
     Estimate,
     Figure,
@@ -25,6 +24,7 @@ from megatron_mm.data.jobs.estimate import (
     multimodal_build,
     text_build,
 )
+from megatron_mm.media.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 #: Seconds for an estimate of which megabytes alone are the limit, so that every machine draws the same samples.

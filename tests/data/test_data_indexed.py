@@ -10,8 +10,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.indexed import IndexedReader, IndexedWriter
+from megatron_mm.media.errors import DataError
 
 
 def documents(dtype) -> list[np.ndarray]:

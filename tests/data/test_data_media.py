@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.augmentation import random_crop_box
 from megatron_mm.media import decoding as media
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, evenly_spaced, read_image, resample
+from megatron_mm.media.errors import DataError
 from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resize, waveform
 
 pytestmark = pytest.mark.interface

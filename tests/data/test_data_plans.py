@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_mm.config.inputs import Limits
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading import packing, plans
 from megatron_mm.data.reading.packing import pack
 from megatron_mm.data.reading.plans import plan
 from megatron_mm.data.store import indexed, shards
 from megatron_mm.data.store.indexed import IndexedReader, IndexedWriter
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 from tests.waiting import HANG_SECONDS
 
 LIMITS = Limits(128, 2, 1, 3)

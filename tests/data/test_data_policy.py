@@ -19,7 +19,6 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.reading.dataset import build_datasets, whole_dataset
 from megatron_mm.data.reading.loader import MicrobatchLoader
@@ -27,6 +26,7 @@ from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
+from megatron_mm.media.errors import DataError
 from tests.corpus import build_corpus, corpus_config
 from tests.data.killing import kill_and_continue, undisturbed
 

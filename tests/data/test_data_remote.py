@@ -11,11 +11,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_mm.data.build.text import build_text
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.store import remote
 from megatron_mm.data.store.remote import localize
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 
 pytestmark = pytest.mark.interface
 

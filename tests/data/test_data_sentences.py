@@ -15,10 +15,10 @@ import sentencepiece
 
 from examples.data.packages import Package, fetch
 from megatron_mm.data.build.text import Sentences, build_text
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.store.indexed import IndexedReader
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS, SentenceSplitter
+from megatron_mm.media.errors import DataError
 
 pytestmark = pytest.mark.interface
 

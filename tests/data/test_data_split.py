@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from megatron_mm.data.corpus.samples import KINDS
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.order import split_documents
 from megatron_mm.data.store.indexed import IndexedWriter
 from megatron_mm.data.store.merge import merge_datasets
@@ -20,6 +19,7 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.store.split import NAMES, split_dataset
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
+from megatron_mm.media.errors import DataError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -9,7 +9,7 @@ import textwrap
 
 SCRIPT = """
     import multiprocessing, os, signal, sys, time
-    from megatron_mm.data.errors import run_tool
+    from megatron_mm.data.tool import run_tool
 
     def work(number):
         time.sleep(0.002)

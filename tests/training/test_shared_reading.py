@@ -17,9 +17,9 @@ def read_shared(root: str) -> None:
     from megatron.core import parallel_state
 
     from megatron_mm.config.sizes import ParallelSizes
-    from megatron_mm.data.errors import DataError
     from megatron_mm.data.reading.dataset import build_datasets
     from megatron_mm.data.reading.loader import MicrobatchLoader
+    from megatron_mm.media.errors import DataError
     from megatron_mm.platform import setup
     from megatron_mm.training.shared_reading import SharedLoader
     from tests.corpus import corpus_config

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.corpus.samples import KINDS, TABLE_DTYPE, read_sample, table_row
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.jobs.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, check_output
@@ -28,6 +27,7 @@ from megatron_mm.data.store.indexed import CHECKSUMS, IndexedWriter, open_at
 from megatron_mm.data.store.manifest import MANIFEST, describe_sources, differs_from_folder, write_manifest
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.encoding import KEEP, Encoding
+from megatron_mm.media.errors import DataError
 
 FORMAT = "megatron_mm multimodal dataset"
 VERSION = 1

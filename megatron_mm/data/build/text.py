@@ -17,7 +17,6 @@ from tqdm import tqdm
 from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.corpus.samples import parse_line, text_field
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.jobs.skipped import LIST, LISTED, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, check_output
@@ -26,6 +25,7 @@ from megatron_mm.data.store.manifest import describe_sources, is_of, write_manif
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS, SentenceSplitter, is_cut
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.tokens.word_cache import BlockEncoder, block_encoder, prepare
+from megatron_mm.media.errors import DataError
 
 FORMAT = "megatron text shard"
 #: Files of a text shard, in the order in which they get their names: a shard without its index does not open.

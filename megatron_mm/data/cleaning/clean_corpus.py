@@ -46,10 +46,10 @@ from megatron_mm.data.cleaning.scan import (
 )
 from megatron_mm.data.cleaning.text_rules import Blocklist
 from megatron_mm.data.cleaning.text_signatures import PERMUTATIONS
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.unfinished import Lines, Replacing, Source, UnfinishedBuild, check_output
 from megatron_mm.data.reading.order import mixed
 from megatron_mm.data.store.manifest import MANIFEST, differs_from_folder, sha256, write_manifest
+from megatron_mm.media.errors import DataError
 
 DROPPED, REPORT, TABLE = "dropped.jsonl", "report.json", "report.md"
 _FILES = re.compile("|".join(map(re.escape, (DROPS, DROPPED, REPORT, TABLE))))

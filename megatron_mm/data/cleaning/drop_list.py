@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.manifest import CHECKSUM, MANIFEST, read_manifest, sha256
+from megatron_mm.media.errors import DataError
 
 FORMAT = "megatron_mm cleaned corpus"
 VERSION = 1

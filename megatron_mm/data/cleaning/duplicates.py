@@ -37,9 +37,9 @@ from megatron_mm.data.cleaning.scan import (
     read_rows,
 )
 from megatron_mm.data.cleaning.text_signatures import choose_bands, jaccard
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.parallel import ordered_map
 from megatron_mm.data.reading.order import mixed
+from megatron_mm.media.errors import DataError
 
 #: Reasons, in the order in which they are looked for; 0 is a record that is kept.
 KEPT, REJECTED_BY_RULE, EXACT, NEAR_TEXT, SAME_IMAGES = range(5)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_mm.data.cleaning.verdict import Verdict
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 
 @dataclass(frozen=True)

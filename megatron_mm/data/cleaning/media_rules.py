@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.data.cleaning.verdict import Verdict
-from megatron_mm.data.errors import DataError
 from megatron_mm.media.decoding import is_animation, limit_frames, open_image
+from megatron_mm.media.errors import DataError
 
 _FRAME_SECONDS = 0.02
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_mm.config.plugins import load_plugin
 from megatron_mm.data.cleaning.records import Record
 from megatron_mm.data.cleaning.verdict import Verdict
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 
 class PredicateError(DataError):

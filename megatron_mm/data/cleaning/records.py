@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.data.corpus.samples import KINDS, media_entries, parse_line, read_entry, text_field
-from megatron_mm.data.errors import DataError
 from megatron_mm.media.decoding import check_medium, decode_image, decode_sound, decode_video
+from megatron_mm.media.errors import DataError
 
 Measured = TypeVar("Measured")
 

@@ -38,10 +38,10 @@ from megatron_mm.data.cleaning.text_signatures import (
 )
 from megatron_mm.data.cleaning.verdict import Verdict
 from megatron_mm.data.corpus.samples import KINDS
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.indexed import open_at
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS
+from megatron_mm.media.errors import DataError
 
 #: Bytes of a record's text that reports show.
 EXCERPT_BYTES = 160

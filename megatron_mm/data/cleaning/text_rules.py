@@ -17,7 +17,7 @@ import numpy as np
 from megatron_mm.data.cleaning.text_signatures import normalised
 from megatron_mm.data.cleaning.verdict import Verdict
 from megatron_mm.data.corpus.text_input import open_lines
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 _BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–", "-", "*", "·")
 _ELLIPSES = ("...", "…")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import BinaryIO
 
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES, inline_medium, record_line, with_placeholders
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 _CHUNK_BYTES = 4 << 20
 #: Bytes of a Parquet dictionary that writers keep to by default, with some room.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES, read_line
 from megatron_mm.data.corpus.text_input import is_plain, open_lines
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 #: Files that cannot be read in the middle of which heads are unpacked; so many, evenly spread, stand for all.
 MAX_HEADS = 16

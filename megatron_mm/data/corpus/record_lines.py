@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS
+from megatron_mm.media.errors import DataError
 
 #: Longest line that is read; a longer one is refused before it fills memory.
 MAX_LINE_BYTES = 1 << 28

@@ -16,10 +16,10 @@ import numpy as np
 import orjson
 
 from megatron_mm.data.corpus.record_lines import inline_bytes, is_inline
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS, Tokenizer
 from megatron_mm.media.decoding import check_medium
 from megatron_mm.media.encoding import KEEP, Encoding, encode_medium
+from megatron_mm.media.errors import DataError
 
 #: The sample table: one row a document, in the order of the token shard.
 TABLE_DTYPE = np.dtype(

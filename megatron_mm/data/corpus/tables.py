@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from megatron_mm.data.corpus.record_lines import read_line, record_line, with_placeholders
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS
+from megatron_mm.media.errors import DataError
 
 
 class _Text:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from megatron_mm.data.corpus.record_lines import inline_medium, record_line, with_placeholders
 from megatron_mm.data.corpus.samples import parse_line
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 _KINDS = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"), "images"),

@@ -27,7 +27,7 @@ from megatron_mm.data.corpus.columns import arrow_lines, parquet_lines
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES, RecordLines
 from megatron_mm.data.corpus.tables import table_lines
 from megatron_mm.data.corpus.tars import tar_lines
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 if sys.version_info >= (3, 14):
     from compression import zstd

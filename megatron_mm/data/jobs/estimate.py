@@ -21,7 +21,7 @@ from megatron_mm.data.build.multimodal import TABLE, build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.corpus.line_samples import LineSamples, Sample
 from megatron_mm.data.corpus.samples import KINDS, parse_line
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 _SAMPLES, _BLOCKS = 5, 8
 #: Student's t for 95 % and the freedom that five samples leave.

@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from typing import BinaryIO, TypeVar
 
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES, read_line
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 LINE_END = b"\n"
 Task = TypeVar("Task")

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import BinaryIO, Literal
 
 from megatron_mm.config.outputs import records
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.indexed import open_at
+from megatron_mm.media.errors import DataError
 
 #: What becomes of a line that cannot be used: the build ends with its name, or goes on without it.
 OnError = Literal["stop", "skip"]

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from megatron_mm.config.outputs import OutputError, check_place
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.corpus.text_input import open_lines
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.jobs.parallel import LineBlock, Result, line_blocks, ordered_map
+from megatron_mm.media.errors import DataError
 
 JOURNAL_SECONDS = 5.0
 _CHUNK = 1 << 20

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mm.config.inputs import InputFormat, Limits
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.masking import Masking
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.data.reading.order import Blend, Permutation, Purpose, epoch_and_place
@@ -24,6 +23,7 @@ from megatron_mm.data.reading.records import MediaReader, Piece, media_of
 from megatron_mm.data.reading.rows import Collated, Document, collate
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.media.errors import DataError
 
 
 @dataclass

@@ -15,8 +15,8 @@ import torch
 
 from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch, field_shapes
+from megatron_mm.media.errors import DataError
 
 
 def call_builder(config: Config) -> Any:

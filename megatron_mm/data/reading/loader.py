@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.dataset import Split
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.reading.order import TaskSchedule
+from megatron_mm.media.errors import DataError
 
 
 def microbatch_indexes(

@@ -21,10 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.config.inputs import Limits
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.packing import PIECE_DTYPE, Packing, pack
 from megatron_mm.data.store.manifest import CHECKSUM
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 
 #: Documents from which on a plan is kept; fewer are packed at every start (0.1 s).
 KEPT_FROM = 1 << 16

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from megatron_mm.config.inputs import InputFormat, Limits
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.augmentation import Augmentation, View
 from megatron_mm.data.reading.masking import patch_noise
 from megatron_mm.data.reading.order import Purpose
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.decoding import decode_sound, decode_video, read_image, resample
+from megatron_mm.media.errors import DataError
 from megatron_mm.media.transforms import log_mel_spectrogram, pixel_tensor, waveform
 
 

@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")

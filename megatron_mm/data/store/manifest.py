@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 MANIFEST, CHECKSUM = "manifest.json", "checksum"
 _CHUNK = 1 << 20

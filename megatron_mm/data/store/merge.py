@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.copying import Selection, Target, copy_datasets
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 
 
 def merge_datasets(inputs: Sequence[str], output: str, overwrite: bool = False, progress: bool = True) -> dict:

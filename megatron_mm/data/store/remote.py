@@ -16,7 +16,7 @@ import shutil
 from tqdm import tqdm
 
 from megatron_mm.data.build.text import SUFFIXES
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 #: Folder of the copies, unless `data.cache_folder` names another.
 DEFAULT_CACHE = os.path.join("~", ".cache", "megatron_mm", "datasets")

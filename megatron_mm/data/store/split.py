@@ -10,10 +10,10 @@ import os
 
 from tqdm import tqdm
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.reading.order import Permutation, Purpose, parse_split, split_documents
 from megatron_mm.data.store.copying import Selection, Target, copy_datasets
 from megatron_mm.data.store.shards import Shard
+from megatron_mm.media.errors import DataError
 
 NAMES = ("train", "valid", "test")
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 #: Characters that are split at a time, as in Megatron's script. It bounds what a document costs: nltk takes at most
 #: some 10 µs a character, whatever the text. A longer document is cut there, and a sentence across the cut becomes two.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import sentencepiece
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.media.errors import DataError
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 IMAGE, AUDIO, VIDEO, MASK = "<image>", "<audio>", "<video>", "<mask>"

@@ -8,11 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.corpus.samples import KINDS
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.store.manifest import damaged_files
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS, Tokenizer
 from megatron_mm.media.decoding import check_medium, decode_image, decode_sound
+from megatron_mm.media.errors import DataError
 
 
 def summary(shard: Shard) -> dict:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video
 from megatron_mm.media.encoding import flac
+from megatron_mm.media.errors import DataError
 
 #: Longest side in pixels of an image and of a video's frame.
 IMAGE_SIDE, FRAME_SIDE = 320, 144

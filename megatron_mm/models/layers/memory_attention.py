@@ -251,7 +251,7 @@ def memory_layer(
         init_std=shape.init_std,
         num_layers=shape.num_layers,
         column={
-            "linear_qkv": shape.num_query_groups,
+            **({} if gated else {"linear_qkv": shape.num_query_groups}),
             "linear_fc1": None,
             "linear_q": shape.num_attention_heads,
             "linear_kv": across.num_query_groups,

@@ -49,11 +49,16 @@ def describe(
         row: modules sharded on dimension 1, likewise.
         gated: column modules that stack two matrices, gate and up.
         constants: parameters (last name) that begin with a constant.
+
+    Raises:
+        ValueError: a name that no parameter has; its weight would be whole on every process, or begin otherwise.
     """
     column, row, constants = column or {}, row or {}, constants or {}
+    unknown = {*column, *row, *gated, *constants}
     for name, parameter in module.named_parameters():
         owner, _, kind = name.rpartition(".")
         owner = owner.rpartition(".")[2]
+        unknown -= {owner, kind}
         norm = "layernorm" in owner or kind.startswith("layer_norm_")
         parts = 2 if owner in gated and not norm else 1
         dim = None
@@ -72,4 +77,6 @@ def describe(
             std = init_std / math.sqrt(2 * num_layers) if owner in _OUTPUT_PROJECTIONS else init_std
             units = column.get(owner) if dim == 0 else row.get(owner) if dim == 1 else None
             parameter.init = Init("normal", std=std, parts=parts, units=units, dim=dim or 0)
+    if unknown:
+        raise ValueError(f"{type(module).__name__} has no parameter of {', '.join(sorted(unknown))}")
     return module

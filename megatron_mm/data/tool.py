@@ -1,8 +1,4 @@
-"""The error of everything that reads or writes data, and how a command line tool ends with it.
-
-A data error is the user's to fix (a damaged shard, a bad line, a wrong option), so its message names the file, the
-record and the cause, and a tool prints that message alone, without a traceback.
-"""
+"""How a command line tool ends: with a message alone, without a traceback, where a user can mend the cause."""
 
 from __future__ import annotations
 
@@ -12,10 +8,6 @@ import sys
 from collections.abc import Callable
 
 from megatron_mm.config.outputs import exit_status
-
-
-class DataError(ValueError):
-    """Input that cannot be used; the message names the file, the record and what would be right."""
 
 
 def _keep_from_forks(number: int) -> None:
