@@ -171,6 +171,25 @@ class Node:
         tied = {f"{self.name}.{name}" for name in self.ties}
         return [entry for entry in self.kind.names(self.name, self.exported) if entry.training not in tied]
 
+    def check(self, module: nn.Module, plan: MicrobatchPlan, tp: int) -> None:
+        """Compares the kind's word with the module that it built: plans and exports go by it.
+
+        Args:
+            tp: tensor-parallel processes among which the sharded weights are divided.
+
+        Raises:
+            ValueError: the cost counts other parameters, or the names are of other weights.
+        """
+        own = {name: weight for name, weight in module.named_parameters() if name not in self.ties}
+        found = sum(w.numel() * (tp if getattr(w, "tensor_model_parallel", False) else 1) for w in own.values())
+        said = self.cost(plan).parameters
+        if said != found:
+            raise ValueError(f"node {self.name!r}: its cost says {said:,} parameters, its module has {found:,}")
+        names, theirs = {f"{self.name}.{name}" for name in own}, {entry.training for entry in self.names()}
+        if theirs and theirs != names:
+            differ = ", ".join(sorted(names ^ theirs)[:4])
+            raise ValueError(f"node {self.name!r}: its names are not those of its module's weights: {differ}")
+
 
 def names_of(nodes: Iterable[Node]) -> list[Entry]:
     """Each training tensor of these nodes, and the exported tensors that it is made of, in their order."""

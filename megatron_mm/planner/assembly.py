@@ -22,6 +22,7 @@ from megatron_mm.models.phases import phase_graph
 from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.partition import NothingFits, balance, cuts_by_name
 from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
+from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import ChunkMemory
 from megatron_mm.systems import build_graph
@@ -96,12 +97,27 @@ class Assembly:
 
         Args:
             seed: initial weights; None leaves them unset.
+
+        Raises:
+            ValueError: as of `check`.
         """
         if self.settings.backend == "transformer_engine":
             attention_kernels.request(self.config.model.attention_backend)
         if self.config.performance.tp_comm_overlap and device.type == "cuda":
             user_buffers.start(self.config, self.sizes)
-        return build_pipeline(self.design, device, seed)
+        pipeline = build_pipeline(self.design, device, seed)
+        for chunk in pipeline.bare_chunks:
+            self.check(chunk)
+        return pipeline
+
+    def check(self, chunk: PipelineChunk) -> None:
+        """Compares what nodes say of themselves with what was built.
+
+        Raises:
+            ValueError: a node's cost or names are of other weights than its module has.
+        """
+        for node, module in zip(chunk.nodes, chunk.node_modules):
+            node.check(module, self.plan, self.sizes.tp)
 
 
 def layer_settings(config: Config, sizes: ParallelSizes, device_type: str) -> LayerSettings:

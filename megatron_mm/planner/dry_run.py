@@ -160,6 +160,7 @@ def _run_stage(assembly: Assembly, stage: int) -> StageReport:
     for virtual in range(sizes.vpp):
         with torch.device("meta"):
             chunk = PipelineChunk(pipeline, design, virtual * sizes.pp + stage, seed=None)
+        assembly.check(chunk)
         parameters.update({id(parameter): parameter for parameter in chunk.parameters()})
         chunk.begin_step(Step(graph, rows, 1, torch.ones(len(graph.losses), device="meta")))
         saved = _Saved({parameter.untyped_storage()._cdata for parameter in chunk.parameters()})

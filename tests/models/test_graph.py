@@ -1,5 +1,7 @@
 """The graph's consequences: what crosses a cut, where gradients stop, which fields a chunk reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, Kind, Loss, Node, NodeCost, Stream
+from megatron_mm.models.names import plain
 
 PLAN = MicrobatchPlan(2, 8, 1, 1, 1, 1, False, 8)
 
@@ -82,3 +85,27 @@ def test_sharded_streams_divide_over_context_and_sequence_parallel():
     assert text.local_shape(PLAN, ParallelSizes(tp=2, cp=2)) == (8, 3)
     with pytest.raises(ValueError, match="stream text: 16 positions do not divide over 3"):
         text.local_shape(PLAN, ParallelSizes(cp=3))
+
+
+def test_what_a_kind_says_is_compared_with_what_it_builds():
+    """Plans go by its cost, exports by its names: neither may be of other weights."""
+
+    def names(node, exported):
+        yield plain(f"{node}.weight", f"{exported}.weight", 3, 2)
+        yield plain(f"{node}.bias", f"{exported}.bias", 3)
+
+    linear = nn.Linear(2, 3)
+    x = Stream("x", lambda plan: (1,))
+    right = Node("a", Kind(lambda: linear, lambda plan: NodeCost(9), names), (), (x,))
+    right.check(right.build(), PLAN, tp=1)
+    wrong = replace(right, kind=Kind(lambda: linear, lambda plan: NodeCost(7), names))
+    with pytest.raises(ValueError, match=r"node 'a': its cost says 7 parameters, its module has 9"):
+        wrong.check(wrong.build(), PLAN, tp=1)
+    short = replace(right, kind=Kind(lambda: linear, lambda plan: NodeCost(9), lambda *words: list(names(*words))[:1]))
+    with pytest.raises(ValueError, match=r"node 'a': its names are not those of its module's weights: a\.bias"):
+        short.check(short.build(), PLAN, tp=1)
+    tied = replace(right, kind=Kind(lambda: linear, lambda plan: NodeCost(6), names), ties={"bias": "b.bias"})
+    tied.check(tied.build(), PLAN, tp=1)
+    linear.weight.tensor_model_parallel = True
+    halves = replace(right, kind=Kind(lambda: linear, lambda plan: NodeCost(15), names))
+    halves.check(halves.build(), PLAN, tp=2)
