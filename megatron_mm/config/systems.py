@@ -82,7 +82,7 @@ def system_of(name: object) -> System:
         ValueError: there is none; the known ones are named.
     """
     if not isinstance(name, str) or name not in SYSTEMS:
-        raise ValueError(f"there is no system {name!r}; known: {', '.join(SYSTEMS)}")
+        raise ValueError(f"model.system is {name!r}; known systems: {', '.join(SYSTEMS)}")
     return SYSTEMS[name]
 
 

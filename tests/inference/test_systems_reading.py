@@ -192,7 +192,7 @@ def test_folders_and_recipes_that_do_not_belong_together_are_refused(works, tmp_
     dump_config(case.with_vocabulary(recipes.small_vlm(phase="mae")), tmp_path / "mae.yaml")
     with pytest.raises(ValueError, match=r"phase: joint in the folder, mae in the recipe"):
         restore(works["vlm"].exported, tmp_path / "out", config=tmp_path / "mae.yaml", quiet=True)
-    with pytest.raises(ValueError, match="model_type is 'llama', not one of synapse, vlm"):
+    with pytest.raises(ValueError, match="model_type is 'llama', not one of synapse, avt"):
         adapter_of_folder({"model_type": "llama"}, tmp_path)
     with pytest.raises(ValueError, match="no export of the system 'byte_mixer'; there is one of synapse"):
         adapter_of("byte_mixer", tmp_path / "config.yaml")
