@@ -43,6 +43,7 @@ lowest) ;;
 *)
     echo "style"
     ruff check .
+    lint-imports
     find . -name '*.sh' -not -path './.venv*' -not -path '*/node_modules/*' -print0 | xargs -0 -n1 bash -n
     for script in examples/*/*.slurm; do bash -n "$script"; done
     ;;

@@ -20,8 +20,8 @@ import preprocess_multimodal
 import tyro
 
 from megatron_mm.config.outputs import check_file, figures, write_figures
+from megatron_mm.data.build.estimate import Estimate, Figure, estimate, multimodal_build, text_build
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.jobs.estimate import Estimate, Figure, estimate, multimodal_build, text_build
 from megatron_mm.data.tool import run_tool
 from megatron_mm.data.view.readable import readable_size, readable_time
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from megatron_mm.data.store.merge import merge_datasets
+from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.tool import run_tool
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from megatron_mm.data.store.split import split_dataset
+from megatron_mm.data.build.split import split_dataset
 from megatron_mm.data.tool import run_tool
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 import tyro
 
+from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from megatron_mm.data.tool import run_tool
 
 

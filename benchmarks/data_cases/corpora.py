@@ -66,7 +66,7 @@ def text(folder: Path, smoke: bool) -> Path:
 
 def tokenizer(folder: Path, kind: str, smoke: bool, pieces: int = 32000, corpus: Path | None = None) -> Path:
     """A SentencePiece model of the documents, or of another corpus; of at most 1,000 pieces in a smoke run."""
-    from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
+    from megatron_mm.data.build.train_tokenizer import train_tokenizer
 
     pieces = min(pieces, 1000) if smoke else pieces
     path = folder / f"{kind}-{pieces}{'-other' if corpus else ''}.model"

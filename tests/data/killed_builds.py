@@ -33,8 +33,8 @@ import tyro
 from examples.data import emoji_art, tux_paint
 from examples.data.packages import Package, fetch
 from megatron_mm.config.outputs import begin_folder
+from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.store.manifest import sha256
-from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 _TEXT = r"usr/share/(doc|dictd|linux-doc|cppreference)/.*\.(html|txt|rst|dict\.dz|dz)"

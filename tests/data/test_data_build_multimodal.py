@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.store.merge import merge_datasets
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import summary, verify
@@ -235,7 +235,7 @@ def test_damage_is_found_at_open(tmp_path, folder, message):
 
 
 def test_tokenizer_must_match(tmp_path, folder, samples, tokenizer_path):
-    from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
+    from megatron_mm.data.build.train_tokenizer import train_tokenizer
 
     other = str(tmp_path / "other.model")
     train_tokenizer([str(samples)], other, 320)

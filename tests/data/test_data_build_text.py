@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.build.text import build_text
+from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.store.indexed import IndexedReader
-from megatron_mm.data.store.merge import merge_datasets
 from megatron_mm.data.tokens.tokenizer import Tokenizer
-from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from megatron_mm.media.errors import DataError
 from tests.data.real_texts import real_texts
 

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.build.text import build_text
-from megatron_mm.data.corpus.line_samples import MAX_HEADS, LineSamples
-from megatron_mm.data.jobs.estimate import (
+from megatron_mm.data.build.estimate import (
     Estimate,
     Figure,
     Outcome,
@@ -24,6 +21,9 @@ from megatron_mm.data.jobs.estimate import (
     multimodal_build,
     text_build,
 )
+from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.text import build_text
+from megatron_mm.data.corpus.line_samples import MAX_HEADS, LineSamples
 from megatron_mm.media.errors import DataError
 
 ROOT = Path(__file__).parents[2]

@@ -21,11 +21,11 @@ import pytest
 
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
+from megatron_mm.data.build.train_tokenizer import training_lines
 from megatron_mm.data.corpus.record_lines import RecordLines, inline_medium
 from megatron_mm.data.corpus.text_input import expand_inputs, open_lines, zstd
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.jobs.parallel import line_blocks
-from megatron_mm.data.tokens.train_tokenizer import training_lines
 from megatron_mm.media.errors import DataError
 
 pytestmark = pytest.mark.interface

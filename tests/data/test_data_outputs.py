@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 from megatron_mm.config.outputs import OutputError
+from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.build.multimodal import build_multimodal
+from megatron_mm.data.build.split import split_dataset
 from megatron_mm.data.build.text import build_text
+from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.jobs.unfinished import Replacing, UnfinishedBuild
 from megatron_mm.data.store.indexed import IndexedWriter
-from megatron_mm.data.store.merge import merge_datasets
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.store.split import split_dataset
-from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from megatron_mm.media.errors import DataError
 
 TOOLS = Path(__file__).parents[2] / "tools"

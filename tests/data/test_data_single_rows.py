@@ -18,13 +18,13 @@ from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.config.systems import section_of
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
+from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.microbatch import field_shapes
 from megatron_mm.data.reading.order import TaskSchedule
 from megatron_mm.data.store.indexed import IndexedWriter
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
 from megatron_mm.media.errors import DataError
 from megatron_mm.media.transforms import center_crop_box, image_tensor, waveform

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mm.data.build.merge import merge_datasets
+from megatron_mm.data.build.split import NAMES, split_dataset
 from megatron_mm.data.corpus.samples import KINDS
 from megatron_mm.data.reading.order import split_documents
 from megatron_mm.data.store.indexed import IndexedWriter
-from megatron_mm.data.store.merge import merge_datasets
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.store.split import NAMES, split_dataset
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
@@ -86,8 +86,8 @@ def test_text_in_equal_parts_and_merged_again(tmp_path, text, parts):
 
 
 def test_shuffled_parts_hold_every_document_once(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr("megatron_mm.data.store.copying._CHUNK_DOCUMENTS", 7)
-    monkeypatch.setattr("megatron_mm.data.store.copying._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("megatron_mm.data.build.copying._CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr("megatron_mm.data.build.copying._BLOCK_BYTES", 2000)
     whole = Shard(folder)
     made = split_dataset(folder, str(tmp_path / "a"), split="1,1", shuffle_seed=5, progress=False)
     assert list(made) == [str(tmp_path / "a_train"), str(tmp_path / "a_valid")], "no test: its proportion is 0"

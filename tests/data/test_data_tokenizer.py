@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.tokens.tokenizer import Tokenizer
-from megatron_mm.data.tokens.train_tokenizer import train_tokenizer
 from megatron_mm.media.errors import DataError
 
 pytestmark = pytest.mark.interface

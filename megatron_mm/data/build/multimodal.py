@@ -24,17 +24,13 @@ from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.jobs.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, check_output
 from megatron_mm.data.store.indexed import CHECKSUMS, IndexedWriter, open_at
+from megatron_mm.data.store.layout import FORMAT, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.store.manifest import MANIFEST, describe_sources, differs_from_folder, write_manifest
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.encoding import KEEP, Encoding
 from megatron_mm.media.errors import DataError
 
-FORMAT = "megatron_mm multimodal dataset"
-VERSION = 1
-TABLE = "samples.npy"
 _ROWS = "samples.rows"  # the table while it grows
-#: Shard of each kind of media, within the folder.
-MEDIA_SHARDS = {"images": "images", "audios": "sounds", "videos": "videos"}
 _FILES = re.compile(r"(text|images|sounds|videos|ids)\.(bin|idx|crc)|samples\.npy|skipped\.jsonl")
 _TABLE_FIELDS = {"images": "image", "audios": "audio", "videos": "video"}
 
@@ -205,16 +201,6 @@ class FolderWriter:
 
 def _dtype(shard: str) -> type[np.generic]:
     return np.int32 if shard == "text" else np.uint8
-
-
-def table_counts(table: np.ndarray) -> dict[str, int]:
-    """Totals of a sample table, as the manifest has them."""
-    return {
-        "samples": int(table.size),
-        "tokens": int(table["num_tokens"].sum(dtype=np.int64)),
-        "loss_tokens": int(table["num_loss_tokens"].sum(dtype=np.int64)),
-        **{kind: int(table[f"num_{kind}"].sum(dtype=np.int64)) for kind in KINDS},
-    }
 
 
 def differs_from_dataset(path: str) -> str | None:

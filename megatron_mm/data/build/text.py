@@ -21,6 +21,7 @@ from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.jobs.skipped import LIST, LISTED, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, check_output
 from megatron_mm.data.store.indexed import CHECKSUMS, MAGIC, IndexedWriter, token_dtype
+from megatron_mm.data.store.layout import SUFFIXES
 from megatron_mm.data.store.manifest import describe_sources, is_of, write_manifest
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS, SentenceSplitter, is_cut
 from megatron_mm.data.tokens.tokenizer import Tokenizer
@@ -28,8 +29,6 @@ from megatron_mm.data.tokens.word_cache import BlockEncoder, block_encoder, prep
 from megatron_mm.media.errors import DataError
 
 FORMAT = "megatron text shard"
-#: Files of a text shard, in the order in which they get their names: a shard without its index does not open.
-SUFFIXES = (".bin", CHECKSUMS, ".json", ".idx")
 _BLOCK_BYTES = 1 << 18
 
 

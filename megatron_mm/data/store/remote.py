@@ -15,7 +15,7 @@ import shutil
 
 from tqdm import tqdm
 
-from megatron_mm.data.build.text import SUFFIXES
+from megatron_mm.data.store.layout import SUFFIXES
 from megatron_mm.media.errors import DataError
 
 #: Folder of the copies, unless `data.cache_folder` names another.

@@ -12,9 +12,9 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_mm.data.build.multimodal import FORMAT, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.corpus.samples import KINDS, TABLE_DTYPE
 from megatron_mm.data.store.indexed import CHECKED_AT_OPEN, IndexedReader
+from megatron_mm.data.store.layout import FORMAT, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.store.manifest import MANIFEST, read_manifest
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.errors import DataError

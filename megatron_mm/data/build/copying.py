@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_mm.data.build.multimodal import Block, FolderWriter, differs_from_dataset
-from megatron_mm.data.build.text import SUFFIXES, differs_from_shard, write_text_manifest
+from megatron_mm.data.build.text import differs_from_shard, write_text_manifest
 from megatron_mm.data.corpus.samples import KINDS
 from megatron_mm.data.jobs.unfinished import Replacing, UnfinishedBuild, check_output
 from megatron_mm.data.store.indexed import IndexedWriter
+from megatron_mm.data.store.layout import SUFFIXES
 from megatron_mm.data.store.shards import Shard
 
 _CHUNK_DOCUMENTS = 1024

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron_mm.data.store.copying import Selection, Target, copy_datasets
+from megatron_mm.data.build.copying import Selection, Target, copy_datasets
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
 

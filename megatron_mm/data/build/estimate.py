@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_mm.data.build.multimodal import TABLE, build_multimodal
+from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.corpus.line_samples import LineSamples, Sample
 from megatron_mm.data.corpus.samples import KINDS, parse_line
+from megatron_mm.data.store.layout import TABLE
 from megatron_mm.media.errors import DataError
 
 _SAMPLES, _BLOCKS = 5, 8
