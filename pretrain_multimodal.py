@@ -20,26 +20,26 @@ from megatron_mm.training import run_folder
 
 def main() -> None:
     """Parses, trains, and reports an error once."""
-    config = parse_command_line()
+    config, verbs = parse_command_line()
     try:
-        sizes = parallel_sizes(config, (config.dry_run and config.parallel.world_size) or setup.world_size())
+        sizes = parallel_sizes(config, (verbs.dry_run and config.parallel.world_size) or setup.world_size())
         check(config, sizes)
-        if config.dry_run:  # which plans for other machines
-            check_file(config.dry_run_json, "dry_run_json", figures("stages"))
+        if verbs.dry_run:  # which plans for other machines
+            check_file(verbs.dry_run_json, "dry_run_json", figures("stages"))
         else:
             check_device(config, setup.computing_device())
             if setup.rank() == 0:  # which writes there, perhaps before another process looks
-                run_folder.check(config)
+                run_folder.check(config, measures=verbs.check)
     except ValueError as error:
         fail(str(error), status=2)
     with setup.reporting_errors():
-        if config.dry_run:
+        if verbs.dry_run:
             from megatron_mm.planner.dry_run import run_from_command_line
 
-            run_from_command_line(config)
+            run_from_command_line(config, verbs.dry_run_json)
             return
         setup.apply_platform()  # before anything of megatron-core is imported
-        if config.check:
+        if verbs.check:
             from megatron_mm.checks import preflight
 
             preflight.run_from_command_line(config, sizes)

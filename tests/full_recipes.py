@@ -44,7 +44,7 @@ def words(name: str, *options: str, **environment: str) -> list[str]:
 def launched(name: str, phase: str = "joint", *options: str) -> tuple[Config, ParallelSizes]:
     """What the script of a full recipe launches in a phase, and its layout."""
     setup.apply_platform()
-    config = parse_command_line(words(name, "--dry-run", *options, PHASE=phase))
+    config = parse_command_line(words(name, "--dry-run", *options, PHASE=phase)).config
     return config, parallel_sizes(config, config.parallel.world_size)
 
 

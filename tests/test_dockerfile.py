@@ -82,6 +82,6 @@ def test_the_last_lines_import_what_was_compiled_and_dry_run_a_full_recipe():
         assert name.partition(".")[0] in COMPILED or importlib.util.find_spec(name), name
     assert dry_run[:2] == ["python", "pretrain_multimodal.py"]
     setup.apply_platform()
-    config = parse_command_line(dry_run[2:])
-    assert config.dry_run
+    config, verbs = parse_command_line(dry_run[2:])
+    assert verbs.dry_run
     check(config, parallel_sizes(config, config.parallel.world_size))

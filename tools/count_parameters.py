@@ -34,7 +34,7 @@ def count(recipe: Path) -> dict[str, int]:
     from megatron_mm.config.load import load_config
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.assembly import full_plan, layer_settings
-    from megatron_mm.systems import build_graph
+    from megatron_mm.systems.graph import build_graph
 
     config = load_config(recipe)
     graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))

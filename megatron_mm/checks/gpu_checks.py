@@ -167,7 +167,7 @@ class Machines:
         """A recipe with the options of second runs."""
         recipe = self.output / "second.yaml"
         dump_config(config, recipe)
-        return parse_command_line(["--config", str(recipe), *self.second])
+        return parse_command_line(["--config", str(recipe), *self.second]).config
 
 
 def _is_earlier(output: Path) -> bool:

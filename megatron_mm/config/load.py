@@ -17,7 +17,9 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import tyro
 import yaml
@@ -28,6 +30,29 @@ from megatron_mm.config.schema import Config, DatasetConfig
 from megatron_mm.config.section import section
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import DEFAULT_SYSTEM, SYSTEMS, section_of
+
+#: What a run once wrote into its settings, and said nothing of it: options of a command line.
+_VERBS = ("check", "dry_run", "dry_run_json")
+
+
+@dataclass
+class Verbs:
+    """What pretrain_multimodal.py is to do other than train."""
+
+    check: bool = False
+    """Compare code, settings and data of all processes, measure every device and group, and end with status 0 or 1."""
+    dry_run: bool = False
+    """Build and run one microbatch of every pipeline stage without data or devices, print its costs, and end."""
+    dry_run_json: str | None = None
+    """Also write the dry run's figures to this file."""
+
+
+class CommandLine(NamedTuple):
+    """A command line, read."""
+
+    config: Config
+    verbs: Verbs
+
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -60,6 +85,7 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
     folder, plugins = Path(source).parent, tree.get("plugins") or []
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
         raise ValueError(f"{source}:\n  plugins: it must be a list of files or modules, not {plugins!r}")
+    tree = {name: value for name, value in tree.items() if name not in _VERBS}
     tree = {**tree, "plugins": [locate_plugin(name, folder) for name in plugins]}
     for plugin in tree["plugins"]:
         load_plugin(plugin, folder)
@@ -91,8 +117,8 @@ def _say(item: dict) -> str:
     return f"{item['msg']}, not {item['input']!r}"
 
 
-def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: str | None = None) -> Config:
-    """Config from `--config RECIPE` and overrides.
+def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: str | None = None) -> CommandLine:
+    """Settings from `--config RECIPE` and overrides, and what is to be done with them.
 
     Exits with status 2 and a message on a usage error, after `--help` with 0.
     """
@@ -132,13 +158,18 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
             if os.environ.get("RANK", "0") != "0":
                 stack.enter_context(contextlib.redirect_stdout(said))
                 stack.enter_context(contextlib.redirect_stderr(said))
-            return tyro.cli(
-                type(config),
-                default=config,
+            unnamed = tyro.conf.arg(name="")  # options begin with the names of sections, as paths of the recipe do
+            kind = make_dataclass(
+                "CommandLine", [("verbs", Annotated[Verbs, unnamed]), ("config", Annotated[type(config), unnamed])]
+            )
+            read = tyro.cli(
+                kind,
+                default=kind(Verbs(), config),
                 args=rest,
                 description=description,
                 config=(tyro.conf.HelptextFromCommentsOff,),
             )
+            return CommandLine(read.config, read.verbs)
     except SystemExit as end:
         if end.code and said.getvalue():
             report(said.getvalue())

@@ -227,9 +227,3 @@ class Config:
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    check: bool = False
-    """Compare code, settings and data of all processes, measure every device and group, and end with status 0 or 1."""
-    dry_run: bool = False
-    """Build and run one microbatch of every pipeline stage without data or devices, print its costs, and end."""
-    dry_run_json: str | None = None
-    """Also write the dry run's figures to this file."""

@@ -33,8 +33,8 @@ from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.systems import build_graph
 from megatron_mm.systems.export import model_entries
+from megatron_mm.systems.graph import build_graph
 
 #: Largest difference of values, as a share of the largest of them, where both sides have the same weights: fp32 sums in
 #: other orders, through all layers.

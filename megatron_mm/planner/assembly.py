@@ -25,7 +25,7 @@ from megatron_mm.pipeline.schedule import Pipeline, build_pipeline
 from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import ChunkMemory
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 
 
 @dataclass(frozen=True)

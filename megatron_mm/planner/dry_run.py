@@ -299,8 +299,8 @@ def table(result: DryRun) -> str:
     return "\n".join(lines)
 
 
-def run_from_command_line(config: Config) -> None:
-    """`pretrain_multimodal.py --dry-run`: prints the table, and writes it where asked.
+def run_from_command_line(config: Config, output: str | None) -> None:
+    """`pretrain_multimodal.py --dry-run`: prints the table, and writes its figures to `output`, if there is one.
 
     Layers are always the local backend's, because Transformer Engine's kernels cannot run on meta tensors.
     """
@@ -313,4 +313,4 @@ def run_from_command_line(config: Config) -> None:
     print(table(result))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"took {time.perf_counter() - began:.0f} s and {resident:.2f} GiB")
-    write_figures(config.dry_run_json, result.to_json())
+    write_figures(output, result.to_json())

@@ -85,7 +85,7 @@ def model_entries(model: SystemConfig) -> list[Entry]:
     setup.apply_platform()  # before anything of megatron-core is imported
     from megatron_mm.models.graph import names_of
     from megatron_mm.models.layers.settings import LayerSettings
-    from megatron_mm.systems import build_graph
+    from megatron_mm.systems.graph import build_graph
 
     return names_of(build_graph(model, LayerSettings()).nodes)
 

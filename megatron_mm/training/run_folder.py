@@ -38,13 +38,17 @@ def _are_metrics(path: str) -> bool:
 SETTINGS, METRICS = Kind("the settings of a run", _is_dumped), Kind("the metrics of a run", _are_metrics)
 
 
-def check(config: Config) -> None:
-    """Raises OutputError where a run would replace what is not a run's, or where an output is no place for one."""
+def check(config: Config, measures: bool = False) -> None:
+    """Raises OutputError where a run would replace what is not a run's, or where an output is no place for one.
+
+    Args:
+        measures: the run is a `--check`, which writes preflight.json.
+    """
     output = config.logging.output
     check_place(output, "logging.output")
     if config.checkpoint.save is not None:
         check_place(config.checkpoint.save, "checkpoint.save")
     check_file(Path(output, "config.yaml"), "logging.output", SETTINGS)
     check_file(Path(output, "metrics.jsonl"), "logging.output", METRICS)
-    if config.check:
+    if measures:
         check_file(Path(output, "preflight.json"), "logging.output", figures("passed"))

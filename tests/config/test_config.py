@@ -41,7 +41,7 @@ def test_synapse_70b_has_70_billion_parameters():
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.assembly import full_plan, layer_settings
     from megatron_mm.planner.costs import total_parameters
-    from megatron_mm.systems import build_graph
+    from megatron_mm.systems.graph import build_graph
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     graph = build_graph(config.model, layer_settings(config, ParallelSizes(), "cpu"))
@@ -51,16 +51,17 @@ def test_synapse_70b_has_70_billion_parameters():
 
 def test_the_command_line_overrides_by_path_and_by_megatrons_name():
     words = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--tensor-model-parallel-size", "2"]
-    config = parse_command_line([*words, "--model.decoder.num-layers", "6", "--sequence-parallel", "--lr", "0.5"])
+    options = ["--model.decoder.num-layers", "6", "--sequence-parallel", "--lr", "0.5"]
+    config = parse_command_line([*words, *options]).config
     assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
     assert config.model.decoder.num_layers == 6 and config.optimizer.lr == 0.5
 
 
 def test_the_blend_in_megatrons_form():
     words = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--data-path"]
-    config = parse_command_line([*words, "3", "a", "1.5", "b", "--seed", "4"])
+    config = parse_command_line([*words, "3", "a", "1.5", "b", "--seed", "4"]).config
     assert [(d.path, d.weight) for d in config.data.datasets] == [("a", 3.0), ("b", 1.5)] and config.training.seed == 4
-    assert [d.path for d in parse_command_line([*words, "a", "b"]).data.datasets] == ["a", "b"]
+    assert [d.path for d in parse_command_line([*words, "a", "b"]).config.data.datasets] == ["a", "b"]
     with pytest.raises(ValueError, match="'b' stands where a weight should"):
         parse_blend(["3", "a", "b", "c"])
     with pytest.raises(ValueError, match="come in pairs"):
@@ -72,8 +73,9 @@ def test_a_start_from_one_checkpoint_or_several(tmp_path):
     recipe.write_text("checkpoint: {init_from: a}\n")
     assert load_config(recipe).checkpoint.init_from == ["a"]
     words = ["--config", str(recipe)]
-    assert parse_command_line(words).checkpoint.init_from == ["a"]
-    config = parse_command_line([*words, "--init-from", "b", "c", "--init-nodes", "vision.*", "text.*", "--seed", "4"])
+    assert parse_command_line(words).config.checkpoint.init_from == ["a"]
+    options = ["--init-from", "b", "c", "--init-nodes", "vision.*", "text.*", "--seed", "4"]
+    config = parse_command_line([*words, *options]).config
     assert config.checkpoint.init_from == ["b", "c"] and config.checkpoint.init_nodes == ["vision.*", "text.*"]
     dump_config(config, recipe)
     assert load_config(recipe) == config

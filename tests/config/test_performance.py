@@ -40,7 +40,7 @@ def test_megatrons_names():
     words += ["--fp8-format", "hybrid", "--fp8-recipe", "mxfp8", "--cuda-graph-impl", "local"]
     words += ["--cpu-offloading-num-layers", "3", "--recompute-granularity", "full", "--recompute-method", "uniform"]
     words += ["--recompute-num-layers", "1", "--recompute-modules", "core_attn"]
-    config = parse_command_line(words)
+    config = parse_command_line(words).config
     performance = config.performance
     assert (performance.overlap_grad_reduce, performance.overlap_param_gather) == (True, True)
     assert (performance.ddp_bucket_size, performance.overlap_p2p_comm) == (1000, False) and performance.tp_comm_overlap

@@ -33,16 +33,16 @@ def test_nodes_are_those_of_the_recipe(name):
 
 @pytest.mark.parametrize("name", TWO_PHASES)
 def test_each_phase_has_an_output_of_its_own(name):
-    joint, mae = (parse_command_line(words(name, PHASE=phase)) for phase in ("joint", "mae"))
+    joint, mae = (parse_command_line(words(name, PHASE=phase)).config for phase in ("joint", "mae"))
     assert (joint.model.phase, joint.logging.output) == ("joint", f"outputs/{name}")
     assert (mae.model.phase, mae.logging.output) == ("mae", f"outputs/{name}-mae")
-    assert parse_command_line(words(name, PHASE="mae", OUTPUT="o")).logging.output == "o"
+    assert parse_command_line(words(name, PHASE="mae", OUTPUT="o")).config.logging.output == "o"
 
 
 @pytest.mark.parametrize(("name", "text"), TWO_PHASES.items())
 def test_the_joint_phase_starts_from_a_tower_and_a_language_model(name, text):
     def start(**given: str) -> tuple:
-        checkpoint = parse_command_line(words(name, **given)).checkpoint
+        checkpoint = parse_command_line(words(name, **given)).config.checkpoint
         return checkpoint.init_from, checkpoint.init_nodes
 
     assert start() == (None, None)
@@ -136,7 +136,7 @@ def test_a_job_may_go_without_the_check(tmp_path):
 def test_a_check_is_launched_like_the_run():
     with_check, without = words("avt-33b", "--check"), words("avt-33b")
     assert with_check == [*without, "--check"]
-    assert parse_command_line(with_check).check and not parse_command_line(without).check
+    assert parse_command_line(with_check).verbs.check and not parse_command_line(without).verbs.check
 
 
 def facts(**given: str) -> dict[str, str]:

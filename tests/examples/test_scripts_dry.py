@@ -31,9 +31,9 @@ def test_bash_can_read_it(path):
 def test_what_a_script_launches_is_sound_at_its_number_of_gpus(name, phase):
     """The words of a real run, with what both phases may be started from."""
     world = load_config(RECIPES / f"{name}.yaml").parallel.world_size
-    config = parse_command_line(words(name, PHASE=phase, INIT="a", LM="b", CLIP="c", OUTPUT="o"))
+    config, verbs = parse_command_line(words(name, PHASE=phase, INIT="a", LM="b", CLIP="c", OUTPUT="o"))
     check(config, parallel_sizes(config, world))
-    assert not config.dry_run and config.parallel.world_size == world
+    assert not verbs.dry_run and config.parallel.world_size == world
 
 
 @pytest.mark.slow

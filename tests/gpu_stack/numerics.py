@@ -34,7 +34,7 @@ from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
 from megatron_mm.models.layers.sharding import local_text  # noqa: E402
 from megatron_mm.parts.decoder.nodes import DecoderNodes  # noqa: E402
 from megatron_mm.platform import setup  # noqa: E402
-from megatron_mm.systems import build_graph  # noqa: E402
+from megatron_mm.systems.graph import build_graph  # noqa: E402
 from tests.gpu_stack import flash  # noqa: E402
 from tests.models import synapse_case  # noqa: E402
 

@@ -22,8 +22,8 @@ from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import checkpoint_key
 from megatron_mm.objectives.matching import hard_negatives
 from megatron_mm.planner.assembly import full_plan
-from megatron_mm.systems import build_graph
 from megatron_mm.systems.export import model_entries
+from megatron_mm.systems.graph import build_graph
 from tests.inference import system_case as case
 from tests.inference.export_case import train_tokenizer
 

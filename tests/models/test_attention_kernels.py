@@ -15,7 +15,7 @@ from megatron_mm.models.layers.attention_kernels import describe, request
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.planner.assembly import layer_settings
 from megatron_mm.platform import setup
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from tests import recipes
 from tests.models import synapse_case as case
 

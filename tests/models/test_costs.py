@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from megatron_mm.systems.synapse.section import SynapseConfig
 from tests.models import synapse_case as case
 

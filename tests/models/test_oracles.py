@@ -16,7 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from tests.models import synapse_case as case
 from tests.models.oracle import Get, assert_close, check, fused_qkv, llama_names, load, pairs_of_kv
 

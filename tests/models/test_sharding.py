@@ -7,7 +7,7 @@ import torch
 
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.layers.sharding import zigzag_slice
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from tests.models import synapse_case as case
 
 

@@ -9,7 +9,7 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.parts.decoder.nodes import decoder_shape
 from megatron_mm.platform import setup
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from tests.models import synapse_case as case
 
 

@@ -13,7 +13,7 @@ from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.layers.settings import LayerSettings
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from tests import recipes
 from tests.models import synapse_case
 

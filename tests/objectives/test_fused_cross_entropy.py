@@ -18,7 +18,7 @@ from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives import causal_lm
 from megatron_mm.objectives.cross_entropy import token_cross_entropy
 from megatron_mm.platform import setup
-from megatron_mm.systems import build_graph
+from megatron_mm.systems.graph import build_graph
 from tests.objectives import fused_case
 from tests.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
 

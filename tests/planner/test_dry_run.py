@@ -28,7 +28,7 @@ def test_small_model(tmp_path):
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.assembly import full_plan, layer_settings
     from megatron_mm.planner.costs import model_flops
-    from megatron_mm.systems import build_graph
+    from megatron_mm.systems.graph import build_graph
 
     config = small_config()
     dump_config(config, tmp_path / "r.yaml")

@@ -33,8 +33,7 @@ def test_a_new_folder_and_that_of_a_run(config, tmp_path):
     dump_config(config, tmp_path / "config.yaml")
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0, "grad_norm": 1.0}\n{"iteration": 2, "lo')
     (tmp_path / "preflight.json").write_text('{"passed": true, "problems": []}')
-    config.check = True
-    run_folder.check(config)
+    run_folder.check(config, measures=True)
 
 
 def test_settings_of_an_earlier_version_are_a_runs(config, tmp_path):
@@ -66,12 +65,11 @@ def test_a_first_line_that_was_cut_off_is_a_runs(config, tmp_path, line):
     ],
 )
 def test_a_users_file_is_not_replaced(config, tmp_path, name, content):
-    config.check = True
     (tmp_path / name).write_text(content)
     if not content:
-        return run_folder.check(config)
+        return run_folder.check(config, measures=True)
     with pytest.raises(OutputError, match=rf"logging.output .*{name}: holds something else than"):
-        run_folder.check(config)
+        run_folder.check(config, measures=True)
     assert (tmp_path / name).read_text() == content
 
 
