@@ -11,12 +11,15 @@ backend with itself under gloo: that shows that they run and can fail, not that 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.checks import gpu_checks
 from megatron_mm.config.load import fail

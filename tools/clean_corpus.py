@@ -16,10 +16,14 @@ the record's fields, and its media decoded when asked: media.images, media.sound
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.cleaning.clean_corpus import clean_corpus
 from megatron_mm.data.cleaning.duplicates import DuplicateRules

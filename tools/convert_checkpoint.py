@@ -20,6 +20,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
+
 
 @dataclass
 class Export:

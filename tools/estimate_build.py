@@ -13,11 +13,15 @@ if that disk has too little room.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import preprocess_data
 import preprocess_multimodal
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.data.build.estimate import Estimate, Figure, estimate, multimodal_build, text_build

@@ -16,6 +16,8 @@ from typing import Literal
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
+
 from megatron_mm.config.outputs import check_file, exit_status, figures, records, write_figures, write_whole
 
 

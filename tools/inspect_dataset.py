@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.data.store.remote import localize

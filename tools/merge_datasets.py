@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.tool import run_tool

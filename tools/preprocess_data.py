@@ -10,10 +10,14 @@ data/corpus_text_document.bin and .idx: name `data/corpus_text_document` as a da
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.build.text import Sentences, build_text
 from megatron_mm.data.corpus.text_input import expand_inputs

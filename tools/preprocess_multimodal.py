@@ -20,10 +20,14 @@ Media are stored as they are, or smaller and quicker to read (megatron_mm/media/
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.corpus.text_input import expand_inputs

@@ -9,9 +9,13 @@ stay in order, and tools/merge_datasets.py puts them together again as they were
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.build.split import split_dataset
 from megatron_mm.data.tool import run_tool

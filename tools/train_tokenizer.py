@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.corpus.text_input import expand_inputs

@@ -9,11 +9,14 @@ Passes if every step's loss agrees to 1e-5 and every parameter's gradient to 1e-
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.checks.layouts import (
     DEFAULT_LAYOUTS,

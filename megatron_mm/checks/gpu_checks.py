@@ -21,7 +21,6 @@ Weights and rows are functions of the seed, so two runs differ in what is compar
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -31,7 +30,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,6 +50,8 @@ from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_com
 from megatron_mm.config.outputs import begin_folder
 from megatron_mm.config.schema import Config
 
+#: What trains, of this checkout.
+PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_multimodal.py"
 #: Largest relative difference of the loss of any step.
 LOSS = {"fp32": 1e-4, "bf16": 1e-3}
 #: The same of the gradient's norm, which is a sum of squares over parameters that are each less certain than the loss.
@@ -138,8 +139,7 @@ class Machines:
         Raises:
             ValueError: it failed; its errors are quoted, and its whole output is in NAME.log.
         """
-        config = copy.deepcopy(config)
-        config.logging.output = str(self.output / name)
+        config = replace(config, logging=replace(config.logging, output=str(self.output / name)))
         if fresh and self.node_rank == 0:  # no process begins before those of this node do
             shutil.rmtree(self.output / name, ignore_errors=True)
         recipe, log = self.output / f"{name}-{self.node_rank}.yaml", self.output / f"{name}-{self.node_rank}.log"
@@ -150,7 +150,7 @@ class Machines:
         else:
             command += ["--nnodes", str(self.nodes), "--node-rank", str(self.node_rank), "--rdzv-backend", "static"]
             command += ["--master-addr", self.master, "--master-port", str(self._agreed_port())]
-        command += ["pretrain_multimodal.py", "--config", str(recipe), *words]
+        command += [str(PROGRAM), "--config", str(recipe), *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not self.cuda else dict(os.environ)
         if config.training.precision == "fp32":
             environment |= NO_TF32
@@ -218,14 +218,16 @@ def prepared(recipe: Path, steps: int, precision: str, backend: str) -> Config:
 
 def in_layout(config: Config, name: str, world_size: int) -> Config:
     """The recipe in a layout such as TP2xPP2+SP; data parallel is what `world_size` leaves."""
-    config, layout = copy.deepcopy(config), parse_layout(name)
-    for key, value in layout.parallel.items():
-        setattr(config.parallel, key, value)
-    training, data_parallel = config.training, world_size // layout.world_size
-    training.micro_batch_size = max(1, training.micro_batch_size // data_parallel)
-    together = training.micro_batch_size * data_parallel
-    training.global_batch_size = -(-training.global_batch_size // together) * together
-    return config
+    layout, training = parse_layout(name), config.training
+    data_parallel = world_size // layout.world_size
+    rows = max(1, training.micro_batch_size // data_parallel)
+    together = rows * data_parallel
+    batch = -(-training.global_batch_size // together) * together
+    return replace(
+        config,
+        parallel=replace(config.parallel, **layout.parallel),
+        training=replace(training, micro_batch_size=rows, global_batch_size=batch),
+    )
 
 
 def large(steps: int, backend: str) -> Config:
@@ -338,7 +340,7 @@ def planned_memory(machines: Machines, config: Config, world_size: int) -> float
     """GiB that the dry run gives a process of the first stage."""
     recipe, figures = (machines.output / f"dry-run.{end}" for end in ("yaml", "json"))
     dump_config(config, recipe)
-    command = [sys.executable, "pretrain_multimodal.py", "--config", str(recipe), "--dry-run"]
+    command = [sys.executable, str(PROGRAM), "--config", str(recipe), "--dry-run"]
     command += ["--world-size", str(world_size), "--dry-run-json", str(figures)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:

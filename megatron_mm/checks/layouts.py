@@ -18,13 +18,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from megatron_mm.config.performance import PerformanceConfig
-from megatron_mm.config.schema import Config
+from megatron_mm.config.schema import Config, ParallelConfig
 
 DEFAULT_LAYOUTS = (
     "TP2",
@@ -111,29 +111,33 @@ def for_layout(
     Raises:
         ValueError: the pool does not divide over the layout's data parallelism.
     """
-    import copy
-
-    config = copy.deepcopy(config)
-    for key, value in layout.parallel.items():
-        setattr(config.parallel, key, value)
-    config.performance = PerformanceConfig(**layout.performance)
-    if config.performance.overlap_grad_reduce:
-        config.performance.ddp_bucket_size = 10_000  # several buckets in the smallest model
     if pool % layout.data_parallel:
         raise ValueError(f"layout {layout.name}: a pool of {pool} samples does not divide by DP{layout.data_parallel}")
-    config.training.precision = "fp32"
-    config.training.train_iters = iterations
-    config.training.micro_batch_size = pool // layout.data_parallel
-    config.training.global_batch_size = global_batch
-    config.model.hidden_dropout = config.model.attention_dropout = 0.0
-    config.model.backend, config.model.attention_backend = backend, "auto"
-    if config.parallel.cp_comm_type == "p2p":  # the local backend has none
-        config.parallel.cp_comm_type = "all_gather"
-    config.optimizer.lr_warmup_iters = 0
-    config.optimizer.lr_decay_iters = None
-    for group in config.optimizer.groups:
-        group.frozen_iters = min(0, group.frozen_iters)  # whatever ever learns is compared
-    return config
+    # Of the recipe's own layout nothing is left but how keys of other processes are met.
+    comm = config.parallel.cp_comm_type
+    comm = "all_gather" if comm == "p2p" else comm  # which the local backend does not have
+    parallel = {"cp_comm_type": comm, **layout.parallel}
+    performance = dict(layout.performance)
+    if performance.get("overlap_grad_reduce"):
+        performance["ddp_bucket_size"] = 10_000  # several buckets in the smallest model
+    # Whatever ever learns is compared.
+    groups = [replace(group, frozen_iters=min(0, group.frozen_iters)) for group in config.optimizer.groups]
+    return replace(
+        config,
+        parallel=ParallelConfig(**parallel),
+        performance=PerformanceConfig(**performance),
+        training=replace(
+            config.training,
+            precision="fp32",
+            train_iters=iterations,
+            micro_batch_size=pool // layout.data_parallel,
+            global_batch_size=global_batch,
+        ),
+        model=replace(
+            config.model, hidden_dropout=0.0, attention_dropout=0.0, backend=backend, attention_backend="auto"
+        ),
+        optimizer=replace(config.optimizer, lr_warmup_iters=0, lr_decay_iters=None, groups=groups),
+    )
 
 
 def measure(config: Config, output: Path) -> None:

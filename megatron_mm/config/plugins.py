@@ -6,8 +6,32 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+#: Files of a user's own code by the name of their module: plugins, and what they imported that no package brought.
+_FILES: dict[str, Path] = {}
+
+
+def plugin_files() -> dict[str, Path]:
+    """Files of the plugins that were loaded, and of what they imported of the user's own, by module."""
+    return dict(_FILES)
+
+
+@contextmanager
+def _files_noted() -> Iterator[None]:
+    """Notes what is imported meanwhile, apart from the standard library, installed packages and this one."""
+    before = set(sys.modules)
+    yield
+    theirs = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    theirs.append(Path(__file__).parent.parent)
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and not any(Path(file).resolve().is_relative_to(folder.resolve()) for folder in theirs):
+            _FILES[name] = Path(file)
 
 
 def locate_plugin(name: str, folder: Path) -> str:
@@ -32,7 +56,8 @@ def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     """
     if not name.endswith(".py"):
         try:
-            return importlib.import_module(name)
+            with _files_noted():
+                return importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ValueError(f"{field}: there is no module {name!r} ({error})") from None
     path = next((p.resolve() for p in (Path(name), folder / name) if p.is_file()), None)
@@ -46,8 +71,10 @@ def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    _FILES[path.name] = path
     try:
-        spec.loader.exec_module(module)
+        with _files_noted():
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]  # what is half made must not be found later
         raise

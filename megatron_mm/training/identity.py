@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 import megatron_mm
 from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.config.plugins import load_plugin, plugin_files
 from megatron_mm.config.schema import Config
 from megatron_mm.data.store.remote import localize
 from megatron_mm.media.errors import DataError
@@ -107,8 +108,10 @@ def checkpoint_root(config: Config) -> Path:
 def _code(config: Config) -> dict[str, str]:
     package = Path(megatron_mm.__path__[0])
     files = {str(path.relative_to(package.parent)): path for path in sorted(package.rglob("*.py"))}
-    own = [*config.plugins, (config.data.builder or "").rpartition(":")[0]]
-    files |= {name: Path(name) for name in own if name.endswith(".py")}
+    builder = (config.data.builder or "").rpartition(":")[0]
+    if builder:
+        load_plugin(builder, Path(), "data.builder")
+    files |= plugin_files()
     return {name: _file(path) for name, path in files.items()}
 
 

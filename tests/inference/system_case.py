@@ -3,7 +3,6 @@ the training graph reads, and what the exported model reads."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,10 +50,9 @@ SYSTEMS = {
 
 def with_vocabulary(config: Config) -> Config:
     """The recipe with a vocabulary for the tests' tokenizer."""
-    config = copy.deepcopy(config)
-    part = config.model.decoder if hasattr(config.model, "decoder") else config.model.text
-    part.vocab_size = VOCABULARY
-    return config
+    part = "decoder" if hasattr(config.model, "decoder") else "text"
+    section = replace(getattr(config.model, part), vocab_size=VOCABULARY)
+    return replace(config, model=replace(config.model, **{part: section}))
 
 
 @dataclass
