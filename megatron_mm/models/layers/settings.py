@@ -64,6 +64,19 @@ class StackShape:
     gated: bool = False
     init_std: float = 0.02
 
+    @classmethod
+    def of(cls, part, **kind) -> StackShape:
+        """The stack of a part, from the fields that all sections of stacks have; as many key-value heads as attention
+        heads where it does not say.
+
+        Args:
+            part: its section.
+            kind: the other attributes.
+        """
+        sizes = {name: getattr(part, name) for name in ("num_layers", "hidden_size", "num_attention_heads")}
+        groups = getattr(part, "num_query_groups", part.num_attention_heads)
+        return cls(**{**sizes, "num_query_groups": groups, "ffn_hidden_size": part.ffn_hidden_size, **kind})
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -64,17 +64,7 @@ class TemporalEmbedding(nn.Module):
 
 def vision_shape(tower: VisionTowerConfig, init_std: float) -> StackShape:
     """The tower as a stack of layers."""
-    return StackShape(
-        num_layers=tower.num_layers,
-        hidden_size=tower.hidden_size,
-        num_attention_heads=tower.num_attention_heads,
-        num_query_groups=tower.num_attention_heads,
-        ffn_hidden_size=tower.ffn_hidden_size,
-        normalization="LayerNorm",
-        norm_epsilon=1e-5,
-        activation=quick_gelu,
-        init_std=init_std,
-    )
+    return StackShape.of(tower, normalization="LayerNorm", norm_epsilon=1e-5, activation=quick_gelu, init_std=init_std)
 
 
 @dataclass(frozen=True)

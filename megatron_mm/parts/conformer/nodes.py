@@ -73,12 +73,8 @@ class WaveformFront(nn.Module):
 
 def conformer_shape(tower: ConformerConfig, init_std: float) -> StackShape:
     """The tower as a stack of layers."""
-    return StackShape(
-        num_layers=tower.num_layers,
-        hidden_size=tower.hidden_size,
-        num_attention_heads=tower.num_attention_heads,
-        num_query_groups=tower.num_attention_heads,
-        ffn_hidden_size=tower.ffn_hidden_size,
+    return StackShape.of(
+        tower,
         normalization="LayerNorm",
         norm_epsilon=tower.layernorm_epsilon,
         activation=functional.silu,

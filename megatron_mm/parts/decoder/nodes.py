@@ -41,12 +41,8 @@ def clean_tokens(batch: Microbatch) -> torch.Tensor:
 
 def decoder_shape(decoder: DecoderConfig, init_std: float) -> StackShape:
     """The decoder as a stack of layers."""
-    return StackShape(
-        num_layers=decoder.num_layers,
-        hidden_size=decoder.hidden_size,
-        num_attention_heads=decoder.num_attention_heads,
-        num_query_groups=decoder.num_query_groups,
-        ffn_hidden_size=decoder.ffn_hidden_size,
+    return StackShape.of(
+        decoder,
         normalization="RMSNorm",
         norm_epsilon=decoder.layernorm_epsilon,
         activation=functional.silu,

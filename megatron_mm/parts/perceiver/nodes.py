@@ -47,12 +47,9 @@ class Latents(nn.Module):
 
 def latent_shape(config: PerceiverConfig, init_std: float) -> StackShape:
     """The latent transformer as a stack of layers; cross-attention layers count as well."""
-    return StackShape(
+    return StackShape.of(
+        config,
         num_layers=config.num_blocks * (1 + config.layers_per_block),
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_attention_heads,
-        ffn_hidden_size=config.ffn_hidden_size,
         normalization="LayerNorm",
         norm_epsilon=config.layernorm_epsilon,
         activation=functional.gelu,

@@ -59,12 +59,8 @@ class TextEmbedding(MegatronModule):
 
 def text_shape(text: TextEncoderConfig, init_std: float) -> StackShape:
     """The encoder as a stack of layers."""
-    return StackShape(
-        num_layers=text.num_layers,
-        hidden_size=text.hidden_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_attention_heads,
-        ffn_hidden_size=text.ffn_hidden_size,
+    return StackShape.of(
+        text,
         normalization="LayerNorm",
         norm_epsilon=text.layernorm_epsilon,
         activation=_ACTIVATIONS[text.activation],

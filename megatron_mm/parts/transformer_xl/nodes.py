@@ -83,12 +83,8 @@ def _segment_plan(batch: Microbatch, segment_length: int, rows: int, width: int,
 
 def text_shape(text: TransformerXLConfig, init_std: float) -> StackShape:
     """The encoder as a stack of layers; biases are those of the MLP."""
-    return StackShape(
-        num_layers=text.num_layers,
-        hidden_size=text.hidden_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_attention_heads,
-        ffn_hidden_size=text.ffn_hidden_size,
+    return StackShape.of(
+        text,
         normalization="LayerNorm",
         norm_epsilon=text.layernorm_epsilon,
         activation=functional.gelu,

@@ -115,12 +115,8 @@ class ViTEmbedding(nn.Module):
 
 def vit_shape(part: ViTConfig | MAEConfig, epsilon: float, init_std: float) -> StackShape:
     """The tower, or the MAE decoder, as a stack of layers."""
-    return StackShape(
-        num_layers=part.num_layers,
-        hidden_size=part.hidden_size,
-        num_attention_heads=part.num_attention_heads,
-        num_query_groups=part.num_attention_heads,
-        ffn_hidden_size=part.ffn_hidden_size,
+    return StackShape.of(
+        part,
         normalization="LayerNorm",
         norm_epsilon=epsilon,
         activation=functional.gelu,

@@ -53,12 +53,8 @@ class SpectrogramEmbedding(nn.Module):
 
 def audio_shape(tower: AudioTowerConfig, init_std: float) -> StackShape:
     """The tower as a stack of layers."""
-    return StackShape(
-        num_layers=tower.num_layers,
-        hidden_size=tower.hidden_size,
-        num_attention_heads=tower.num_attention_heads,
-        num_query_groups=tower.num_attention_heads,
-        ffn_hidden_size=tower.ffn_hidden_size,
+    return StackShape.of(
+        tower,
         normalization="LayerNorm",
         norm_epsilon=1e-5,
         activation=functional.gelu,

@@ -31,12 +31,8 @@ CROSS_NAMES = MemoryLayerNames("cross_attn_layernorm", "cross_attn")
 def fusion_shape(config: AVTConfig) -> StackShape:
     """Both modalities' layers."""
     fusion = config.fusion
-    return StackShape(
-        num_layers=fusion.num_layers,
-        hidden_size=fusion.hidden_size,
-        num_attention_heads=fusion.num_attention_heads,
-        num_query_groups=fusion.num_query_groups,
-        ffn_hidden_size=fusion.ffn_hidden_size,
+    return StackShape.of(
+        fusion,
         normalization="RMSNorm",
         norm_epsilon=fusion.layernorm_epsilon,
         activation=functional.silu,

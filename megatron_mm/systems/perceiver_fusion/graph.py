@@ -138,12 +138,9 @@ def _pairs(
 def _latent_shape(config: PerceiverFusionConfig) -> StackShape:
     """What norms and heads behind the latents are told."""
     part = config.perceiver
-    return StackShape(
+    return StackShape.of(
+        part,
         num_layers=1,
-        hidden_size=part.hidden_size,
-        num_attention_heads=part.num_attention_heads,
-        num_query_groups=part.num_attention_heads,
-        ffn_hidden_size=part.ffn_hidden_size,
         normalization="LayerNorm",
         norm_epsilon=part.layernorm_epsilon,
         init_std=config.init_std,
