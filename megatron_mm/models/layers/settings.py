@@ -73,9 +73,11 @@ class StackShape:
             part: its section.
             kind: the other attributes.
         """
-        sizes = {name: getattr(part, name) for name in ("num_layers", "hidden_size", "num_attention_heads")}
-        groups = getattr(part, "num_query_groups", part.num_attention_heads)
-        return cls(**{**sizes, "num_query_groups": groups, "ffn_hidden_size": part.ffn_hidden_size, **kind})
+        kind.setdefault("num_query_groups", getattr(part, "num_query_groups", part.num_attention_heads))
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            if name not in kind:
+                kind[name] = getattr(part, name)
+        return cls(**kind)
 
     @property
     def head_dim(self) -> int:
