@@ -62,7 +62,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.8",  # two files at a time
             "ruff>=0.6",  # style
-            "import-linter>=2.1",  # the direction of imports between the package's folders
+            "import-linter>=2.15",  # the direction of imports between the package's folders
             "scipy>=1.13",  # statistics of sample order and of masks
             *["accelerate>=1.1", "peft>=0.18"],  # call exported models as users do who train them on
             "selenium>=4.20",  # looks at the page of tools/inspect_dataset.py in Chromium

@@ -11,7 +11,10 @@ _cache = tempfile.TemporaryDirectory(prefix="megatron-mm-tests-")
 os.environ["HF_HOME"], os.environ["HF_HUB_OFFLINE"] = _cache.name, "1"
 
 #: Longest first, so that the second of two workers is not left waiting for the last file.
-_LONGEST = ("test_readme.py", "test_run.py", "/examples/", "test_system_layouts.py", "/training/", "/quickstart/")
+_LONGEST = (
+    *("test_readme.py", "test_run.py", "/examples/", "test_system_layouts.py"),
+    *("/checks/", "/checkpoints/", "/training/", "/quickstart/"),
+)
 
 
 def pytest_collection_modifyitems(items):

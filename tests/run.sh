@@ -58,7 +58,7 @@ fi
 
 # Debian's Chromium, for the test of inspect_dataset's page; where it cannot be had, the test says so. Debian's archive
 # keeps no release but the newest, so that it cannot be pinned.
-python -m tests.browser || true
+python -m tests.support.browser || true
 
 # No other files are read: what they import may be newer than the lowest releases, or gone from the newest.
 if [ $mode = newest ] || [ $mode = lowest ]; then

@@ -18,6 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
+from megatron_mm.config.load import RECIPES, fail, load_config
 from megatron_mm.config.outputs import Kind, check_file, read_figures, write_figures
 
 
@@ -33,7 +34,6 @@ class Arguments:
 
 def count(recipe: Path) -> dict[str, int]:
     """Parameters of each part of a recipe's model."""
-    from megatron_mm.config.load import load_config
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.assembly import full_plan, layer_settings
     from megatron_mm.systems.graph import build_graph
@@ -54,7 +54,6 @@ def _holds_counts(path: str) -> bool:
 def main() -> int:
     """0; 1 with the reason on stderr; 2 for usage."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    from megatron_mm.config.load import RECIPES, fail
     from megatron_mm.platform.setup import apply_platform
 
     try:

@@ -27,14 +27,14 @@ class Arguments:
 
     checkpoint: Path
     """Checkpoint, folder of checkpoints, or output folder of a run."""
-    input: Path
-    """JSONL of samples, as tools/preprocess_multimodal.py reads it."""
+    input: Path | None = None
+    """JSONL of samples, as tools/preprocess_multimodal.py reads it; default: the samples by which the run validates."""
     media_root: Path | None = None
     """Folder to which paths in the JSONL are relative; default: the JSONL's."""
     untrained: bool = False
     """Also score the same model as it was before training."""
     limit: int = 0
-    """At most this many samples; 0 takes all."""
+    """At most this many samples; 0 takes all (of a run's own: those of training.eval_iters global batches)."""
     batch_size: int = 64
     """Samples handled at once; hard negatives are chosen among them."""
     tokenizer: Path | None = None
@@ -50,12 +50,21 @@ def run(arguments: Arguments) -> dict[str, dict[str, float]]:
 
     from megatron_mm.conversion.convert import find_checkpoint, tokenizer_of
     from megatron_mm.evaluation.objectives import score_objectives
-    from megatron_mm.evaluation.streams import GraphReader, reading_jsonl
+    from megatron_mm.evaluation.streams import GraphReader, reading_jsonl, validation_rows
 
     torch.set_num_threads(os.cpu_count() or 1)
     results = {}
     for model in ("trained", "untrained") if arguments.untrained else ("trained",):
         reader = GraphReader.from_path(arguments.checkpoint, trained=model == "trained")
+        if arguments.input is None:
+            limits = (arguments.batch_size, arguments.limit)
+            results[model] = score_objectives(reader, reader.config, *limits, rows=validation_rows)
+            continue
+        if reader.config.data.builder and arguments.tokenizer is None:
+            raise ValueError(
+                f"{arguments.checkpoint}: its samples are made by data.builder {reader.config.data.builder}; leave "
+                "--input out to score those by which it validates, or name a --tokenizer that reads the JSONL"
+            )
         tokenizer = arguments.tokenizer or tokenizer_of(reader.config, find_checkpoint(arguments.checkpoint))
         if tokenizer is None:
             raise ValueError(f"{arguments.checkpoint}: holds no tokenizer.model; name one with --tokenizer")

@@ -33,6 +33,7 @@ from megatron_mm.data.reading.rows import Document, collate
 from megatron_mm.models.graph import ForwardContext, Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.objectives.measures import TokenAccuracy
 
 BYTES = 256
 
@@ -126,7 +127,8 @@ def smoothed_loss(label_smoothing: float) -> Loss:
     def count(batch: Microbatch) -> torch.Tensor:
         return batch.loss_mask_RT.sum()
 
-    return Loss("next_byte", compute, count, ("logits",), sharded=False, fields=frozenset({"labels_RT"}))
+    fields = frozenset({"labels_RT"})
+    return Loss("next_byte", compute, count, ("logits",), sharded=False, fields=fields, measure=TokenAccuracy)
 
 
 # ------------------------------------------------------------------------------------------------------- graph

@@ -6,18 +6,21 @@ Each figure is named `objective/figure`, so that two models, or a model and a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from megatron_mm.config.schema import Config
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader, all_rows
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.objectives.measures import MeanLoss, Streams
 
+Rows = Callable[..., Iterator[Microbatch]]
+
 
 def score_objectives(
-    reader: GraphReader, config: Config, batch_size: int = 64, limit: int = 0
+    reader: GraphReader, config: Config, batch_size: int = 64, limit: int = 0, rows: Rows = all_rows
 ) -> dict[str, float]:
     """Figures of every objective of the reader's graph over the rows of `config.data`, by `objective/figure`.
 
@@ -26,6 +29,7 @@ def score_objectives(
         config: the recipe whose datasets are read (`streams.reading_jsonl`).
         batch_size: rows of a microbatch; hard negatives are chosen within it.
         limit: at most this many rows; 0 takes all.
+        rows: which of the recipe's rows (streams.py).
 
     Raises:
         ValueError: nothing in the rows counts for any objective.
@@ -36,7 +40,7 @@ def score_objectives(
         measures = {loss.name: (loss.measure or MeanLoss)(loss) for loss in losses}
         names = frozenset().union(*(loss.reads for loss in losses))
         fields = reader.fields(names).union({"tokens_RT"}, *(loss.fields for loss in losses))
-        for batch in all_rows(config, fields, batch_size, task, limit):
+        for batch in rows(config, fields, batch_size, task, limit):
             _measure(measures.values(), *reader.run(batch, names))
         for name, measure in measures.items():
             figures |= {f"{name}/{key}": value for key, value in measure.figures().items()}

@@ -23,7 +23,7 @@ from megatron_mm.config.schema import Config, DatasetConfig, ParallelConfig
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.conversion.convert import find_checkpoint
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.reading.dataset import whole_dataset
+from megatron_mm.data.reading.dataset import build_datasets, whole_dataset
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.planner.assembly import Assembly
@@ -118,6 +118,25 @@ def all_rows(
     """
     dataset = whole_dataset(config)
     count = min(dataset.num_rows, limit or dataset.num_rows)
+    for start in range(0, count, batch_size):
+        yield dataset.microbatch(range(start, min(start + batch_size, count)), fields, task)
+
+
+def validation_rows(
+    config: Config, fields: Collection[str], batch_size: int, task: str = "", limit: int = 0
+) -> Iterator[Microbatch]:
+    """The samples by which a run of this recipe validates; as `all_rows`, of data that has no last row too.
+
+    Args:
+        limit: at most this many rows; 0 takes those of `training.eval_iters` global batches.
+
+    Raises:
+        ValueError: the recipe has no validation split.
+    """
+    dataset = build_datasets(config).valid
+    if dataset is None:
+        raise ValueError("this recipe has no validation split (data.split, or what data.builder makes)")
+    count = limit or config.training.eval_iters * config.training.global_batch_size
     for start in range(0, count, batch_size):
         yield dataset.microbatch(range(start, min(start + batch_size, count)), fields, task)
 

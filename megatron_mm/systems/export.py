@@ -101,7 +101,8 @@ def adapter_of(name: object, source: object) -> Adapter:
     """
     if name not in exported():
         raise ValueError(
-            f"{source}: there is no export of the system {name!r}; there is one of {', '.join(exported())}"
+            f"{source}: there is no export of the system {name!r}; there is one of {', '.join(exported())}; a plugin "
+            "gives its own to the System that it registers (systems/export.py)"
         )
     return SYSTEMS[name].load("export")
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_blend, parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
-from tests.recipes import small_config
+from tests.support.recipes import small_config
 
 pytestmark = pytest.mark.interface
 

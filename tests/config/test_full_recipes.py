@@ -14,7 +14,7 @@ from megatron_mm.models.graph import Graph
 from megatron_mm.planner.assembly import Assembly, full_plan
 from megatron_mm.planner.costs import imbalance
 from megatron_mm.platform import setup
-from tests.full_recipes import PHASES, launched
+from tests.support.full_recipes import PHASES, launched
 
 IMAGENET = {"data.image_mean": (0.485, 0.456, 0.406), "data.image_std": (0.229, 0.224, 0.225)}
 #: What the systems' documents state.

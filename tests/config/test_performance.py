@@ -10,8 +10,8 @@ import torch
 from megatron_mm.config.load import RECIPES, parse_command_line
 from megatron_mm.config.performance import Device
 from megatron_mm.config.validate import check, check_device, parallel_sizes
-from tests.full_recipes import FULL, launched
-from tests.recipes import small_config, small_dual_encoder, small_vlm
+from tests.support.full_recipes import FULL, launched
+from tests.support.recipes import small_config, small_dual_encoder, small_vlm
 
 A100, H100, CPU = Device("NVIDIA A100-SXM4-80GB", (8, 0)), Device("NVIDIA H100", (9, 0)), Device("a CPU", None)
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

@@ -8,7 +8,7 @@ from megatron_mm.config.load import config_from_tree, load_config
 from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config
 from megatron_mm.config.validate import check, parallel_sizes
-from tests import recipes
+from tests.support import recipes
 
 AVT, VLM = recipes.small_avt, recipes.small_vlm
 FUSION, DUAL = recipes.small_perceiver_fusion, recipes.small_dual_encoder

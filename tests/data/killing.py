@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 #: Begins the program of each build: a journal after every block, and no end of a build that is to be killed. A fast
 #: machine, or one on which the test itself waits for a processor, might otherwise be done before the kill comes.

@@ -21,7 +21,7 @@ from megatron_mm.data.cleaning.predicate import Predicate, PredicateError
 from megatron_mm.data.cleaning.records import Record
 from megatron_mm.data.cleaning.text_rules import GOPHER, Blocklist, TextRules
 from megatron_mm.media.errors import DataError
-from tests.data.test_data_bombs import animation as oversized
+from tests.data.test_bombs import animation as oversized
 
 PROSE = (
     "The river that runs below the old mill was frozen for most of the winter, and the children of the village would "

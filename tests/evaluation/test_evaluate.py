@@ -12,7 +12,7 @@ import torch
 from megatron_mm.evaluation.evaluate import swap_media, token_loss
 from megatron_mm.generation.generate import Generator
 from megatron_mm.hf.processing_mm import MultimodalProcessor
-from tests.inference.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
+from tests.conversion.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ import torch
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.evaluation.greedy import greedy_captions, greedy_tokens
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
-from tests.corpus import build_corpus
-from tests.recipes import small_avt
+from tests.support.corpus import build_corpus
+from tests.support.recipes import small_avt
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.systems.vlm.section import VLMConfig
 from megatron_mm.training.optimizer import Optimizer
-from tests.corpus import build_corpus, corpus_config
-from tests.recipes import small_vlm
+from tests.support.corpus import build_corpus, corpus_config
+from tests.support.recipes import small_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,7 @@ from examples.data import audio_visual, clips, emoji_art
 from examples.quickstart import prepare
 from tests.examples.art import write_animation, write_packages
 from tests.examples.test_two_phases import NAMES, write_questions
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {**NAMES, "1f406": "TALL TREE", "1f407": "OLD SHIP", "1f408": "MOON"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config.load import RECIPES, load_config, parse_command_line
-from tests.full_recipes import FULL, ROOT, launched, script, words
-from tests.waiting import wait_until
+from tests.support.full_recipes import FULL, ROOT, launched, script, words
+from tests.support.waiting import wait_until
 
 TWO_PHASES = {"vlm-14b": "decoder.*", "dual-encoder": "text.*"}
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from examples.data import clients, programs
-from tests import browser
+from tests.support import browser
 
 
 class Machine:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mm.config.load import RECIPES, load_config, parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
-from tests.full_recipes import PHASES, ROOT, dry_run, estimates, launched, words
+from tests.support.full_recipes import PHASES, ROOT, dry_run, estimates, launched, words
 
 SCRIPTS = sorted(
     path.relative_to(ROOT)

@@ -32,7 +32,7 @@ from megatron_mm.pipeline.schedule import pipeline_config  # noqa: E402
 from megatron_mm.pipeline.stage import PipelineChunk  # noqa: E402
 from megatron_mm.planner.assembly import Assembly  # noqa: E402
 from megatron_mm.platform import cpu, setup  # noqa: E402
-from tests.full_recipes import FULL, launched  # noqa: E402
+from tests.support.full_recipes import FULL, launched  # noqa: E402
 
 #: What megatron-core reads of a parameter, and takes it for where it is not said.
 _FLAGS = {

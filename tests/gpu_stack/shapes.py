@@ -30,7 +30,7 @@ from megatron_mm.models.layers.attention_kernels import describe  # noqa: E402
 from megatron_mm.models.layers.settings import LayerSettings  # noqa: E402
 from megatron_mm.planner.assembly import layer_settings  # noqa: E402
 from megatron_mm.planner.dry_run import dry_run  # noqa: E402
-from tests.full_recipes import FULL, launched  # noqa: E402
+from tests.support.full_recipes import FULL, launched  # noqa: E402
 
 _OPERATORS = ("_flash_attn_forward", "_flash_attn_varlen_forward")
 

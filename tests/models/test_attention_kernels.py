@@ -16,8 +16,8 @@ from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.planner.assembly import layer_settings
 from megatron_mm.platform import setup
 from megatron_mm.systems.graph import build_graph
-from tests import recipes
 from tests.models import synapse_case as case
+from tests.support import recipes
 
 VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 

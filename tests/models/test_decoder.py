@@ -10,10 +10,10 @@ from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.parts.decoder.nodes import DecoderNodes
-from tests.graph_layouts import largest_difference, step, steps_in_processes
 from tests.models import memory_case as case
 from tests.models import synapse_case
 from tests.models.oracle import assert_close, check, llama_names, load
+from tests.support.graph_layouts import largest_difference, step, steps_in_processes
 
 EVERY_KIND = "tests.models.memory_case:every_kind"
 LAYOUTS = ("TP2xCP2+SP", "TP2xPP2+SP+full", "CP2xPP2", "CP2xDP2")

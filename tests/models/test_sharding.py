@@ -1,4 +1,4 @@
-"""Context-parallel slices, and checkpoint keys. (Layouts against one process: tests/training/test_layouts.py.)"""
+"""Context-parallel slices, and checkpoint keys. (Layouts against one process: tests/checks/test_layouts.py.)"""
 
 from __future__ import annotations
 

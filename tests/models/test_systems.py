@@ -14,8 +14,8 @@ from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.systems.graph import build_graph
-from tests import recipes
 from tests.models import synapse_case
+from tests.support import recipes
 
 NUMBERS = list(range(8))
 #: (recipe, task of the microbatch)

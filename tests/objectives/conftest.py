@@ -14,7 +14,7 @@ def one_process():
 @pytest.fixture(scope="session")
 def in_four_processes(tmp_path_factory):
     """Steps of the objectives in layouts of four processes, by (case, layout)."""
-    from tests.graph_layouts import steps_in_processes
+    from tests.support.graph_layouts import steps_in_processes
 
     runs = [
         ("contrastive", "DP4", 8),

@@ -15,9 +15,9 @@ from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives.contrastive import image_text_loss, info_nce
 from megatron_mm.parts.contrastive.nodes import scale_node
 from megatron_mm.parts.contrastive.section import ContrastiveConfig
-from tests.graph_layouts import largest_difference, step
 from tests.models.synapse_case import fill
 from tests.objectives.cases import rows
+from tests.support.graph_layouts import largest_difference, step
 
 #: fp32 sums in other orders.
 EXACT = 1e-6

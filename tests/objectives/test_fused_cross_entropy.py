@@ -20,7 +20,7 @@ from megatron_mm.objectives.cross_entropy import token_cross_entropy
 from megatron_mm.platform import setup
 from megatron_mm.systems.graph import build_graph
 from tests.objectives import fused_case
-from tests.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
+from tests.support.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
 
 
 def assert_same(found: dict) -> None:

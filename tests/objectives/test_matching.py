@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.objectives.matching import hard_negatives, matching_loss, matching_pairs, pair_noise
-from tests.graph_layouts import largest_difference, step
 from tests.objectives.cases import EMBEDDING, rows
+from tests.support.graph_layouts import largest_difference, step
 
 
 def embeddings(count: int) -> tuple[torch.Tensor, torch.Tensor]:

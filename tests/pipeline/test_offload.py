@@ -10,7 +10,7 @@ from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.optimizer import Optimizer
-from tests.recipes import small_config
+from tests.support.recipes import small_config
 
 
 def step(layers: int, recompute: str) -> tuple[float, dict[str, torch.Tensor], int]:

@@ -35,7 +35,7 @@ from megatron_mm.pipeline.schedule import build_pipeline, run_batch
 from megatron_mm.platform import setup
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.resilience import explain_gradient
-from tests.recipes import small_config
+from tests.support.recipes import small_config
 
 VOCABULARY, WIDTH, LENGTH, IMAGE = 40, 16, 6, 4
 

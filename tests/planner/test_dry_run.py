@@ -10,8 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.platform import setup
-from tests.full_recipes import PHASES, dry_run, estimates, launched
-from tests.recipes import small_config, small_perceiver_fusion
+from tests.support.full_recipes import PHASES, dry_run, estimates, launched
+from tests.support.recipes import small_config, small_perceiver_fusion
 
 
 def run_dry(path, world_size: int, output, *words: str) -> dict:

@@ -14,7 +14,7 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import megatron_versions, setup
 from megatron_mm.training.optimizer import Optimizer
-from tests.recipes import small_vlm
+from tests.support.recipes import small_vlm
 
 pytestmark = pytest.mark.interface
 

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import setup
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.interface
 

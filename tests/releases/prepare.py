@@ -21,8 +21,8 @@ from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.evaluation.export_proof import NEW_TOKENS, Rows, exact_reader, questions, training_fields
 from megatron_mm.evaluation.streams import GraphReader
 from megatron_mm.systems.export import adapter_of
-from tests.inference import system_case as case
-from tests.inference.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
+from tests.conversion import system_case as case
+from tests.conversion.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
 
 SYSTEMS = ("synapse", "vlm", "dual_encoder", "perceiver_fusion", "avt")
 #: A line of a modelling file, and what stands in its place in a copy.

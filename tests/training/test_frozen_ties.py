@@ -23,7 +23,7 @@ from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.optimizer import Optimizer
-from tests import recipes
+from tests.support import recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = {

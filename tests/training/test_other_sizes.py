@@ -9,7 +9,7 @@ from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
 from megatron_mm.training.optimizer import Optimizer
-from tests.recipes import small_vlm
+from tests.support.recipes import small_vlm
 
 
 def build(config):

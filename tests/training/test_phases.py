@@ -14,7 +14,7 @@ import torch
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import NodeGroupConfig
-from tests.corpus import build_corpus, corpus_config
+from tests.support.corpus import build_corpus, corpus_config
 
 pytestmark = pytest.mark.slow
 STEPS, UNFREEZE = 8, 4

@@ -17,9 +17,9 @@ from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.data.build.text import build_text
-from tests.corpus import build_corpus, corpus_config
-from tests.recipes import small_config
-from tests.waiting import HANG_SECONDS, wait_until
+from tests.support.corpus import build_corpus, corpus_config
+from tests.support.recipes import small_config
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 pytestmark = pytest.mark.slow
 STEPS = 12

@@ -22,7 +22,7 @@ def read_shared(root: str) -> None:
     from megatron_mm.media.errors import DataError
     from megatron_mm.platform import setup
     from megatron_mm.training.shared_reading import SharedLoader
-    from tests.corpus import corpus_config
+    from tests.support.corpus import corpus_config
 
     setup.initialize(ParallelSizes(tp=2, dp=2), seed=1)
     config = corpus_config(Path(root, "discs"), Path(root, "t.model"), Path(root))
@@ -58,7 +58,7 @@ def read_shared(root: str) -> None:
 
 @pytest.mark.slow
 def test_the_first_process_reads_for_all(tmp_path):
-    from tests.corpus import build_corpus
+    from tests.support.corpus import build_corpus
 
     build_corpus(tmp_path)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]

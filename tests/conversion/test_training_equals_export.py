@@ -17,7 +17,7 @@ from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.generation.generate import Generator
 from megatron_mm.systems.export import model_entries
-from tests.inference.export_case import media_batch, train_tokenizer, training_recipe
+from tests.conversion.export_case import media_batch, train_tokenizer, training_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(*arguments: object, processes: int = 1) -> None:
     """Run the training side; the test fails with its errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "tests.inference.train_and_save", *map(str, arguments)]
+    command += ["-m", "tests.conversion.train_and_save", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 

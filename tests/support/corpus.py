@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
-from tests.recipes import small_config
+from tests.support.recipes import small_config
 
 _COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 

@@ -20,8 +20,8 @@ from megatron_mm.conversion.hf_folder import HF_FILES, TRANSFORMERS_RELEASES
 from megatron_mm.hf import exported_model
 from megatron_mm.hf.exported_model import CACHE, ExportedModel
 from megatron_mm.systems.export import adapter_of
-from tests.inference import system_case as case
-from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe, train_tokenizer
+from tests.conversion import system_case as case
+from tests.conversion.export_case import hf_model, media_batch, one_row, tiny_recipe, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

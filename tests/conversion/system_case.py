@@ -24,7 +24,7 @@ from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
-from tests import recipes
+from tests.support import recipes
 
 VOCABULARY = 320  # holds the tests' tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.loader import MicrobatchLoader
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def reading_threads() -> list[threading.Thread]:

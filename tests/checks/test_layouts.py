@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_mm.checks.layouts import compare, for_layout, launch, parse_layout
-from tests import one_process
-from tests.recipes import small_config
+from tests.support import one_process
+from tests.support.recipes import small_config
 
 pytestmark = pytest.mark.slow
 SIZES = {"iterations": 4, "pool": 4, "global_batch": 16}

@@ -1,6 +1,6 @@
 """Debian's Chromium for tests that look at pages: installed with apt-get where it is missing, driven by Selenium.
 
-    python -m tests.browser     installs it
+    python -m tests.support.browser     installs it
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from examples.data import programs
 from examples.data.clients import run_client
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",

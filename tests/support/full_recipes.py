@@ -14,7 +14,7 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import parallel_sizes
 from megatron_mm.platform import setup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FULL = ("synapse-70b", "avt-33b", "vlm-14b", "perceiver-fusion-xl", "dual-encoder")
 #: Every full recipe, and the first phase of those that have two.
 PHASES = [*((name, "joint") for name in FULL), ("vlm-14b", "mae"), ("dual-encoder", "mae")]

@@ -8,7 +8,7 @@ whole batch, as the full recipe has them. Bounds are those of test_layouts.py.
 import pytest
 
 from megatron_mm.checks.layouts import compare, for_layout, launch, parse_layout
-from tests import one_process, recipes
+from tests.support import one_process, recipes
 
 pytestmark = pytest.mark.slow
 SIZES = {"iterations": 2, "pool": 4, "global_batch": 16}

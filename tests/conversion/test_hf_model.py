@@ -21,7 +21,7 @@ from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from megatron_mm.hf.modeling_synapse import MemoryCache
-from tests.inference.export_case import hf_model, media_batch, one_row, tiny_recipe
+from tests.conversion.export_case import hf_model, media_batch, one_row, tiny_recipe
 
 pytestmark = pytest.mark.interface
 

@@ -33,7 +33,7 @@ from megatron_mm.conversion.pretrained import import_pretrained, resize_rows
 from megatron_mm.conversion.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
 from megatron_mm.models.names import Part, checkpoint_key
 from megatron_mm.systems.export import model_entries
-from tests.inference.export_case import (
+from tests.conversion.export_case import (
     hf_model,
     media_batch,
     random_weights,
@@ -313,7 +313,7 @@ assert not any(name == "megatron" or name.startswith(("megatron.", "megatron_mm.
 
 @pytest.mark.slow
 def test_export_loads_where_there_is_no_megatron(folders, tmp_path):
-    from tests.inference.export_case import draw, sing
+    from tests.conversion.export_case import draw, sing
 
     _, recipe, _, _, exported = folders
     wanted = hf_model(recipe)

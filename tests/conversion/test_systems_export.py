@@ -24,8 +24,8 @@ from megatron_mm.objectives.matching import hard_negatives
 from megatron_mm.planner.assembly import full_plan
 from megatron_mm.systems.export import model_entries
 from megatron_mm.systems.graph import build_graph
-from tests.inference import system_case as case
-from tests.inference.export_case import train_tokenizer
+from tests.conversion import system_case as case
+from tests.conversion.export_case import train_tokenizer
 
 pytestmark = pytest.mark.interface
 

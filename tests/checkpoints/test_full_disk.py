@@ -50,7 +50,7 @@ def save_with_obstacles(root: str) -> None:
 @pytest.mark.slow
 def test_every_process_hears_of_it(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "tests.training.test_full_disk", str(tmp_path)]
+    words += ["-m", "tests.checkpoints.test_full_disk", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):

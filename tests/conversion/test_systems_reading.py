@@ -23,9 +23,9 @@ from megatron_mm.generation.generate import Decoding, Generator
 from megatron_mm.generation.prompts import read_prompts
 from megatron_mm.hf.processing_mm import MultimodalProcessor
 from megatron_mm.systems.export import adapter_of
-from tests import recipes
-from tests.inference import system_case as case
-from tests.inference.export_case import draw, draw_animation, sing, train_tokenizer
+from tests.conversion import system_case as case
+from tests.conversion.export_case import draw, draw_animation, sing, train_tokenizer
+from tests.support import recipes
 
 pytestmark = pytest.mark.interface
 

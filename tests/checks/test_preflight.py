@@ -14,8 +14,8 @@ from megatron_mm.checks.preflight import Measured, Product
 from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, differences, located
-from tests.corpus import build_corpus, corpus_config
-from tests.recipes import small_config
+from tests.support.corpus import build_corpus, corpus_config
+from tests.support.recipes import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
@@ -188,7 +188,7 @@ def test_a_check_that_passes_says_so_with_figures_and_trains_nothing(corpus, tmp
 
 @pytest.mark.slow
 def test_every_rank_with_a_fault_is_named(tmp_path):
-    done = run(*LAUNCHER, "tests/training/preflight_worker.py", recipe(tmp_path), "damaged")
+    done = run(*LAUNCHER, "tests/checks/preflight_worker.py", recipe(tmp_path), "damaged")
     assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "pre-flight passed" not in done.stdout
     host = os.uname().nodename
     problems = json.loads((tmp_path / "out" / "preflight.json").read_text())["problems"]
@@ -210,7 +210,7 @@ def test_a_rank_that_hangs_ends_with_stacks(tmp_path):
     for rank in range(4):
         (tmp_path / "out" / "stacks" / f"rank_{rank}.txt").write_text("of last week")
         os.utime(tmp_path / "out" / "stacks" / f"rank_{rank}.txt", (1, 1))
-    done = run(*LAUNCHER, "tests/training/preflight_worker.py", recipe(tmp_path), "hangs")
+    done = run(*LAUNCHER, "tests/checks/preflight_worker.py", recipe(tmp_path), "hangs")
     assert done.returncode != 0
     stacks = {file.name: file.read_text() for file in (tmp_path / "out" / "stacks").iterdir()}
     assert sorted(stacks) == [f"rank_{rank}.txt" for rank in range(4)]
@@ -220,7 +220,7 @@ def test_a_rank_that_hangs_ends_with_stacks(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_check(tmp_path):
-    done = run(*LAUNCHER, "tests/training/preflight_worker.py", recipe(tmp_path), "dies")
+    done = run(*LAUNCHER, "tests/checks/preflight_worker.py", recipe(tmp_path), "dies")
     assert done.returncode != 0 and "pre-flight passed" not in done.stdout
 
 

@@ -22,7 +22,7 @@ from megatron_mm.generation.prompts import read_prompts
 from megatron_mm.hf.processing_mm import MultimodalProcessor, log_mel
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
 from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram
-from tests.inference.export_case import (
+from tests.conversion.export_case import (
     draw,
     draw_animation,
     hf_model,

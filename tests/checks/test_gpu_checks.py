@@ -15,7 +15,7 @@ from megatron_mm.checks import gpu_checks
 from megatron_mm.checks.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
-from tests.waiting import free_ports
+from tests.support.waiting import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,7 @@ def test_the_large_recipe_fits_its_layouts_and_a_gpu(layout, world_size):
     from megatron_mm.models.phases import LAST_PHASE
     from megatron_mm.planner.assembly import Assembly
     from megatron_mm.planner.costs import total_parameters
-    from tests.full_recipes import estimates
+    from tests.support.full_recipes import estimates
 
     config = gpu_checks.in_layout(gpu_checks.large(20, "transformer_engine"), layout, world_size)
     sizes = parallel_sizes(config, world_size)

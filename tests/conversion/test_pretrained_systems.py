@@ -28,8 +28,8 @@ from megatron_mm.conversion.pretrained import import_pretrained
 from megatron_mm.hf.vit import sine_cosine_positions
 from megatron_mm.training.optimizer import Optimizer
 from megatron_mm.training.warm_start import load_pretrained
-from tests import recipes
-from tests.inference import system_case as case
+from tests.conversion import system_case as case
+from tests.support import recipes
 
 pytestmark = pytest.mark.interface
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SEED = 7
 
 
@@ -61,7 +61,7 @@ def steps_in_processes(runs: list[tuple[str, str, int]], folder: Path, processes
     """Each (case, layout, pool), one after the other, under one torchrun."""
     output = folder / "steps.pt"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words += ["-m", "tests.graph_layouts", json.dumps(runs), str(output)]
+    words += ["-m", "tests.support.graph_layouts", json.dumps(runs), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mm.checks.layouts import DEFAULT_LAYOUTS, Comparison, for_layout, notes, parse_layout, to_json
 from megatron_mm.config.schema import NodeGroupConfig
-from tests.recipes import small_config
+from tests.support.recipes import small_config
 
 
 def test_sizes_and_flags():

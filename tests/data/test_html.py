@@ -25,7 +25,7 @@ from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.html_page import MAX_TOKENS, Entry, histogram, write_page
 from megatron_mm.data.view.preview import IMAGE_SIDE, SOUND_BYTES, preview
 from megatron_mm.data.view.readable import readable_size
-from tests import browser
+from tests.support import browser
 
 pytestmark = pytest.mark.interface
 

@@ -23,7 +23,7 @@ from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
 from megatron_mm.training.optimizer import Optimizer
-from tests.inference.export_case import media_batch, training_microbatch, training_recipe
+from tests.conversion.export_case import media_batch, training_microbatch, training_recipe
 
 
 @torch.no_grad()

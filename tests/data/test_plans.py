@@ -18,7 +18,7 @@ from megatron_mm.data.store import indexed, shards
 from megatron_mm.data.store.indexed import IndexedReader, IndexedWriter
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 LIMITS = Limits(128, 2, 1, 3)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS
 
 #: Starts two workers, which say that they wait for work, or which do not begin before their parent has ended.
 DRIVER = """

@@ -19,7 +19,7 @@ from megatron_mm.conversion.hf_folder import REPLACED, TRANSFORMERS_RELEASES, no
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.evaluation.export_proof import proof, prove
 from megatron_mm.generation.generate import Decoding, Generator
-from tests.inference.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
+from tests.conversion.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
