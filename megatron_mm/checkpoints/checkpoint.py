@@ -2,7 +2,7 @@
 
 megatron-core's dist_checkpointing writes and reads the shards. Weights are entries `node.parameter`, optimizer state
 `optimizer.<state>.<entry>`; iteration and consumed samples are common. A checkpoint appears whole or not at all
-(checkpoint_folder.py); on resume the newest whole one is used, and what is wrong with a newer one is said.
+(folder.py); on resume the newest whole one is used, and what is wrong with a newer one is said.
 """
 
 from __future__ import annotations

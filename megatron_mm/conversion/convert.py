@@ -1,8 +1,8 @@
 """Training checkpoints to Hugging Face folders and back.
 
-Both walk the list of entries of the system's adapter (systems/) and hold one training tensor and one of its parts at a
-time, so that memory stays under twice the largest tensor. `hf_folder.py` has the other files of an exported folder,
-`pretrained.py` the import of others' weights.
+Both walk the list of entries of the graph's nodes (`systems/export.py: model_entries`) and hold one training tensor and
+one of its parts at a time, so that memory stays under twice the largest tensor. `hf_folder.py` has the other files of
+an exported folder, `pretrained.py` the import of others' weights.
 """
 
 from __future__ import annotations

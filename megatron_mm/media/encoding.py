@@ -1,6 +1,6 @@
 """Media as a dataset stores them: as they came, or encoded anew, smaller and quicker to read.
 
-What is encoded anew is what training would have read (`media.py`), so a medium means the same before and after: an
+What is encoded anew is what training would have read (`decoding.py`), so a medium means the same before and after: an
 image is RGB on white and as its pixels lie in the file, because readers follow no EXIF orientation and no colour
 profile, and neither is stored; a sound is mono; of a video only the frames that training takes are left, without sound.
 

@@ -2,8 +2,8 @@
 
 Training fuses what tensor parallelism shards together: queries, keys and values (grouped per key-value head), the keys
 and values of a memory, gate and up projections. Hugging Face files keep them apart. An `Entry` names one training
-tensor, the Hugging Face tensors that it is made of, and how. Parts of models list theirs in entries/, whole models in
-systems/; export, restore and the import of pretrained weights all walk that one list.
+tensor, the Hugging Face tensors that it is made of, and how. A kind of layer lists those of its weights, and a graph
+those of its nodes (models/graph.py); export, restore and the import of pretrained weights all walk that one list.
 """
 
 from __future__ import annotations

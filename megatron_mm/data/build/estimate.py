@@ -28,8 +28,8 @@ _SAMPLES, _BLOCKS = 5, 8
 #: Student's t for 95 % and the freedom that five samples leave.
 _T95 = 2.78
 _FIRST_BYTES, _GROWTH = 1 << 12, 4
-#: A build's own files, as a share of its indexes, and what doubles while it is finished (`indexed.py`,
-#: `build_multimodal.py`): 12 bytes of 20 for each document, and the table.
+#: A build's own files, as a share of its indexes, and what doubles while it is finished (`store/indexed.py`,
+#: `multimodal.py`): 12 bytes of 20 for each document, and the table.
 _WORKING_SHARE = 0.6
 
 
@@ -176,7 +176,7 @@ def estimate(inputs: Sequence[str], build: Build, seconds: float = 20.0, megabyt
     """Builds samples and says what the whole build would be.
 
     Args:
-        inputs: files of the formats of `text_input.py`.
+        inputs: files of the formats of `corpus/text_input.py`.
         build: the builder.
         seconds: to spend, about.
         megabytes: most lines to build, in all samples together.

@@ -3,7 +3,7 @@
 The folder holds Megatron's `.bin`/`.idx` pairs: `text` (int32 tokens, one document a sample) and, where there are any,
 `images`, `sounds`, `videos` (uint8: the files' own bytes, one a document) and `ids`. `samples.npy` is the table
 (`samples.TABLE_DTYPE`), `manifest.json` says what made it. Lines travel in blocks to worker processes and come back in
-order, so the bytes do not depend on the number of workers. A build that is killed continues (`unfinished.py`).
+order, so the bytes do not depend on the number of workers. A build that is killed continues (`jobs/unfinished.py`).
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def build_multimodal(
     """Builds a dataset folder from JSONL files, or others with the same fields.
 
     Args:
-        inputs: files of the formats of `text_input.py`, read in this order.
+        inputs: files of the formats of `corpus/text_input.py`, read in this order.
         output: folder to make.
         tokenizer: SentencePiece model with media placeholders.
         media_root: folder of the media; None: that of each input file.
@@ -234,7 +234,7 @@ def build_multimodal(
         progress: show a bar.
         drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
         encoding: how media are stored.
-        on_error: "skip" leaves out lines that cannot be used, and lists them in the folder (`skipped.py`).
+        on_error: "skip" leaves out lines that cannot be used, and lists them in the folder (`jobs/skipped.py`).
 
     Returns:
         The manifest.

@@ -1,7 +1,7 @@
 """Text JSONL → Megatron's `PREFIX_KEY_document.bin/.idx`, byte for byte what its own preprocessing writes, faster.
 
 Raw line blocks go to the workers, which parse and tokenise them and return one array of ids a block: a message costs
-the same for one document or a thousand, and the parent only writes. A build that is killed continues (`unfinished.py`).
+the same for one document or a thousand, and the parent only writes. A killed build continues (`jobs/unfinished.py`).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def build_text(
     """Tokenises JSONL files, or others with the same fields, into one shard a key.
 
     Args:
-        inputs: files of the formats of `text_input.py`, read in this order.
+        inputs: files of the formats of `corpus/text_input.py`, read in this order.
         output_prefix: shards are named PREFIX_KEY_document.
         tokenizer: SentencePiece model; needs `</s>` only.
         json_keys: text fields; every line must have all of them.
@@ -179,7 +179,7 @@ def build_text(
         log_interval: documents between refreshes of the progress bar.
         progress: show a bar.
         drop: folder of tools/clean_corpus.py, made of all these inputs; the lines that it names are left out.
-        on_error: "skip" leaves out lines that cannot be used, and lists them in PREFIX_skipped.jsonl (`skipped.py`).
+        on_error: "skip" leaves out lines that cannot be used, and lists them in PREFIX_skipped.jsonl (jobs/skipped.py).
         sentences: split documents into sentences, each a sequence of its document; None: documents are whole.
 
     Returns:

@@ -29,8 +29,8 @@ def training_lines(inputs: Sequence[str], json_keys: Sequence[str]) -> Iterator[
     """Lines to learn from.
 
     Args:
-        inputs: files of the formats of `text_input.py` (the fields `json_keys` of each record that has them; one at
-            least), any other file as plain text; `.gz` and `.zst` too.
+        inputs: files of the formats of `corpus/text_input.py` (the fields `json_keys` of each record that has them; one
+            at least), any other file as plain text; `.gz` and `.zst` too.
         json_keys: names of the fields.
 
     Raises:

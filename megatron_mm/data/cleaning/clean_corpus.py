@@ -1,8 +1,8 @@
 """Corpus → a list of what to leave out, with reasons: two passes, and a folder that the builders take as --drop.
 
 The first pass (`scan.py`) turns every line into rows of fixed size in worker processes and can be killed and continued
-like any build (`unfinished.py`); the second (`duplicates.py`) compares the rows of all inputs. The corpus itself is not
-written again: terabytes of it stay as they are.
+like any build (`jobs/unfinished.py`); the second (`duplicates.py`) compares the rows of all inputs. The corpus itself
+is not written again: terabytes of it stay as they are.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def clean_corpus(
     """Finds what to drop of a corpus.
 
     Args:
-        inputs: files of the formats of `text_input.py`; of equal records the first in this order is kept.
+        inputs: files of the formats of `corpus/text_input.py`; of equal records the first in this order is kept.
         output: folder to make (`drop_list.py`).
         text_keys: text fields, which every record must have; "prompt" only if it is there.
         media_root: folder of the media; None: that of each input file.

@@ -1,9 +1,9 @@
 """A Conformer on the raw waveform as nodes: sounds of fixed length to the stream `audio_memory`.
 
 `audio.front` (wav2vec 2.0's strided convolutions, arXiv:2006.11477, and a projection) → `audio.layers.i` (Conformer
-blocks, see layers/conformer.py) → `audio.output` (LayerNorm), on [A, tokens_per_sound, C]. The front end is the variant
-of wav2vec 2.0's larger models: convolutions with biases, LayerNorm over channels after each, so nothing depends on
-other samples. Activations are GELU there and swish in the blocks, as in the published Wav2Vec2-Conformer models. The
+blocks, see models/layers/conformer.py) → `audio.output` (LayerNorm), on [A, tokens_per_sound, C]. The front end is the
+variant of wav2vec 2.0's larger models: convolutions with biases, LayerNorm over channels after each, so nothing depends
+on other samples. Activations are GELU there and swish in the blocks, as in the published Wav2Vec2-Conformer models. The
 tower is whole on every context-parallel process; its blocks are tensor-parallel.
 """
 

@@ -6,8 +6,8 @@ time, height, width. Merging halves height and width and doubles the channels, s
 
 An image is a clip of one frame: its patch embedding sees the frame repeated over the temporal patch, and its windows
 are one frame deep. Images and clips share everything that works token by token; only attention takes them apart (see
-`layers/windows.py`). The tower is whole on every context-parallel process; heads, MLPs and merging are sharded over
-tensor parallelism.
+`models/layers/windows.py`). The tower is whole on every context-parallel process; heads, MLPs and merging are sharded
+over tensor parallelism.
 """
 
 from __future__ import annotations
