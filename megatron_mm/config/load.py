@@ -35,6 +35,10 @@ from megatron_mm.config.systems import DEFAULT_SYSTEM, SYSTEMS, section_of
 _VERBS = ("check", "dry_run", "dry_run_json")
 
 
+#: Builders of this package that earlier settings name by where they were.
+_MOVED = {"megatron_mm.data.generated:build": "megatron_mm.data.reading.generated:build"}
+
+
 @dataclass
 class Verbs:
     """What pretrain_multimodal.py is to do other than train."""
@@ -85,13 +89,17 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
     folder, plugins = Path(source).parent, tree.get("plugins") or []
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
         raise ValueError(f"{source}:\n  plugins: it must be a list of files or modules, not {plugins!r}")
+    for name in _VERBS:
+        if tree.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{source}:\n  {name}: it is no setting but an option of the command line ({option})")
     tree = {name: value for name, value in tree.items() if name not in _VERBS}
     tree = {**tree, "plugins": [locate_plugin(name, folder) for name in plugins]}
     for plugin in tree["plugins"]:
         load_plugin(plugin, folder)
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("builder"), str):
-        file, colon, function = data["builder"].rpartition(":")
+        file, colon, function = _MOVED.get(data["builder"], data["builder"]).rpartition(":")
         tree = {**tree, "data": {**data, "builder": f"{locate_plugin(file, folder)}{colon}{function}"}}
     model = tree.get("model")
     name = model.get("system", DEFAULT_SYSTEM) if isinstance(model, dict) else DEFAULT_SYSTEM

@@ -26,11 +26,13 @@ def _files_noted() -> Iterator[None]:
     """Notes what is imported meanwhile, apart from the standard library, installed packages and this one."""
     before = set(sys.modules)
     yield
-    theirs = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    theirs = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib")]
     theirs.append(Path(__file__).parent.parent)
     for name in set(sys.modules) - before:
         file = getattr(sys.modules[name], "__file__", None)
-        if file and not any(Path(file).resolve().is_relative_to(folder.resolve()) for folder in theirs):
+        if not file or {"site-packages", "dist-packages"} & set(Path(file).parts):
+            continue
+        if not any(Path(file).resolve().is_relative_to(folder.resolve()) for folder in theirs):
             _FILES[name] = Path(file)
 
 
@@ -71,7 +73,7 @@ def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    _FILES[path.name] = path
+    _FILES[name] = path
     try:
         with _files_noted():
             spec.loader.exec_module(module)

@@ -31,7 +31,7 @@ from megatron_mm.conversion.hf_folder import (
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
 from megatron_mm.data.tokens.tokenizer import MASK
 from megatron_mm.models.names import Entry, Part
-from megatron_mm.systems.export import Adapter, adapter_of, differences, model_entries
+from megatron_mm.systems.export import adapter_of, differences, model_entries
 
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
 ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})
@@ -159,7 +159,7 @@ def export(
     entries = model_entries(config.model)
     check_checkpoint(entries, reader)
     tokenizer_file = Path(tokenizer) if tokenizer else tokenizer_of(config, folder)
-    text = text_fields(adapter, config.model, tokenizer_file, folder)
+    text = text_fields(config.model, tokenizer_file, folder)
     torch_dtype = DTYPES[dtype] if dtype else reader.dtype(entries[-1].training)
 
     with new_folder(Path(output), overwrite) as temporary:
@@ -195,11 +195,11 @@ def refresh(hf_folder: str | Path, check: Callable[[Path], None] | None = None) 
     fields = read_json(hf_folder / "config.json")
     adapter = adapter_of_folder(fields, hf_folder / "config.json")
     config = config_from_hf(fields, hf_folder / "config.json")
-    fields |= text_fields(adapter, config.model, hf_folder / TOKENIZER, hf_folder) | release_fields()
+    fields |= text_fields(config.model, hf_folder / TOKENIZER, hf_folder) | release_fields()
     return renew(hf_folder, adapter, fields, check)
 
 
-def text_fields(adapter: Adapter, model: SystemConfig, tokenizer: Path | None, folder: Path) -> dict[str, int]:
+def text_fields(model: SystemConfig, tokenizer: Path | None, folder: Path) -> dict[str, int]:
     """Fields of config.json that the tokenizer decides (`check_vocabulary`); none of a model without text.
 
     Raises:

@@ -1,6 +1,6 @@
 """Evaluation of a model on held-out samples: generate, score, and measure the loss of the true text.
 
-Samples are the dicts of `inference.prompts.read_prompts`: their "text" is the reference. `swap_media` gives every
+Samples are the dicts of `generation.prompts.read_prompts`: their "text" is the reference. `swap_media` gives every
 sample another sample's media: a model that reads its media does worse on those, one that only knows the texts does
 not, which is how looking and listening are told from guessing.
 """

@@ -99,7 +99,7 @@ class Generator:
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
             check_checkpoint(model_entries(recipe.model), reader)
             file = Path(tokenizer) if tokenizer else tokenizer_of(recipe, folder)
-            fields = adapter.fields(recipe) | text_fields(adapter, recipe.model, file, folder)
+            fields = adapter.fields(recipe) | text_fields(recipe.model, file, folder)
             tensors = hf_tensors(recipe.model, reader)
         config = adapter.load_class(adapter.config_class)(**(fields | release_fields()))
         processor = MultimodalProcessor(config, file)

@@ -64,7 +64,7 @@ class PipelineChunk(MegatronModule):
         seed: initial weights; None leaves them uninitialised (meta device, or a checkpoint follows).
 
     With full recomputation (`settings.recompute`), recomputable nodes run again in the backward pass instead of keeping
-    activations; those of the first `performance.cpu_offloading_num_layers` of them wait on the host.
+    activations. Of the first `performance.cpu_offloading_num_layers` recomputable nodes, activations wait on the host.
     """
 
     def __init__(

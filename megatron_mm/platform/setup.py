@@ -2,7 +2,7 @@
 
 `join` applies the CPU platform where CUDA is absent and reads torchrun's environment (or makes a world of one);
 `initialize` does so where it was not done, and creates the groups for a layout. A training run compares its processes
-between the two (checks/preflight.py). Everything later asks megatron-core's parallel_state.
+between the two (training/start.py). Everything later asks megatron-core's parallel_state.
 """
 
 from __future__ import annotations

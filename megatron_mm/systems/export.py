@@ -1,9 +1,7 @@
-"""For each system, what its exported folder is: names of tensors, config.json, modelling files.
+"""What an exported folder of a system is: config.json and modelling files by its `ADAPTER`, tensors by its graph.
 
-The `export.py` of a system has one `ADAPTER`; conversion, generation and the import of pretrained weights know systems
-by it alone. Most of a configuration is the recipe's section as it is:
-fields of the text part are renamed to those that transformers expects of a language model, the other parts stand under
-their own names (`section_fields`, `section_tree`).
+Most of a configuration is the recipe's section as it is: fields of the text part are renamed to those that transformers
+expects of a language model, the other parts stand under their own names (`section_fields`, `section_tree`).
 """
 
 from __future__ import annotations

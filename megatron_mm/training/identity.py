@@ -31,6 +31,7 @@ import megatron_mm
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.plugins import load_plugin, plugin_files
 from megatron_mm.config.schema import Config
+from megatron_mm.config.systems import system_of
 from megatron_mm.data.store.remote import localize
 from megatron_mm.media.errors import DataError
 from megatron_mm.models.node_names import ranges
@@ -109,10 +110,15 @@ def _code(config: Config) -> dict[str, str]:
     package = Path(megatron_mm.__path__[0])
     files = {str(path.relative_to(package.parent)): path for path in sorted(package.rglob("*.py"))}
     builder = (config.data.builder or "").rpartition(":")[0]
-    if builder:
-        load_plugin(builder, Path(), "data.builder")
+    said = {}
+    try:
+        if builder:
+            load_plugin(builder, Path(), "data.builder")
+        system_of(config.model.system).load("graph")  # which a plugin may name only
+    except Exception as error:  # whatever a user's file raises, on this process perhaps alone, is a fact
+        said = {"plugins": f"{type(error).__name__}: {error}"}
     files |= plugin_files()
-    return {name: _file(path) for name, path in files.items()}
+    return {name: _file(path) for name, path in files.items()} | said
 
 
 def _flat(name: str, value: Any) -> dict[str, str]:

@@ -259,9 +259,9 @@ def conformer_cost(
     whole = 9 * hidden * (copies(sizes, sharded=False) // sizes.cp)
     # Before and after swish, twice; q with either bias, k, v, attention output; in the convolution module: value and
     # gate, then what each of the four operations reads.
-    sharded = 4 * ffn + 5 * hidden + 6 * hidden
+    divided = 4 * ffn + 5 * hidden + 6 * hidden
     probabilities = 0 if settings.recompute == "selective" else heads * length
-    stored = 2.0 * (positions * (whole + sharded + probabilities) + sizes.cp * distances * hidden)
+    stored = 2.0 * (positions * (whole + divided + probabilities) + sizes.cp * distances * hidden)
     return NodeCost(products + hidden**2 + biases + norms, flops, stored)
 
 

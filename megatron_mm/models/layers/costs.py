@@ -36,8 +36,8 @@ def layer_cost(shape: StackShape, sequences: int, length: int, sizes: ParallelSi
     # Inputs of both norms and of the linears after them; then, sharded by TP: q k v, attention output with its
     # log-sum-exp (4 bytes a head), what the activation reads and, for SwiGLU, its product's factors; input of fc2.
     whole = 4 * hidden * (copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp))
-    sharded = 2 * query + key_value + fc1 + (2 * ffn if shape.gated else ffn)
-    stored = positions * (2.0 * (whole + sharded) + 4.0 * shape.num_attention_heads)
+    divided = 2 * query + key_value + fc1 + (2 * ffn if shape.gated else ffn)
+    stored = positions * (2.0 * (whole + divided) + 4.0 * shape.num_attention_heads)
     return NodeCost(matrices + biases + norms, flops, stored)
 
 

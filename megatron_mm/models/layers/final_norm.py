@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.layers.transformer import Sequences
 from megatron_mm.models.names import Entry, norm
 
 
@@ -42,7 +43,7 @@ class FinalNormKind:
 
     settings: LayerSettings
     shape: StackShape
-    sequences: Callable[[MicrobatchPlan], Sequence[tuple[int, int]]]
+    sequences: Sequences
 
     def build(self) -> nn.Module:
         """The module."""

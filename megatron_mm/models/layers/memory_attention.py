@@ -37,7 +37,7 @@ from megatron_mm.models.layers.cross_attention import HeadNorm
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import sequence_parallel_slice, sum_gradient_over_tp
-from megatron_mm.models.layers.transformer import attention_entries, dropout_region, mlp_entries
+from megatron_mm.models.layers.transformer import Sequences, attention_entries, dropout_region, mlp_entries
 from megatron_mm.models.names import Entry, LayerNames, memory_attention_names, norm, plain
 
 
@@ -330,8 +330,8 @@ class MemoryLayerKind:
     """A layer that reads a memory; gated, it has no self-attention.
 
     Attributes:
-        sequences: (sequences, length) of the stream that the layer rewrites, in a microbatch.
-        memories: (memories, positions of one) in a microbatch.
+        sequences: of the one stream that the layer rewrites.
+        memories: likewise: how many there are in a microbatch, and positions of one.
         self_plan: how the tokens of the stream see one another.
         gate_init: makes a gated layer, whose gates begin with this.
     """
@@ -340,8 +340,8 @@ class MemoryLayerKind:
     shape: StackShape
     number: int
     view: ViewMaker
-    sequences: Callable[[MicrobatchPlan], tuple[int, int]]
-    memories: Callable[[MicrobatchPlan], tuple[int, int]]
+    sequences: Sequences
+    memories: Sequences
     memory_width: int
     layer_names: LayerNames
     memory_names: MemoryLayerNames
@@ -368,8 +368,8 @@ class MemoryLayerKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """Of all rows and memories."""
-        rows, length = self.sequences(plan)
-        memories, memory_length = self.memories(plan)
+        ((rows, length),) = self.sequences(plan)
+        ((memories, memory_length),) = self.memories(plan)
         return memory_layer_cost(
             self.shape,
             self.settings.sizes,

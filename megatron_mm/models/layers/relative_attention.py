@@ -291,5 +291,5 @@ def relative_layer_cost(
     # Inputs of both norms and of the linears after them; then, sharded by TP: queries, keys and values with their
     # memory, probabilities, attention output, what the activation reads and gives.
     whole = 4 * size * (copies(sizes, sharded=False) // sizes.cp)
-    sharded = (1 + 2 + 2 + 1) * size + 2 * length * heads + 2 * ffn
-    return NodeCost(parameters, flops, 2.0 * (positions * (whole + sharded) + sizes.cp * 3 * length * size))
+    divided = (1 + 2 + 2 + 1) * size + 2 * length * heads + 2 * ffn
+    return NodeCost(parameters, flops, 2.0 * (positions * (whole + divided) + sizes.cp * 3 * length * size))

@@ -58,6 +58,15 @@ def dropout_region(config: TransformerConfig, training: bool):
     return nullcontext()
 
 
+#: How many sequences a microbatch has for a layer, and how long they are: of each stream that the layer rewrites.
+Sequences = Callable[[MicrobatchPlan], Sequence[tuple[int, int]]]
+
+
+def rows_of_text(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+    """Each row of a microbatch is a sequence."""
+    return [(plan.num_rows, plan.row_length)]
+
+
 @dataclass(frozen=True)
 class StackLayerKind:
     """A pre-norm layer of self-attention and MLP.
@@ -74,7 +83,7 @@ class StackLayerKind:
     shape: StackShape
     number: int
     plan: Callable[[torch.Tensor, ForwardContext], object]
-    sequences: Callable[[MicrobatchPlan], Sequence[tuple[int, int]]]
+    sequences: Sequences
     layer_names: LayerNames
     sharded: bool = False
 

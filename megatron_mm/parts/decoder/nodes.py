@@ -21,7 +21,7 @@ from megatron_mm.models.layers.text_ends import (
     LanguageHeadKind,
     TokenEmbeddingKind,
 )
-from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.layers.transformer import StackLayerKind, rows_of_text
 from megatron_mm.models.names import LLAMA
 from megatron_mm.parts.decoder.section import DecoderConfig
 
@@ -107,8 +107,3 @@ class DecoderNodes:
         names = HeadNames("model.norm", head="lm_head.weight")
         kind = LanguageHeadKind(self.settings, self.shape, self.decoder.vocab_size, names)
         return Node("decoder.output", kind, ("text",), (self.logits,))
-
-
-def rows_of_text(plan: MicrobatchPlan) -> list[tuple[int, int]]:
-    """Each row is a sequence."""
-    return [(plan.num_rows, plan.row_length)]

@@ -24,9 +24,8 @@ from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import StackLayerKind
+from megatron_mm.models.layers.transformer import StackLayerKind, rows_of_text
 from megatron_mm.models.names import OPT, Entry, plain
-from megatron_mm.parts.decoder.nodes import rows_of_text
 from megatron_mm.parts.text_encoder.section import TextEncoderConfig
 
 _ACTIVATIONS = {

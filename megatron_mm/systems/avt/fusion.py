@@ -20,6 +20,7 @@ from megatron_mm.models.layers.costs import copies
 from megatron_mm.models.layers.memory_attention import MemoryLayerKind, MemoryLayerNames, ViewMaker
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
+from megatron_mm.models.layers.transformer import Sequences
 from megatron_mm.models.names import LLAMA, Entry, norm, plain
 from megatron_mm.systems.avt.rows import has_sound, read_audio, read_vision, seen_positions, vision_length
 from megatron_mm.systems.avt.section import AVTConfig
@@ -207,14 +208,14 @@ def fusion_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
     def vision_plan(hidden_states: torch.Tensor, context: ForwardContext) -> AttentionPlan:
         return context.derived(vision_mask)
 
-    def vision_rows(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_rows, vision_length(config.vision, plan)
+    def vision_rows(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_rows, vision_length(config.vision, plan))]
 
-    def audio_rows(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_rows, sounds
+    def audio_rows(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_rows, sounds)]
 
     def layer(index: int) -> Node:
-        def modality(view: ViewMaker, own: Callable, other: Callable, self_plan: Callable) -> MemoryLayerKind:
+        def modality(view: ViewMaker, own: Sequences, other: Sequences, self_plan: Callable) -> MemoryLayerKind:
             sizes = (view, own, other, hidden, LLAMA, CROSS_NAMES)
             return MemoryLayerKind(settings, shape, index + 1, *sizes, self_plan=self_plan)
 

@@ -18,6 +18,7 @@ from megatron_mm.models.graph import ForwardContext, Graph, Node
 from megatron_mm.models.layers.memory_attention import MemoryLayerKind
 from megatron_mm.models.layers.pooling import masked_mean
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.layers.transformer import rows_of_text
 from megatron_mm.models.names import LLAMA
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.contrastive import contrastive_loss
@@ -87,14 +88,11 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
         heard = has_sound(batch)[:, None].expand(-1, sounds)
         return None, torch.cat((seen_positions(config.vision, batch), heard), dim=1)
 
-    def rows(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_rows, plan.row_length
-
-    def memories(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_rows, memory_length(config, plan)
+    def memories(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_rows, memory_length(config, plan))]
 
     def layer(index: int) -> Node:
-        reading = (fused, rows, memories, width, LLAMA, CROSS_NAMES)
+        reading = (fused, rows_of_text, memories, width, LLAMA, CROSS_NAMES)
         options = {"sharded": True, "self_plan": decoder.plan}
         kind = MemoryLayerKind(settings, decoder.shape, index + 1, *reading, **options)
         name, place = f"decoder.layers.{index}", f"model.layers.{index}"

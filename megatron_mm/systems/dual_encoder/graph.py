@@ -19,6 +19,7 @@ from megatron_mm.models.layers.memory_attention import (
 from megatron_mm.models.layers.pooling import last_row_state
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.text_ends import HeadNames, LanguageHeadKind
+from megatron_mm.models.layers.transformer import rows_of_text
 from megatron_mm.models.names import OPT
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.contrastive import image_text_loss
@@ -77,14 +78,11 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
     stream = Stream("text", lambda plan: (plan.num_rows, plan.row_length, text.hidden_size))
     logits = Stream("logits", lambda plan: (plan.num_rows * plan.row_length, 1, config.text.vocab_size))
 
-    def rows(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_rows, plan.row_length
-
-    def images(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_images, vision.tokens_per_image
+    def images(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_images, vision.tokens_per_image)]
 
     def layer(index: int) -> Node:
-        reading = (row_images, rows, images, vision.hidden_size, OPT, _NAMES)
+        reading = (row_images, rows_of_text, images, vision.hidden_size, OPT, _NAMES)
         kind = MemoryLayerKind(settings, shape, index + 1, *reading, self_plan=causal_plan)
         name = f"fusion.layers.{index}"
         return Node(name, kind, ("text", "image_memory"), (stream,), name, recomputable=True)

@@ -18,6 +18,7 @@ from megatron_mm.models.layers.memory_attention import (
 )
 from megatron_mm.models.layers.pooling import last_state
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.layers.transformer import rows_of_text
 from megatron_mm.models.names import LLAMA
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.contrastive import image_text_loss
@@ -68,18 +69,15 @@ _NAMES = MemoryLayerNames("input_layernorm", "cross_attn", "cross_attn_gate", "m
 def _gated_block(config: VLMConfig, settings: LayerSettings, decoder: DecoderNodes, number: int) -> Node:
     cross, vision = config.cross_attention, config.vision
 
-    def rows(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_rows, plan.row_length
-
-    def images(plan: MicrobatchPlan) -> tuple[int, int]:
-        return plan.num_images, vision.tokens_per_image
+    def images(plan: MicrobatchPlan) -> list[tuple[int, int]]:
+        return [(plan.num_images, vision.tokens_per_image)]
 
     kind = MemoryLayerKind(
         settings,
         decoder.shape,
         number + 1,
         row_images,
-        rows,
+        rows_of_text,
         images,
         vision.hidden_size,
         LLAMA,
