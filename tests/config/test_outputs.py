@@ -26,6 +26,7 @@ from megatron_mm.config.outputs import (
     write_whole,
     written_whole,
 )
+from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 KIND = figures("rows")
@@ -97,7 +98,7 @@ def test_devices_and_pipes_are_written_not_replaced(tmp_path):
     reader = subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, encoding="utf-8")
     check_file(fifo, "--json", KIND)
     write_whole(fifo, "figures\n")
-    assert reader.communicate(timeout=30)[0] == "figures\n" and fifo.is_fifo()
+    assert reader.communicate(timeout=HANG_SECONDS)[0] == "figures\n" and fifo.is_fifo()
     code = "from megatron_mm.config.outputs import *; check_file('/dev/stdout', '-', figures('a')); "
     code += "print('before', flush=True); write_figures('/dev/stdout', 1)"
     out = tmp_path / "out"

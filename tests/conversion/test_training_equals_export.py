@@ -18,6 +18,7 @@ from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.generation.generate import Generator
 from megatron_mm.systems.export import model_entries
 from tests.conversion.export_case import media_batch, train_tokenizer, training_recipe
+from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +27,7 @@ def launch(*arguments: object, processes: int = 1) -> None:
     """Run the training side; the test fails with its errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "tests.conversion.train_and_save", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=HANG_SECONDS, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

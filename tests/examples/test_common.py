@@ -10,12 +10,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = ".megatron_mm-output"
@@ -282,12 +281,10 @@ def test_data_alone_are_taken_up_only_if_they_were_prepared_here(checkout, tmp_p
 def test_an_interrupted_run_is_started_again(tmp_path, script):
     """Ctrl-C while it trains: the terminal interrupts all processes of the script."""
     once = tmp_path / "interrupted"
-    lines = f"[ -e {once} ] && exit 0", f"mkdir -p {tmp_path}/out/run; touch {tmp_path}/out/run/half {once}", "sleep 60"
-    checkout = Checkout(tmp_path, *lines)
+    begun = f"mkdir -p {tmp_path}/out/run; touch {tmp_path}/out/run/half {once}"
+    checkout = Checkout(tmp_path, f"[ -e {once} ] && exit 0", begun, "sleep 86400")
     process = checkout.start(script, "--output", str(tmp_path / "out"))
-    until = time.monotonic() + 60
-    while not once.exists() and time.monotonic() < until:
-        time.sleep(0.05)
+    wait_until(once.exists, "the first training", process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=HANG_SECONDS) != 0 and (tmp_path / "out/run/half").exists()
     done = checkout.run(script, "--output", str(tmp_path / "out"))
