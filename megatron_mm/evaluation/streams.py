@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.checkpoints import checkpoint
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config, DatasetConfig, ParallelConfig
 from megatron_mm.config.sizes import ParallelSizes
@@ -26,7 +25,6 @@ from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.reading.dataset import build_datasets, whole_dataset
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
-from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 
 _TOKENS = frozenset({"tokens_RT", "masked_tokens_RT"})
@@ -47,6 +45,10 @@ class GraphReader:
         config = replace(config, parallel=ParallelConfig())
         self.config = config
         self.device = setup.initialize(ParallelSizes(), config.training.seed)
+        # Only now: the platform comes before anything of megatron-core.
+        from megatron_mm.checkpoints import checkpoint
+        from megatron_mm.planner.assembly import Assembly
+
         pipeline = Assembly.of(config, ParallelSizes(), self.device.type).build(self.device, config.training.seed)
         if weights is not None:
             checkpoint.load_weights(weights, pipeline)

@@ -12,7 +12,6 @@ import io
 import warnings
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from megatron_mm.media.errors import DataError
@@ -76,6 +75,8 @@ def read_image(data: bytes) -> Image.Image | np.ndarray:
         DataError: as `decode_image`.
     """
     if data[:3] == b"\xff\xd8\xff":
+        import simplejpeg
+
         with contextlib.suppress(ValueError):  # then Pillow says what is wrong, or reads what is only unusual
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if height * width <= MAX_IMAGE_PIXELS and colours in ("YCbCr", "Gray"):
