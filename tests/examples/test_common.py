@@ -57,6 +57,8 @@ class Checkout:
         return subprocess.Popen(
             ["bash", str(self.root / "examples" / script), *options], cwd=self.home, env=environment, encoding="utf-8",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            # What a shell started in the background ignores the signal, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def run(self, script: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
