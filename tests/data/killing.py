@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 #: machine, or one on which the test itself waits for a processor, might otherwise be done before the kill comes.
 _PRELUDE = """
 import os, signal
-from megatron_mm.data import unfinished
+from megatron_mm.data.jobs import unfinished
 
 def hold(build, names):
     open(os.path.join(build.folder, "held"), "w").close()

@@ -279,7 +279,7 @@ def test_dictionaries_that_are_not_expanded_give_the_same_lines(tmp_path, monkey
 #: python -c FILL input output tokenizer: builds with a journal after every block.
 FILL = """
 import sys
-from megatron_mm.data import unfinished
+from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.tool import run_tool
 unfinished.JOURNAL_SECONDS = -1

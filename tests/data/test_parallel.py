@@ -13,7 +13,7 @@ from tests.support.waiting import HANG_SECONDS
 #: Starts two workers, which say that they wait for work, or which do not begin before their parent has ended.
 DRIVER = """
 import os, signal, sys, time
-from megatron_mm.data import parallel
+from megatron_mm.data.jobs import parallel
 parent, when = os.getpid(), sys.argv[1]
 plain = parallel.signal.signal
 def late(*arguments):
