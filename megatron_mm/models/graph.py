@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
-from megatron_mm.models.names import Entry
+from megatron_mm.models.names import Entry, plain_name
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,8 @@ class Node:
         said = self.cost(plan).parameters
         if said != found:
             raise ValueError(f"node {self.name!r}: its cost says {said:,} parameters, its module has {found:,}")
-        names, theirs = {f"{self.name}.{name}" for name in own}, {entry.training for entry in self.names()}
+        names = {plain_name(f"{self.name}.{name}") for name in own}  # Transformer Engine fuses norms into linear layers
+        theirs = {entry.training for entry in self.names()}
         if theirs and theirs != names:
             differ = ", ".join(sorted(names ^ theirs)[:4])
             raise ValueError(f"node {self.name!r}: its names are not those of its module's weights: {differ}")

@@ -210,6 +210,13 @@ FUSED_NORMS = {
 }
 
 
+def plain_name(name: str) -> str:
+    """The name of a training parameter with its norm on its own, whichever backend's layer has it."""
+    for plain, fused in FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
 def checkpoint_key(training: str) -> str:
     """The key under which a checkpoint holds a training parameter.
 
