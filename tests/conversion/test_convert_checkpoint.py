@@ -521,6 +521,9 @@ import sys, threading, time
 from pathlib import Path
 import torch, transformers, sentencepiece
 import megatron_mm.conversion.convert as convert, megatron_mm.conversion.pretrained as pretrained
+from megatron_mm.platform import setup
+setup.apply_platform()
+import megatron_mm.systems.synapse.graph  # names are read from it; megatron-core itself is no tensor
 torch.set_num_threads(1)
 def resident():
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

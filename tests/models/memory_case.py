@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -72,24 +73,30 @@ def memory_node(settings: LayerSettings, shape: StackShape, stream: Stream, name
     return Node(name, Kind(build, cost), (stream.name, "image_memory"), (stream,), recomputable=True)
 
 
+def named(name: str, node: Node) -> Node:
+    """The node under another name: initial weights are keyed by it, and these are well conditioned."""
+    return replace(node, name=name)
+
+
 def every_kind(settings: LayerSettings) -> Case:
     """Text and a tower read the memory, and both are pooled."""
     decoder = DecoderNodes(DECODER, settings, 0.3, lambda plan: False)
     part = ContrastiveConfig(embedding_size=8, temperature=0.5)
     states = Stream("states", lambda plan: (plan.num_rows, plan.row_length, 32), dtype=torch.float32)
     gates = {"sharded": True, "qk_layernorm": True, "gate_init": 0.5, "cross_query_groups": 4}
+    shared = (settings, 32, part)
     text_pool = partial(last_state, sequence_parallel=settings.sizes.sequence_parallel)
     nodes = [
         table_node("image_memory", MEMORY, MEMORY_WIDTH),
         decoder.embedding(),
         memory_node(settings, decoder.shape, decoder.text, "gated", row_images, **gates),
         memory_node(settings, decoder.shape, decoder.text, "ungated", half_seen, sharded=True, plan=decoder.plan),
-        embedding_node("pool.text", "text", "text_embedding", settings, 32, part, text_pool, decoder.shape),
+        named("pool.text", embedding_node("text", "text", "text_embedding", *shared, text_pool, decoder.shape)),
         decoder.layer(0),
         decoder.output(),
         table_node("states", LENGTH, 32),
         memory_node(settings, TOWER, states, "tower", half_seen, sharded=False, plan=causal_plan),
-        embedding_node("pool.states", "states", "image_embedding", settings, 32, part, last_row_state, TOWER),
+        named("pool.states", embedding_node("image", "states", "image_embedding", *shared, last_row_state, TOWER)),
         scale_node(settings, part),
     ]
     return Graph(nodes, [causal_lm_loss(), image_text_loss(part, 0.5)]), batch_of
