@@ -93,6 +93,12 @@ class CheckpointReader:
     def __contains__(self, name: str) -> bool:
         return any(key in self._metadata.state_dict_metadata for key in (name, checkpoint_key(name)))
 
+    def weights(self) -> set[str]:
+        """Keys of the model's parameters, as they stand in the checkpoint."""
+        found = self._metadata.state_dict_metadata.items()
+        tensors = {key for key, entry in found if isinstance(entry, TensorStorageMetadata)}
+        return {key for key in tensors if not key.startswith("optimizer.") and not key.endswith("_extra_state")}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Global shape of a parameter."""
         return tuple(self._entry(name)[1].size)

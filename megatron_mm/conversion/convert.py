@@ -30,7 +30,7 @@ from megatron_mm.conversion.hf_folder import (
 )
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
 from megatron_mm.data.tokens.tokenizer import MASK
-from megatron_mm.models.names import Entry, Part
+from megatron_mm.models.names import Entry, Part, checkpoint_key
 from megatron_mm.systems.export import adapter_of, differences, model_entries
 
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
@@ -115,7 +115,10 @@ def _stored(reader: CheckpointReader, entry: Entry, dtype: torch.dtype) -> torch
 
 
 def check_checkpoint(entries: list[Entry], reader: CheckpointReader) -> None:
-    """Refuse a checkpoint that lacks parameters of the model or has them in other shapes, before reading any."""
+    """Refuse a checkpoint that lacks parameters of the model, has them in other shapes or has more, before reading any.
+
+    Weights that no node of the graph names would be left out without a word.
+    """
     missing = [e.training for e in entries if e.training not in reader]
     if missing:
         raise ValueError(f"{reader.folder}: lacks {len(missing)} of {len(entries)} parameters, first {missing[0]}")
@@ -125,6 +128,11 @@ def check_checkpoint(entries: list[Entry], reader: CheckpointReader) -> None:
                 f"{reader.folder}: {entry.training} has shape {list(reader.shape(entry.training))}; config.yaml says "
                 f"{list(entry.shape)}"
             )
+    unnamed = reader.weights() - {key for e in entries for key in (e.training, checkpoint_key(e.training))}
+    if unnamed:
+        raise ValueError(
+            f"{reader.folder}: {len(unnamed)} of its weights have no name in an exported model, first {min(unnamed)}"
+        )
 
 
 def export(

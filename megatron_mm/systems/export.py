@@ -99,8 +99,8 @@ def adapter_of(name: object, source: object) -> Adapter:
     """
     if name not in exported():
         raise ValueError(
-            f"{source}: there is no export of the system {name!r}; there is one of {', '.join(exported())}; a plugin "
-            "gives its own to the System that it registers (systems/export.py)"
+            f"{source}: there is no export of the system {name!r}; there is one of {', '.join(exported())}, and none "
+            "yet of a plugin's system (docs/adding_a_system.md)"
         )
     return SYSTEMS[name].load("export")
 

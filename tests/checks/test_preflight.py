@@ -121,6 +121,18 @@ def test_a_dataset_that_cannot_be_listed_is_a_fact_too(tmp_path, monkeypatch):
     assert identity._dataset(str(tmp_path), None) == {str(tmp_path): "Permission denied"}
 
 
+def test_what_a_builders_file_raises_is_a_fact_too(tmp_path):
+    """On one process perhaps alone: the comparison names it, where an error would leave the others waiting."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise RuntimeError('no such node')")
+    config = small_config()
+    config.logging.output = str(tmp_path / "out")
+    config.data.builder = f"{broken}:build"
+    assert identity.facts(config)["code plugins"] == "RuntimeError: no such node"
+    config.data.builder = f"{tmp_path}/gone.py:build"
+    assert "there is no file" in identity.facts(config)["code plugins"]
+
+
 # Four processes
 
 

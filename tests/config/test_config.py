@@ -1,11 +1,12 @@
 """Recipes, overrides, and what is refused by name before anything is built."""
 
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
-from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_blend, parse_command_line
+from megatron_mm.config.load import RECIPES, config_from_tree, dump_config, load_config, parse_blend, parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
 from tests.support.recipes import small_config
 
@@ -135,6 +136,23 @@ def test_interleaving_needs_enough_microbatches():
     config.training.global_batch_size = 6
     with pytest.raises(ValueError, match="multiples of pipeline_model_parallel_size 4"):
         check(config, parallel_sizes(config, 4))
+
+
+@pytest.mark.parametrize("name", ["check", "dry_run", "dry_run_json"])
+def test_a_recipe_holds_no_verb_and_settings_of_before_may(name):
+    """They were fields once, so that settings of earlier runs have them; one that asks for something is refused."""
+    assert config_from_tree({"check": False, "dry_run": False, "dry_run_json": None}, "r.yaml") == config_from_tree(
+        {}, "r.yaml"
+    )
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=rf"{name}: it is no setting but an option of the command line \({option}\)"):
+        config_from_tree({name: "x.json" if name == "dry_run_json" else True}, "r.yaml")
+
+
+def test_a_builder_that_was_moved_is_found():
+    config = config_from_tree({"data": {"builder": "megatron_mm.data.generated:build"}}, "r.yaml")
+    assert config.data.builder == "megatron_mm.data.reading.generated:build"
+    assert pkgutil.resolve_name(config.data.builder)
 
 
 def test_usage_errors_exit_with_2_and_help_with_0():

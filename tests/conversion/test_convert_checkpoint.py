@@ -343,6 +343,10 @@ def test_export_refuses_what_is_not_whole(folders, tmp_path):
     partial = write_training_folder(tmp_path / "partial", recipe, missing, root / "spm.model")
     with pytest.raises(ValueError, match=r"lacks \d+ of \d+ parameters, first audio.embeddings.conv1.weight"):
         export(partial, tmp_path / "out", quiet=True)
+    extra = weights | {"extra.weight": torch.zeros(2)}
+    more = write_training_folder(tmp_path / "more", recipe, extra, root / "spm.model")
+    with pytest.raises(ValueError, match=r"1 of its weights have no name in an exported model, first extra\.weight"):
+        export(more, tmp_path / "out", quiet=True)
     whole = write_training_folder(tmp_path / "cut", recipe, weights, root / "spm.model")
     data = next(whole.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])

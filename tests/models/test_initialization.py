@@ -6,6 +6,7 @@ from torch import nn
 
 from megatron_mm.models import initialization
 from megatron_mm.models.initialization import Init, initialize_module, initialize_parameter
+from megatron_mm.models.layers.parameters import describe
 
 
 def slices(full_shape, init: Init, tp: int) -> list[torch.Tensor]:
@@ -73,3 +74,11 @@ def test_constants():
 def test_a_parameter_without_a_rule_is_named():
     with pytest.raises(ValueError, match=r"parameter tower\.weight does not say"):
         initialize_module(nn.Linear(2, 2), "tower", seed=0)
+
+
+@pytest.mark.parametrize("words", [{"column": {"wieght": None}}, {"row": {"linear": 2}}, {"constants": {"gate": 0.0}}])
+def test_a_description_of_a_parameter_that_is_not_there_is_refused(words):
+    """It would be a weight that is whole on every process, or that begins otherwise."""
+    name = next(iter(next(iter(words.values()))))
+    with pytest.raises(ValueError, match=f"Linear has no parameter of {name}"):
+        describe(nn.Linear(2, 2), init_std=0.02, **words)

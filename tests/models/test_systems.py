@@ -13,6 +13,7 @@ from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.objectives.measures import Retrieval, TokenAccuracy
 from megatron_mm.systems.graph import build_graph
 from tests.models import synapse_case
 from tests.support import recipes
@@ -292,3 +293,11 @@ def test_a_system_without_a_graph_is_named():
     object.__setattr__(config.model, "system", "flamingo")
     with pytest.raises(ValueError, match=r"model\.system is 'flamingo'; known systems: synapse, avt, vlm"):
         build_graph(config.model, LayerSettings())
+
+
+def test_every_loss_over_tokens_has_an_accuracy_whatever_its_name():
+    """AVT's next-token loss is called generation."""
+    losses = build_graph(recipes.small_avt().model, LayerSettings()).losses
+    assert {loss.name: loss.measure for loss in losses} == {
+        "contrastive": Retrieval, "masked_lm": TokenAccuracy, "generation": TokenAccuracy,
+    }  # fmt: skip

@@ -118,7 +118,7 @@ class EmbeddingKind:
 
 
 @dataclass(frozen=True)
-class LayerKind:
+class RelativeLayerKind:
     """A layer of relative attention; u and v are the first layer's, exported beside the layers."""
 
     settings: LayerSettings
@@ -175,7 +175,7 @@ def transformer_xl_nodes(
         return [(count * plan.num_rows, plan.row_length)]
 
     def layer(index: int) -> Node:
-        kind = LayerKind(settings, shape, index + 1, text.segment_length, count, exported)
+        kind = RelativeLayerKind(settings, shape, index + 1, text.segment_length, count, exported)
         ties = {name: f"text.layers.0.{name}" for name in _SHARED} if index else {}
         place = f"{exported}.layers.{index}"
         return Node(f"text.layers.{index}", kind, ("text",), (stream,), place, recomputable=True, ties=ties)

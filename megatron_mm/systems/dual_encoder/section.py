@@ -13,6 +13,7 @@ from megatron_mm.config.system import SystemConfig, whole_notes
 from megatron_mm.parts.contrastive.section import ContrastiveConfig
 from megatron_mm.parts.text_encoder.section import TextEncoderConfig
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
+from megatron_mm.systems.two_phases import TwoPhases
 
 
 @section
@@ -28,7 +29,7 @@ class LateFusionConfig:
 
 
 @section
-class DualEncoderConfig(SystemConfig):
+class DualEncoderConfig(TwoPhases, SystemConfig):
     """Dual encoder: MAE vision tower, GPT-2-like text encoder, late fusion by cross-attention, tied head."""
 
     system: Literal["dual_encoder"] = "dual_encoder"
@@ -50,21 +51,6 @@ class DualEncoderConfig(SystemConfig):
     """Weight of captioning and answering."""
     mae_weight: float = 0.0
     """Weight of masked autoencoding in the joint phase; 0 leaves it out."""
-
-    @property
-    def reads_text(self) -> bool:
-        """Masked autoencoding by itself is of the image tower alone."""
-        return self.phase == "joint"
-
-    @property
-    def generates(self) -> bool:
-        """Whether it learns to generate text."""
-        return self.reads_text and self.causal_lm_weight > 0
-
-    @property
-    def contrasts(self) -> bool:
-        """Whether images and texts are embedded for comparison."""
-        return self.reads_text and self.contrastive_weight > 0
 
     @property
     def reconstructs(self) -> bool:

@@ -13,10 +13,11 @@ from megatron_mm.config.system import SystemConfig, whole_notes
 from megatron_mm.parts.contrastive.section import ContrastiveConfig
 from megatron_mm.parts.decoder.section import DecoderConfig, GatedBlockConfig
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
+from megatron_mm.systems.two_phases import TwoPhases
 
 
 @section
-class VLMConfig(SystemConfig):
+class VLMConfig(TwoPhases, SystemConfig):
     """VLM-14B: an MAE vision tower and a causal decoder whose upper half reads it through gated blocks."""
 
     system: Literal["vlm"] = "vlm"
@@ -41,21 +42,6 @@ class VLMConfig(SystemConfig):
     """Weight of the image-text contrastive loss."""
     causal_lm_weight: float = 0.5
     """Weight of next-token prediction."""
-
-    @property
-    def reads_text(self) -> bool:
-        """Masked autoencoding is of the image tower alone."""
-        return self.phase == "joint"
-
-    @property
-    def generates(self) -> bool:
-        """Whether it learns to generate text."""
-        return self.reads_text and self.causal_lm_weight > 0
-
-    @property
-    def contrasts(self) -> bool:
-        """Whether images and texts are embedded for comparison."""
-        return self.reads_text and self.contrastive_weight > 0
 
     @property
     def reconstructs(self) -> bool:
