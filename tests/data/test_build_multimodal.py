@@ -19,7 +19,7 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import summary, verify
 from megatron_mm.media.errors import DataError
-from tests.data.killing import start
+from tests.support.killing import start
 from tests.support.waiting import wait_until
 
 TOOLS = Path(__file__).parents[2] / "tools"

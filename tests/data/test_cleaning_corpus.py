@@ -30,7 +30,7 @@ from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
-from tests.data.killing import kill_and_continue, undisturbed
+from tests.support.killing import kill_and_continue, undisturbed
 
 TOOLS = Path(__file__).parents[2] / "tools"
 #: Cleans: python -c CLEAN output workers inputs.

@@ -27,7 +27,7 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
-from tests.data.killing import kill_and_continue, undisturbed
+from tests.support.killing import kill_and_continue, undisturbed
 from tests.support.corpus import build_corpus, corpus_config
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -21,7 +21,7 @@ from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.media.errors import DataError
-from tests.data.killing import kill_and_continue, undisturbed
+from tests.support.killing import kill_and_continue, undisturbed
 
 #: python -c BUILD kind input output tokenizer workers.
 BUILD = """

@@ -19,8 +19,8 @@ _PRELUDE = """
 import os, signal
 from megatron_mm.data.jobs import unfinished
 
-def hold(build, names):
-    open(os.path.join(build.folder, "held"), "w").close()
+def hold(build, *_):
+    open(build.folder + ".held", "w").close()
     while True:
         signal.pause()
 
@@ -34,8 +34,8 @@ def start(program: str, *words: object, held: bool = False) -> subprocess.Popen:
     """Starts Python on a program that builds; standard error is a pipe of text.
 
     Args:
-        held: when all is built but for the names, the file `held` appears in the folder of the unfinished build, and
-            the process waits for a signal.
+        held: when all is built but for the names, a file appears beside the folder of the unfinished build, with its
+            name and `.held`, and the process waits for a signal.
     """
     command = [sys.executable, "-c", _PRELUDE + program, *map(str, words)]
     environment = {**os.environ, "HELD": "yes" if held else ""}
@@ -65,7 +65,7 @@ def kill_and_continue(
         What each attempt said.
     """
     dice, said = random.Random(0), []
-    journal, held = building / "journal.json", building / "held"
+    journal, held = building / "journal.json", building.with_name(building.name + ".held")
 
     def written() -> bytes:
         return journal.read_bytes() if journal.exists() else b""
@@ -74,7 +74,11 @@ def kill_and_continue(
         before = written()
         held.unlink(missing_ok=True)
         process = start(program, *words(attempt), held=True)
-        wait_until(lambda: held.exists() or written() != before, "the build goes on", process)  # noqa: B023
+        try:
+            wait_until(lambda: held.exists() or written() != before, "the build goes on", process)  # noqa: B023
+        except AssertionError as error:
+            process.kill()
+            raise AssertionError(f"attempt {attempt}: {error}\n{process.communicate()[1]}") from error
         time.sleep(dice.random() * pause)
         process.send_signal(signal.SIGKILL)
         said.append(process.communicate()[1])
