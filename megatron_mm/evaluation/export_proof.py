@@ -32,9 +32,7 @@ from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader
-from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.systems.export import model_entries
-from megatron_mm.systems.graph import build_graph
 
 #: Largest difference of values, as a share of the largest of them, where both sides have the same weights: fp32 sums in
 #: other orders, through all layers.
@@ -248,6 +246,9 @@ def questions(config: Config, rows: Rows, left: bool) -> dict:
     Args:
         left: rows are padded on the left.
     """
+    from megatron_mm.models.layers.settings import LayerSettings  # megatron-core's, which the platform comes before
+    from megatron_mm.systems.graph import build_graph
+
     streams = build_graph(config.model, LayerSettings()).streams
     names = [name for name, stream in FIELDS.items() if stream in streams]
     if rows.generates:

@@ -27,8 +27,8 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
-from tests.support.killing import kill_and_continue, undisturbed
 from tests.support.corpus import build_corpus, corpus_config
+from tests.support.killing import kill_and_continue, undisturbed
 
 TOOLS = Path(__file__).parents[2] / "tools"
 BAD = {
