@@ -65,7 +65,7 @@ setup(
             "ruff>=0.6",  # style
             "import-linter>=2.15",  # the direction of imports between the package's folders
             "scipy>=1.13",  # statistics of sample order and of masks
-            *["accelerate>=1.1", "peft>=0.18"],  # call exported models as users do who train them on
+            *["accelerate>=1.2", "peft>=0.18"],  # call exported models as users do who train them on
             "selenium>=4.20",  # looks at the page of tools/inspect_dataset.py in Chromium
         ],
     },

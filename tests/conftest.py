@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process (several processes run on two cores), and nothing of the user's home."""
 
+import contextlib
 import os
 import tempfile
 
@@ -15,6 +16,16 @@ _LONGEST = (
     *("test_readme.py", "test_run.py", "/examples/", "test_system_layouts.py"),
     *("/checks/", "/checkpoints/", "/training/", "/quickstart/"),
 )
+
+
+def pytest_configure(config):
+    """One server of programs for the session, which the workers of pytest-xdist share."""
+    if not hasattr(config, "workerinput"):
+        from tests.support import warm_python
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(warm_python.served())
+        config.add_cleanup(stack.close)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,13 +1,13 @@
 """Every command of the README and of docs/ runs, in their order, in one folder; long ones by their `--smoke` option."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.programs import PYTHON, TORCHRUN, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages with commands, in the order in which these run: a page may use what earlier ones left in `outputs/`.
@@ -63,9 +63,9 @@ def words_of(line: str, outputs: Path) -> list[str] | None:
     words = [str(outputs / word) if word.startswith("outputs/") else word for word in words]
     words += next((extra for name, extra in SMALLER.items() if name in words), [])
     if words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+        words = [*TORCHRUN[:-1], *words[1:]]
     elif words[0] == "python":
-        words[0] = sys.executable
+        words[0] = PYTHON
     return words
 
 
@@ -78,9 +78,7 @@ def test_every_command_runs(tmp_path):
         words = words_of(line, tmp_path)
         if words is None:
             continue
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # scripts call plain `python`
-        environment = {**os.environ, "PATH": path}
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env=environment)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env=environment())
         assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
 

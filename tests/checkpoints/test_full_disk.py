@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.support.programs import TORCHRUN
+
 SMALL_FILES = (".metadata", "common.pt", "metadata.json", "config.yaml", "manifest.json")
 
 
@@ -49,7 +51,7 @@ def save_with_obstacles(root: str) -> None:
 
 @pytest.mark.slow
 def test_every_process_hears_of_it(tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*TORCHRUN, "2"]
     words += ["-m", "tests.checkpoints.test_full_disk", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,6 @@ import json
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from megatron_mm.checks import gpu_checks
 from megatron_mm.checks.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
+from tests.support.programs import PYTHON
 from tests.support.waiting import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_a_run_that_fails_is_a_check_that_fails_and_the_others_go_on():
 
 
 def tool(*words: object) -> list[str]:
-    return [sys.executable, "tools/check_gpus.py", *map(str, words)]
+    return [PYTHON, "tools/check_gpus.py", *map(str, words)]
 
 
 def run(*words: object) -> subprocess.CompletedProcess:

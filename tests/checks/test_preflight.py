@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,11 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, differences, located
 from tests.support.corpus import build_corpus, corpus_config
+from tests.support.programs import PYTHON, TORCHRUN
 from tests.support.recipes import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+LAUNCHER = [*TORCHRUN, "4"]
 PLACES = [Place(rank, f"node{rank // 2}", rank % 2) for rank in range(8)]
 
 
@@ -166,7 +166,7 @@ def test_what_one_rank_has_otherwise_is_named_before_training(corpus, tmp_path):
     launch = (
         f'cd {tmp_path}/$RANK; code={ROOT} NCCL_ALGO=Tree; [ "$RANK" = 2 ] && code={tmp_path}/code NCCL_ALGO=Ring; '
         "export NCCL_ALGO; "  # by every rank: what differs are values alone
-        f"exec {sys.executable} $code/pretrain_multimodal.py --config recipe.yaml"
+        f"exec {PYTHON} $code/pretrain_multimodal.py --config recipe.yaml"
     )
     done = run(*LAUNCHER, "--no-python", "bash", "-c", launch, PYTHONPATH="")
     assert done.returncode == 1 and done.stderr.count("error: ") == 1
@@ -242,7 +242,7 @@ def test_an_error_of_one_rank_alone_is_said_by_it(tmp_path):
         (tmp_path / str(rank)).mkdir()
         recipe(tmp_path / str(rank))
     (tmp_path / "1" / "recipe.yaml").unlink()
-    launch = f"cd {tmp_path}/$RANK; exec {sys.executable} {ROOT}/pretrain_multimodal.py --config recipe.yaml"
+    launch = f"cd {tmp_path}/$RANK; exec {PYTHON} {ROOT}/pretrain_multimodal.py --config recipe.yaml"
     done = run(*LAUNCHER, "--no-python", "bash", "-c", launch)
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))

@@ -2,12 +2,12 @@
 
 import pkgutil
 import subprocess
-import sys
 
 import pytest
 
 from megatron_mm.config.load import RECIPES, config_from_tree, dump_config, load_config, parse_blend, parse_command_line
 from megatron_mm.config.validate import check, parallel_sizes
+from tests.support.programs import PYTHON
 from tests.support.recipes import small_config
 
 pytestmark = pytest.mark.interface
@@ -157,7 +157,7 @@ def test_a_builder_that_was_moved_is_found():
 
 def test_usage_errors_exit_with_2_and_help_with_0():
     def run(*words):
-        command = [sys.executable, "pretrain_multimodal.py", *words]
+        command = [PYTHON, "pretrain_multimodal.py", *words]
         return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
     assert run().returncode == 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from megatron_mm.config.outputs import (
     write_whole,
     written_whole,
 )
+from tests.support.programs import PYTHON
 from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def test_devices_and_pipes_are_written_not_replaced(tmp_path):
     code += "print('before', flush=True); write_figures('/dev/stdout', 1)"
     out = tmp_path / "out"
     with out.open("w") as stream:
-        subprocess.run([sys.executable, "-c", code], stdout=stream, check=True, cwd=ROOT)
+        subprocess.run([PYTHON, "-c", code], stdout=stream, check=True, cwd=ROOT)
         assert os.fstat(stream.fileno()).st_ino == out.stat().st_ino and "1" in out.read_text()
 
 
@@ -197,7 +197,7 @@ def test_json_of_the_tools_is_checked_before_they_work(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, words in tools.items():
         option = "--dry-run-json" if "--dry-run" in words else "--json"
-        command = [sys.executable, str(ROOT / name), *words, option, str(recipe)]
+        command = [PYTHON, str(ROOT / name), *words, option, str(recipe)]
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=environment, check=False
         )

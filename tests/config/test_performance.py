@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from megatron_mm.config.load import RECIPES, parse_command_line
 from megatron_mm.config.performance import Device
 from megatron_mm.config.validate import check, check_device, parallel_sizes
 from tests.support.full_recipes import FULL, launched
+from tests.support.programs import PYTHON
 from tests.support.recipes import small_config, small_dual_encoder, small_vlm
 
 A100, H100, CPU = Device("NVIDIA A100-SXM4-80GB", (8, 0)), Device("NVIDIA H100", (9, 0)), Device("a CPU", None)
@@ -158,7 +158,7 @@ def test_full_recipes_turn_on_what_pays_on_an_a100_and_nothing_else(name):
 
 def test_what_needs_a_gpu_ends_a_run_on_a_cpu_with_status_2():
     words = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--gradient-accumulation-fusion"]
-    command = [sys.executable, "pretrain_multimodal.py", *words]
+    command = [PYTHON, "pretrain_multimodal.py", *words]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert "gradient_accumulation_fusion is True, which needs a GPU; this run is on a CPU" in done.stderr

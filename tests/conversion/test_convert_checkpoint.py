@@ -41,6 +41,7 @@ from tests.conversion.export_case import (
     train_tokenizer,
     write_training_folder,
 )
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -236,7 +237,7 @@ def test_megatron_core_loads_a_restored_checkpoint(folders, tmp_path):
     torch.save({name: tuple(weights[name].shape) for name in names}, tmp_path / "out.pt.shapes")
     script = tmp_path / "load.py"
     script.write_text(LOAD_WITH_MEGATRON)
-    run = subprocess.run([sys.executable, script, restored, tmp_path / "out.pt"], capture_output=True, encoding="utf-8")
+    run = subprocess.run([PYTHON, script, restored, tmp_path / "out.pt"], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr[-2000:]
     loaded = torch.load(tmp_path / "out.pt", weights_only=False)
     for name in names:
@@ -321,7 +322,7 @@ def test_export_loads_where_there_is_no_megatron(folders, tmp_path):
     torch.save(batch, tmp_path / "batch.pt")
     files = [draw(tmp_path / "a.png"), sing(tmp_path / "a.wav")]
     run = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_MEGATRON, exported, tmp_path / "batch.pt", *files, tmp_path / "out.pt"],
+        [PYTHON, "-c", LOAD_WITHOUT_MEGATRON, exported, tmp_path / "batch.pt", *files, tmp_path / "out.pt"],
         capture_output=True, encoding="utf-8", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -583,7 +584,7 @@ def test_the_tool_converts_and_says_what_is_wrong(folders, tmp_path):
     tool = ROOT / "tools" / "convert_checkpoint.py"
 
     def run(*arguments):
-        return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, encoding="utf-8")
+        return subprocess.run([PYTHON, tool, *map(str, arguments)], capture_output=True, encoding="utf-8")
 
     done = run("export", "--checkpoint", folders[3], "--output", tmp_path / "out", "--dtype", "bf16")
     assert done.returncode == 0 and f"wrote {tmp_path / 'out'}" in done.stdout, done.stderr

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.evaluation.export_proof import proof, prove
 from megatron_mm.generation.generate import Decoding, Generator
 from tests.conversion.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,7 +184,7 @@ def test_a_proof_that_does_not_fit_in_memory_says_so(exported, monkeypatch):
 
 @pytest.mark.slow
 def test_the_tool_ends_with_the_proof(run, tmp_path):
-    command = [sys.executable, "tools/convert_checkpoint.py", "export"]
+    command = [PYTHON, "tools/convert_checkpoint.py", "export"]
     command += ["--checkpoint", str(run), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

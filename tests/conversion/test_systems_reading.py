@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from megatron_mm.systems.export import adapter_of
 from tests.conversion import system_case as case
 from tests.conversion.export_case import draw, draw_animation, sing, train_tokenizer
 from tests.support import recipes
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -127,7 +127,7 @@ assert not any(name == "megatron" or name.startswith(("megatron.", "megatron_mm.
 @pytest.mark.slow
 def test_exports_load_where_there_is_no_megatron(media, works, tmp_path):
     folders = [str(work.exported) for work in works.values()]
-    command = [sys.executable, "-c", LOAD, str(media), str(tmp_path / "out.pt"), *folders]
+    command = [PYTHON, "-c", LOAD, str(media), str(tmp_path / "out.pt"), *folders]
     run = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt")

@@ -7,7 +7,6 @@ sound, neither, video frames, and sound.
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.generation.generate import Generator
 from megatron_mm.systems.export import model_entries
 from tests.conversion.export_case import media_batch, train_tokenizer, training_recipe
+from tests.support.programs import PYTHON
 from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def launch(*arguments: object, processes: int = 1) -> None:
     """Run the training side; the test fails with its errors."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "tests.conversion.train_and_save", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=HANG_SECONDS, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]

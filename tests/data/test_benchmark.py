@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
 def test_every_case_runs(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--repeats", "1"]
+    command = [PYTHON, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--repeats", "1"]
     command += ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -30,7 +31,7 @@ def test_text_of_ones_own(tmp_path):
     text = tmp_path / "mine.jsonl"
     pages = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
     text.write_text("".join(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n" for page in pages))
-    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--cases", "text", "--text", str(text)]
+    command = [PYTHON, str(ROOT / "benchmarks" / "data.py"), "--smoke", "--cases", "text", "--text", str(text)]
     made = tmp_path / "made"
     done = subprocess.run([*command, "--folder", str(made)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -41,13 +42,13 @@ def test_text_of_ones_own(tmp_path):
 
 
 def test_a_case_that_is_none(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--folder", str(tmp_path), "--cases", "texts"]
+    command = [PYTHON, str(ROOT / "benchmarks" / "data.py"), "--folder", str(tmp_path), "--cases", "texts"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and "no case texts; there are text, memory" in done.stderr
 
 
 def test_killed_builds_end_with_the_same_bytes(tmp_path):
-    command = [sys.executable, "-m", "tests.data.killed_builds", "--smoke", "--folder", str(tmp_path)]
+    command = [PYTHON, "-m", "tests.data.killed_builds", "--smoke", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("the same bytes") == 2 and done.stdout.count("killed 10 times") == 2

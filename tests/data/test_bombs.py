@@ -30,6 +30,7 @@ from megatron_mm.data.corpus import columns
 from megatron_mm.data.corpus.text_input import open_lines, zstd
 from megatron_mm.media import decoding as media
 from megatron_mm.media.errors import DataError
+from tests.support.programs import PYTHON
 
 MIB = 1 << 20
 #: python -c DECODE kind file …: tries to decode each, prints [peak in MiB, message] of each.
@@ -297,7 +298,7 @@ def test_a_full_disk_stops_cleanly_and_is_gone_on_from(samples, tmp_path, tokeni
         pytest.skip("this machine does not allow mounts")
     try:
         def build(output: Path) -> subprocess.CompletedProcess:
-            words = [sys.executable, "-c", FILL, str(source), str(output), tokenizer_path]
+            words = [PYTHON, "-c", FILL, str(source), str(output), tokenizer_path]
             return subprocess.run(words, capture_output=True, encoding="utf-8")
 
         full = build(disk / "x")

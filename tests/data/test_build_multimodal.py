@@ -6,7 +6,6 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import summary, verify
 from megatron_mm.media.errors import DataError
 from tests.support.killing import start
+from tests.support.programs import PYTHON
 from tests.support.waiting import wait_until
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -117,7 +117,7 @@ def test_tool_exit_status_no_check_and_media_root(source, tmp_path, tokenizer_pa
     elsewhere = tmp_path / "lines" / "s.jsonl"
     elsewhere.parent.mkdir()
     shutil.move(source / "samples.jsonl", elsewhere)
-    command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(elsewhere), "--output",
+    command = [PYTHON, str(TOOLS / "preprocess_multimodal.py"), "--input", str(elsewhere), "--output",
                str(tmp_path / "out"), "--tokenizer-model", tokenizer_path, "--media-root", str(source)]  # fmt: skip
     run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "s.jsonl, line 2: " in run.stderr and "1-0.png" in run.stderr
@@ -126,7 +126,7 @@ def test_tool_exit_status_no_check_and_media_root(source, tmp_path, tokenizer_pa
     assert run.returncode == 0 and "60 samples" in run.stdout, run.stderr
     run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "exists already" in run.stderr
-    command = [sys.executable, str(TOOLS / "inspect_dataset.py"), "--path", str(tmp_path / "out"), "--tokenizer-model",
+    command = [PYTHON, str(TOOLS / "inspect_dataset.py"), "--path", str(tmp_path / "out"), "--tokenizer-model",
                tokenizer_path, "--verify", "--json", str(tmp_path / "i.json")]  # fmt: skip
     run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "images.bin, record 0 (sample ball-1): " in run.stderr
@@ -142,7 +142,7 @@ def test_disk_full_leaves_nothing(samples, tmp_path, tokenizer_path, tool):
     out.mkdir()
     name = "--output" if tool == "preprocess_multimodal" else "--output-prefix"
     run = subprocess.run(
-        [sys.executable, str(TOOLS / f"{tool}.py"), "--input", str(samples), name, str(out / "x"), "--tokenizer-model",
+        [PYTHON, str(TOOLS / f"{tool}.py"), "--input", str(samples), name, str(out / "x"), "--tokenizer-model",
          tokenizer_path, "--workers", "0"],
         capture_output=True, encoding="utf-8",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)),
@@ -181,7 +181,7 @@ def test_merge_equals_building_together(tmp_path, samples, folder, tokenizer_pat
         build_multimodal(
             [str(samples.parent / f"{name}.jsonl")], str(tmp_path / name), tokenizer_path, workers=0, progress=False
         )
-    command = [sys.executable, str(TOOLS / "merge_datasets.py"), "--input", str(tmp_path / "a"), str(tmp_path / "b")]
+    command = [PYTHON, str(TOOLS / "merge_datasets.py"), "--input", str(tmp_path / "a"), str(tmp_path / "b")]
     run = subprocess.run([*command, "--output", str(tmp_path / "m")], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     for name in ("text.bin", "text.idx", "images.bin", "sounds.idx", "videos.bin", "samples.npy", "ids.bin"):

@@ -6,7 +6,6 @@ import filecmp
 import gzip
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from megatron_mm.data.store.indexed import IndexedReader
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.errors import DataError
 from tests.data.real_texts import real_texts
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -129,7 +129,7 @@ def test_long_line_damaged_gzip_and_existing_output(tmp_path, model, monkeypatch
 @pytest.mark.slow
 def test_the_tool(tmp_path, corpus, model):
     def run(*command):
-        return subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8", cwd=tmp_path)
+        return subprocess.run([PYTHON, *command], capture_output=True, encoding="utf-8", cwd=tmp_path)
 
     tool = [str(ROOT / "tools/preprocess_data.py"), "--output-prefix", "p", "--tokenizer-model", model, "--append-eod"]
     done = run(*tool, "--input", str(corpus), "--workers", "1", "--log-interval", "10")

@@ -31,6 +31,7 @@ from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
 from tests.support.killing import kill_and_continue, undisturbed
+from tests.support.programs import PYTHON
 
 TOOLS = Path(__file__).parents[2] / "tools"
 #: Cleans: python -c CLEAN output workers inputs.
@@ -264,7 +265,7 @@ def test_the_tools(samples, tokenizer_path, tmp_path):
     (tmp_path / "words.txt").write_text("orange\n")
 
     def run(tool: str, *words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, TOOLS / tool, "--input", str(samples), "--workers", "0", *words]
+        command = [PYTHON, TOOLS / tool, "--input", str(samples), "--workers", "0", *words]
         return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=tmp_path)
 
     options = ("--blocklist", "words.txt", "--images.max-aspect", "1.2", "--duplicates.images", "off")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -23,6 +22,7 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
 from megatron_mm.media.encoding import Encoding, encode_medium
 from megatron_mm.media.errors import DataError
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -225,7 +225,7 @@ def test_the_tool_and_another_encoding_starts_anew(tmp_path, samples, tokenizer_
     with pytest.raises(DataError, match="must be a JSON object"):
         build_multimodal([str(source)], str(tmp_path / "x"), tokenizer_path, progress=False)
     source.write_bytes(samples.read_bytes())
-    command = [sys.executable, str(TOOL), "--input", str(source), "--output", str(tmp_path / "x"),
+    command = [PYTHON, str(TOOL), "--input", str(source), "--output", str(tmp_path / "x"),
                "--tokenizer-model", tokenizer_path, "--image-encoding", "webp", "--image-size", "24",
                "--audio-encoding", "flac"]  # fmt: skip
     run = subprocess.run(command, capture_output=True, encoding="utf-8")

@@ -25,6 +25,7 @@ from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.corpus.line_samples import MAX_HEADS, LineSamples
 from megatron_mm.media.errors import DataError
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).parents[2]
 #: Seconds for an estimate of which megabytes alone are the limit, so that every machine draws the same samples.
@@ -111,7 +112,7 @@ def test_mixed_media_from_several_files(tmp_path, samples, tokenizer_path):
 def test_small_input_is_built_whole(tmp_path, samples, tokenizer_path):
     output = str(tmp_path / "out")
     arguments = ["--input", str(samples), "--output", output, "--tokenizer-model", tokenizer_path, "--workers", "0"]
-    command = [sys.executable, str(ROOT / "tools" / "estimate_build.py"), "multimodal", *arguments]
+    command = [PYTHON, str(ROOT / "tools" / "estimate_build.py"), "multimodal", *arguments]
     run = subprocess.run(
         [*command, "--json", str(tmp_path / "e.json")], capture_output=True, encoding="utf-8", check=False
     )

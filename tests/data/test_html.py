@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from megatron_mm.data.view.html_page import MAX_TOKENS, Entry, histogram, write_
 from megatron_mm.data.view.preview import IMAGE_SIDE, SOUND_BYTES, preview
 from megatron_mm.data.view.readable import readable_size
 from tests.support import browser
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -95,7 +95,7 @@ def shown(tmp_path_factory, tokenizer_path) -> str:
 def page(tmp_path_factory, shown, tokenizer_path) -> Path:
     """The page that the tool makes of it."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    command = [sys.executable, str(ROOT / "tools" / "inspect_dataset.py"), "--path", shown, "--tokenizer-model"]
+    command = [PYTHON, str(ROOT / "tools" / "inspect_dataset.py"), "--path", shown, "--tokenizer-model"]
     arguments = [tokenizer_path, "--samples", "6", "--verify", "--html", str(path)]
     run = subprocess.run([*command, *arguments], capture_output=True, encoding="utf-8", check=False)
     assert run.returncode == 1, "the damaged media are found"

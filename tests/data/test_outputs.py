@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from megatron_mm.data.jobs.unfinished import Replacing, UnfinishedBuild
 from megatron_mm.data.store.indexed import IndexedWriter
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
+from tests.support.programs import PYTHON
 
 TOOLS = Path(__file__).parents[2] / "tools"
 FOLDERS = ("multimodal", "clean", "merge", "split")
@@ -82,7 +82,7 @@ def test_an_empty_path_and_the_root_are_refused(kind, output, overwrite, build, 
 
 def test_a_tool_ends_with_status_2(mine, samples, tokenizer_path):
     before = contents(mine)
-    command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(samples), "--tokenizer-model"]
+    command = [PYTHON, str(TOOLS / "preprocess_multimodal.py"), "--input", str(samples), "--tokenizer-model"]
     for output in ("", ".", str(mine / "here")):
         done = subprocess.run(
             [*command, tokenizer_path, "--output", output, "--overwrite"],
@@ -307,7 +307,7 @@ def test_a_tokenizer_replaces_a_tokenizer_alone(mine, samples):
 
 
 def test_a_page_replaces_a_page_alone(mine, folder, tokenizer_path):
-    command = [sys.executable, str(TOOLS / "inspect_dataset.py"), "--path", folder, "--samples", "1", "--html"]
+    command = [PYTHON, str(TOOLS / "inspect_dataset.py"), "--path", folder, "--samples", "1", "--html"]
     site = mine / "here" / "index.html"
     site.write_text("<!DOCTYPE html>\n<html><head><title>a user's site</title></head></html>\n")
     before = contents(mine)

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
 from tests.support.corpus import build_corpus, corpus_config
 from tests.support.killing import kill_and_continue, undisturbed
+from tests.support.programs import PYTHON
 
 TOOLS = Path(__file__).parents[2] / "tools"
 BAD = {
@@ -82,14 +82,14 @@ def test_bad_samples_are_left_out_and_listed(samples, tmp_path, tokenizer_path, 
 
 def test_the_tools_say_how_many_and_where(samples, tmp_path, tokenizer_path):
     bad, good = with_bad_lines(samples)
-    command = [sys.executable, str(TOOLS / "preprocess_multimodal.py"), "--input", str(bad), "--tokenizer-model",
+    command = [PYTHON, str(TOOLS / "preprocess_multimodal.py"), "--input", str(bad), "--tokenizer-model",
                tokenizer_path, "--output", str(tmp_path / "x"), "--on-error"]  # fmt: skip
     run = subprocess.run([*command, "stop"], capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "some-bad-1.jsonl, line 1: not JSON" in run.stderr
     run = subprocess.run([*command, "skip"], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     assert f"left out 6 samples; {tmp_path}/x/skipped.jsonl lists them with their causes" in run.stdout
-    command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", str(bad), "--tokenizer-model",
+    command = [PYTHON, str(TOOLS / "preprocess_data.py"), "--input", str(bad), "--tokenizer-model",
                tokenizer_path, "--output-prefix", str(tmp_path / "t"), "--on-error", "skip"]  # fmt: skip
     run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
@@ -279,7 +279,7 @@ def test_a_run_counts_and_names_them_in_any_layout(tmp_path):
         config.data.on_corrupt = "skip"
         dump_config(config, tmp_path / "recipe.yaml")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stages > 1 else []
-        run = subprocess.run([sys.executable, *launcher, str(TOOLS.parent / "pretrain_multimodal.py"), "--config",
+        run = subprocess.run([PYTHON, *launcher, str(TOOLS.parent / "pretrain_multimodal.py"), "--config",
                               str(tmp_path / "recipe.yaml")], capture_output=True, encoding="utf-8")  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         figures = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,14 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
+from tests.support.programs import PYTHON
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(TOOLS / name), *arguments], capture_output=True, encoding="utf-8", check=False
+        [PYTHON, str(TOOLS / name), *arguments], capture_output=True, encoding="utf-8", check=False
     )
 
 

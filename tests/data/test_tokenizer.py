@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import sentencepiece
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.errors import DataError
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -47,7 +47,7 @@ def test_training_from_text_and_gzip_without_learning_placeholders(tmp_path, mod
 
 
 def test_tool_says_that_the_corpus_is_small(tmp_path, samples):
-    command = [sys.executable, str(TOOLS / "train_tokenizer.py"), "--input", str(samples), "--vocab-size", "5000"]
+    command = [PYTHON, str(TOOLS / "train_tokenizer.py"), "--input", str(samples), "--vocab-size", "5000"]
     run = subprocess.run(
         [*command, "--output", str(tmp_path / "t.model")], capture_output=True, encoding="utf-8", check=True
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import textwrap
+
+from tests.support.programs import PYTHON
 
 SCRIPT = """
     import multiprocessing, os, signal, sys, time
@@ -32,7 +33,7 @@ SCRIPT = """
 def run(tmp_path, argument: str) -> subprocess.CompletedProcess:
     script = tmp_path / "tool.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    return subprocess.run([sys.executable, script, argument], capture_output=True, encoding="utf-8", check=False)
+    return subprocess.run([PYTHON, script, argument], capture_output=True, encoding="utf-8", check=False)
 
 
 def test_workers_of_a_pool_end_silently(tmp_path):

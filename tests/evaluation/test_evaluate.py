@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from megatron_mm.evaluation.evaluate import swap_media, token_loss
 from megatron_mm.generation.generate import Generator
 from megatron_mm.hf.processing_mm import MultimodalProcessor
 from tests.conversion.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +90,7 @@ def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
     (folder / "tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
     samples = [s for s in samples if s["id"] in "aebf"]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    command = [sys.executable, ROOT / "tools" / "evaluate.py", "--model", folder, "--input", tmp_path / "held.jsonl"]
+    command = [PYTHON, ROOT / "tools" / "evaluate.py", "--model", folder, "--input", tmp_path / "held.jsonl"]
     options = ["--swap-media", "--max-new-tokens", "4", "--json", tmp_path / "scores.json"]
     options += ["--captions", tmp_path / "captions.jsonl"]
     done = subprocess.run([*map(str, command), *map(str, options)], capture_output=True, encoding="utf-8", cwd=tmp_path)

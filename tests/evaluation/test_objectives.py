@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from megatron_mm.platform import setup
 from megatron_mm.systems.vlm.section import VLMConfig
 from megatron_mm.training.optimizer import Optimizer
 from tests.support.corpus import build_corpus, corpus_config
+from tests.support.programs import PYTHON
 from tests.support.recipes import small_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_a_checkpoint_is_scored_beside_the_untrained_model_from_the_command_line
     assert expected["trained"]["causal_lm/loss"] != expected["untrained"]["causal_lm/loss"]
 
     def tool(checkpoint, *words):
-        command = [sys.executable, "tools/score_objectives.py", "--input", samples, "--checkpoint", checkpoint, *words]
+        command = [PYTHON, "tools/score_objectives.py", "--input", samples, "--checkpoint", checkpoint, *words]
         return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", cwd=ROOT)
 
     done = tool(folder, "--untrained", "--json", tmp_path / "s.json")

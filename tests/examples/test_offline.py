@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from examples.data import audio_visual, clips, emoji_art
 from examples.quickstart import prepare
 from tests.examples.art import write_animation, write_packages
 from tests.examples.test_two_phases import NAMES, write_questions
+from tests.support.programs import PYTHON, environment
 from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ class Offline:
         call = f"open({str(self.log)!r}, 'a').write('pip\\n')\nraise SystemExit('Failed to establish a new connection')"
         (self.modules / "pip" / "__init__.py").write_text("")
         (self.modules / "pip" / "__main__.py").write_text(call)
-        self.environment = {**os.environ, "PYTHONPATH": f"{self.modules}:{ROOT}", "OMP_NUM_THREADS": "1"}
+        self.environment = environment(PYTHONPATH=f"{self.modules}:{ROOT}")
 
     def run(self, command: list[str], path: str) -> subprocess.CompletedProcess:
         environment = {**self.environment, "PATH": f"{self.bin}{path}"}
@@ -55,7 +55,7 @@ class Offline:
         )
 
     def prepare(self, module: str, data: Path, cache: Path) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-m", module, "--output", str(data), "--cache", str(cache), *MODULES[module]]
+        words = [PYTHON, "-m", module, "--output", str(data), "--cache", str(cache), *MODULES[module]]
         return self.run(words, "")
 
     def called(self) -> list[str]:
@@ -160,7 +160,7 @@ def test_the_whole_quick_start_runs_offline(offline, cache, tmp_path):
     """On a few samples, in the environment that is there; its clients would leave a line."""
     write_sounds(tmp_path / "out" / "data", list(NAMES.values()))
     words = ["bash", "examples/quickstart/run.sh", "--smoke", "--output", str(tmp_path / "out"), "--cache", str(cache)]
-    done = offline.run([*words, "--seed", "7"], f":{os.environ['PATH']}")
+    done = offline.run([*words, "--seed", "7"], f":{offline.environment['PATH']}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Done in" in done.stdout and (tmp_path / "out" / "results.json").exists() and offline.called() == []
     for run in ("run", "untrained"):

@@ -6,11 +6,11 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.programs import PYTHON
 from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ QUICK = ["--train-iters", "2", "--lr-warmup-iters", "0", "--training.eval-interv
 
 def call(*words: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *map(str, words)]
+    command = [PYTHON, *map(str, words)]
     return subprocess.run(
         command, cwd=folder, env=variables | environment, capture_output=True, encoding="utf-8", timeout=HANG_SECONDS
     )
@@ -102,7 +102,7 @@ def test_processes_whose_plugins_differ_do_not_train(tmp_path, differs):
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
         variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
         variables["PYTHONPATH"] = os.pathsep.join((str(place), str(ROOT)))
-        command = [sys.executable, "pretrain_multimodal.py", "--config", str(tmp_path / "r.yaml"), *QUICK]
+        command = [PYTHON, "pretrain_multimodal.py", "--config", str(tmp_path / "r.yaml"), *QUICK]
         command += ["--logging.output", str(tmp_path / "out"), "--logging.no-tensorboard"]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, **output))

@@ -1,9 +1,7 @@
 """PerceiverFusion's tiny run: its data, what its table demands, and the whole of it on a few samples."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from PIL import Image
 
 from examples.data import easy_vqa, emoji_art
 from tests.examples.art import write_packages
+from tests.support.programs import environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "perceiver_fusion_xl" / "tiny.sh"
 NAMES = {"1f401": "RED APPLE", "1f402": "GREEN BOOK", "1f403": "CLOUD", "1f404": "OWL", "1f405": "BLUE KEY"}
@@ -32,9 +31,8 @@ def write_shapes(folder: Path) -> Path:
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment())
 
 
 def test_shapes_are_captioned_where_both_answers_are_known(tmp_path):

@@ -1,9 +1,7 @@
 """The tiny runs with two phases: what their table demands, and the whole of one on a few samples."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 from examples.data import easy_vqa, emoji_art
 from examples.held_out import Row, report
 from tests.examples.art import write_packages
+from tests.support.programs import environment
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = {"1f401": "RED APPLE", "1f402": "GREEN BOOK", "1f403": "CLOUD", "1f404": "OWL", "1f405": "BLUE KEY"}
@@ -32,9 +31,8 @@ def write_questions(folder: Path) -> None:
 
 
 def run(system: str, *options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / system / "tiny.sh"), *options]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment())
 
 
 def test_a_loss_must_be_below_its_baseline(tmp_path, capsys):

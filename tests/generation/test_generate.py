@@ -32,6 +32,7 @@ from tests.conversion.export_case import (
     train_tokenizer,
     write_training_folder,
 )
+from tests.support.programs import PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -291,7 +292,7 @@ def test_prompts_are_not_replaced_by_answers(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_tool_runs_from_the_command_line_on_a_checkpoint(work, generator):
-    command = [sys.executable, ROOT / "tools" / "generate.py", "--model", work / "run", "--image", work / "a.png"]
+    command = [PYTHON, ROOT / "tools" / "generate.py", "--model", work / "run", "--image", work / "a.png"]
     done = subprocess.run([*command, "--max-new-tokens", "5"], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip("\n") == next(generator.generate([{"images": [work / "a.png"]}], Decoding(5)))

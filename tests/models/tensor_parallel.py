@@ -20,6 +20,7 @@ import torch
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.platform import setup
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = dict[str, torch.Tensor]
@@ -58,7 +59,7 @@ def run_case(name: str, sizes: ParallelSizes) -> tuple[Figures, dict[str, tuple[
 
 def differences(name: str, folder: Path, tp: int = 2) -> dict[str, float]:
     """For loss, every stream and every gradient: the largest difference, relative to the largest value."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
     command += ["-m", "tests.models.tensor_parallel", name, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "benchmarks" / "towers.py", "--threads", "1", *options]
+    command = [PYTHON, ROOT / "benchmarks" / "towers.py", "--threads", "1", *options]
     return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", check=False)
 
 

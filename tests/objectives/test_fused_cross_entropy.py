@@ -20,6 +20,7 @@ from megatron_mm.objectives.cross_entropy import token_cross_entropy
 from megatron_mm.platform import setup
 from megatron_mm.systems.graph import build_graph
 from tests.objectives import fused_case
+from tests.support.programs import TORCHRUN
 from tests.support.recipes import small_avt, small_config, small_dual_encoder, small_perceiver_fusion, small_vlm
 
 
@@ -55,7 +56,7 @@ def test_transformer_engines_kernel_is_for_cuda(monkeypatch):
 
 def test_two_processes_share_the_vocabulary(tmp_path):
     output = tmp_path / "found.pt"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*TORCHRUN, "2"]
     subprocess.run([*words, "-m", "tests.objectives.fused_case", str(output)], check=True, capture_output=True)
     shared, alone = torch.load(output), fused_case.figures()
     assert_same(shared)

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
+
+from tests.support.programs import TORCHRUN
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def train_in_processes(tmp_path):
 
     def run(processes: int, *cases) -> list[dict]:
         output = tmp_path / "results.pt"
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        words = [*TORCHRUN, str(processes)]
         words += ["-m", "tests.pipeline.toy", json.dumps([dataclasses.asdict(case) for case in cases]), str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, check=False)

@@ -11,11 +11,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_mm.config.load import dump_config
 from megatron_mm.platform import setup
 from tests.support.full_recipes import PHASES, dry_run, estimates, launched
+from tests.support.programs import PYTHON
 from tests.support.recipes import small_config, small_perceiver_fusion
 
 
 def run_dry(path, world_size: int, output, *words: str) -> dict:
-    command = [sys.executable, "pretrain_multimodal.py", "--config", str(path), "--dry-run"]
+    command = [PYTHON, "pretrain_multimodal.py", "--config", str(path), "--dry-run"]
     command += ["--world-size", str(world_size), "--dry-run-json", str(output), *words]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-2000:]

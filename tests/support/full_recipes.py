@@ -13,6 +13,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import parallel_sizes
 from megatron_mm.platform import setup
+from tests.support import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ("synapse-70b", "avt-33b", "vlm-14b", "perceiver-fusion-xl", "dual-encoder")
@@ -51,7 +52,7 @@ def launched(name: str, phase: str = "joint", *options: str) -> tuple[Config, Pa
 def dry_run(name: str, phase: str, output: Path) -> dict:
     """What the script of a full recipe finds in a dry run, at the number of GPUs of its recipe."""
     command = [script(name), "--dry-run", "--dry-run-json", output]
-    environment = {**os.environ, "PHASE": phase}
+    environment = programs.environment(PHASE=phase)
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(output.read_text())

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from tests.support.programs import TORCHRUN
+
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 7
 
@@ -60,7 +62,7 @@ def step(case: str, layout: str, pool: int, samples: int = 8, seed: int = SEED) 
 def steps_in_processes(runs: list[tuple[str, str, int]], folder: Path, processes: int = 4) -> list[dict]:
     """Each (case, layout, pool), one after the other, under one torchrun."""
     output = folder / "steps.pt"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words = [*TORCHRUN, str(processes)]
     words += ["-m", "tests.support.graph_layouts", json.dumps(runs), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, check=False)

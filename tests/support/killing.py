@@ -6,11 +6,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.programs import PYTHON
 from tests.support.waiting import wait_until
 
 #: Begins the program of each build: a journal after every block, and no end of a build that is to be killed. A fast
@@ -37,7 +37,7 @@ def start(program: str, *words: object, held: bool = False) -> subprocess.Popen:
         held: when all is built but for the names, a file appears beside the folder of the unfinished build, with its
             name and `.held`, and the process waits for a signal.
     """
-    command = [sys.executable, "-c", _PRELUDE + program, *map(str, words)]
+    command = [PYTHON, "-c", _PRELUDE + program, *map(str, words)]
     environment = {**os.environ, "HELD": "yes" if held else ""}
     return subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", env=environment)
 

@@ -24,6 +24,7 @@ from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.optimizer import Optimizer
 from tests.support import recipes
+from tests.support.programs import TORCHRUN
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = {
@@ -83,7 +84,7 @@ def test_a_frozen_encoder_needs_its_head_frozen(system):
 @pytest.mark.slow
 def test_no_copy_of_a_frozen_weight_moves(tmp_path):
     output = tmp_path / "learned.json"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*TORCHRUN, "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [*words, "-m", "tests.training.test_frozen_ties", str(output)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, check=False)

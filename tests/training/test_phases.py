@@ -6,7 +6,6 @@ Truth is one process that is never interrupted.
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import NodeGroupConfig
 from tests.support.corpus import build_corpus, corpus_config
+from tests.support.programs import PYTHON, TORCHRUN
 
 pytestmark = pytest.mark.slow
 STEPS, UNFREEZE = 8, 4
@@ -40,8 +40,8 @@ def recipe(corpus, output: Path) -> Path:
 
 
 def run(path: Path, processes: int = 1, *words: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher = launcher if processes > 1 else [sys.executable]
+    launcher = [*TORCHRUN, str(processes)]
+    launcher = launcher if processes > 1 else [PYTHON]
     command = [*launcher, "pretrain_multimodal.py", "--config", str(path), *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.data.build.text import build_text
 from tests.support.corpus import build_corpus, corpus_config
+from tests.support.programs import PYTHON, TORCHRUN
 from tests.support.recipes import small_config
 from tests.support.waiting import HANG_SECONDS, wait_until
 
@@ -45,8 +45,8 @@ def recipe(corpus, output: Path, **training) -> Path:
 
 
 def command(path: Path, processes: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher = launcher if processes > 1 else [sys.executable]
+    launcher = [*TORCHRUN, str(processes)]
+    launcher = launcher if processes > 1 else [PYTHON]
     return [*launcher, "pretrain_multimodal.py", "--config", str(path), *words]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.outputs import OutputError
 from megatron_mm.config.schema import Config
 from megatron_mm.training import run_folder
+from tests.support.programs import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "megatron_mm/recipes/synapse-tiny.yaml"
@@ -89,7 +89,7 @@ def test_the_command_ends_before_it_trains(tmp_path, output):
     """A recipe config.yaml in the folder where its run is to leave its own: what is lost would be its comments."""
     (tmp_path / "config.yaml").write_text(TINY.read_text())
     (tmp_path / "metrics.jsonl").write_text("mine\n")
-    words = [sys.executable, str(ROOT / "pretrain_multimodal.py"), "--config", "config.yaml"]
+    words = [PYTHON, str(ROOT / "pretrain_multimodal.py"), "--config", "config.yaml"]
     environment, words = {**os.environ, "PYTHONPATH": str(ROOT)}, [*words, "--logging.output", output]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False, env=environment)
     assert done.returncode == 2 and "error: logging.output" in done.stderr, done.stderr[-1000:]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import TORCHRUN
+
 STEPS = 3
 
 
@@ -61,7 +63,7 @@ def test_the_first_process_reads_for_all(tmp_path):
     from tests.support.corpus import build_corpus
 
     build_corpus(tmp_path)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    words = [*TORCHRUN, "4"]
     words += ["-m", "tests.training.test_shared_reading", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-3000:]

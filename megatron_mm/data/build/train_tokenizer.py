@@ -99,9 +99,15 @@ def train_tokenizer(
     if first is None:
         raise DataError(f"{', '.join(inputs)}: no text to learn from")
 
+    failures: list[Exception] = []
+
     def feed() -> Iterator[str]:
+        """The lines until one cannot be read: what a generator raises, SentencePiece 0.2.1 loses."""
         yield first
-        yield from lines
+        try:
+            yield from lines
+        except Exception as error:
+            failures.append(error)
 
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -111,10 +117,12 @@ def train_tokenizer(
             user_defined_symbols=[IMAGE, AUDIO, VIDEO, MASK], hard_vocab_limit=False, max_sentence_length=4 * _CHUNK,
             num_threads=num_threads, minloglevel=2, **limit,
         )  # fmt: skip
-    except DataError:
-        raise
     except (RuntimeError, ValueError) as error:
+        if failures:
+            raise failures[0] from None
         raise DataError(f"--vocab-size {vocab_size}: SentencePiece refused: {error}") from error
+    if failures:
+        raise failures[0]
     with written_whole(output, "xb") as stream:
         stream.write(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
