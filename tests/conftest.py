@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import sys
 import tempfile
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,13 +22,23 @@ _LONGEST = (
 
 
 def pytest_configure(config):
-    """One server of programs for the session, which the workers of pytest-xdist share."""
-    if not hasattr(config, "workerinput"):
+    """A server of programs for each process that runs tests: each has a cache of its own."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         from tests.support import warm_python
 
         stack = contextlib.ExitStack()
         stack.enter_context(warm_python.served())
         config.add_cleanup(stack.close)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_the_package_starts_is_forked():
+    """And what the tests start by tests/support/programs.py."""
+    from tests.support.programs import INTERPRETER, PYTHON
+
+    sys.executable = PYTHON
+    yield
+    sys.executable = INTERPRETER
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ from tests.conversion.export_case import (
     train_tokenizer,
     write_training_folder,
 )
-from tests.support.programs import PYTHON
+from tests.support.programs import INTERPRETER, PYTHON
 
 pytestmark = pytest.mark.interface
 
@@ -571,7 +570,7 @@ def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
             fields = json.loads((tmp_path / "exported" / "config.json").read_text())
             fields |= {"head_dim": 64, "vocab_size": decoder.vocab_size, "model_type": "llama"}
             (tmp_path / "exported" / "config.json").write_text(json.dumps(fields))
-        command = [sys.executable, "-c", MEASURE, what, tmp_path / source, tmp_path / target, tmp_path / "recipe.yaml"]
+        command = [INTERPRETER, "-c", MEASURE, what, tmp_path / source, tmp_path / target, tmp_path / "recipe.yaml"]
         # Blocks of a real model are always returned when freed; below 32 MiB glibc would keep them for itself.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
         run = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)

@@ -14,7 +14,6 @@ import re
 import resource
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from megatron_mm.data.corpus import columns
 from megatron_mm.data.corpus.text_input import open_lines, zstd
 from megatron_mm.media import decoding as media
 from megatron_mm.media.errors import DataError
-from tests.support.programs import PYTHON
+from tests.support.programs import INTERPRETER, PYTHON
 
 MIB = 1 << 20
 #: python -c DECODE kind file …: tries to decode each, prints [peak in MiB, message] of each.
@@ -79,7 +78,7 @@ print(json.dumps([sys.argv[1], int(open("/proc/self/status").read().split("VmHWM
 
 def outcome(program: str, *words: str | Path) -> list[tuple[str, int, str]]:
     """(file, peak in MiB so far, message) of each file that a program was given."""
-    run = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, encoding="utf-8")
+    run = subprocess.run([INTERPRETER, "-c", program, *map(str, words)], capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr[-2000:]
     return [tuple(json.loads(line)) for line in run.stdout.splitlines()]
 
@@ -327,7 +326,7 @@ def test_bombs_among_samples_are_left_out_and_named(samples, tmp_path, tokenizer
     path = samples.parent / "bombs.jsonl"
     path.write_text("\n".join(lines))
     run = subprocess.run(
-        [sys.executable, "-c", BUILD, str(path), str(tmp_path / "x"), tokenizer_path],
+        [INTERPRETER, "-c", BUILD, str(path), str(tmp_path / "x"), tokenizer_path],
         capture_output=True, encoding="utf-8",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)),
     )  # fmt: skip

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 
 import pytest
 
+from tests.support.programs import INTERPRETER
 from tests.support.waiting import HANG_SECONDS
 
 #: Starts two workers, which say that they wait for work, or which do not begin before their parent has ended.
@@ -36,7 +36,7 @@ list(parallel.ordered_map(time.sleep, tasks(), 2, begun))
 @pytest.mark.parametrize(("when", "said"), [("after", "waiting"), ("before", "forked")])
 def test_workers_end_with_a_parent_that_is_killed(when, said):
     """The parent is killed while its workers wait for work, or before they have begun."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, when], stdout=subprocess.PIPE, encoding="utf-8")
+    driver = subprocess.Popen([INTERPRETER, "-c", DRIVER, when], stdout=subprocess.PIPE, encoding="utf-8")
     assert [driver.stdout.readline() for _ in range(2)] == [f"{said}\n"] * 2
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=HANG_SECONDS)  # returns once no process holds the pipe any more

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from megatron_mm.platform import cpu
+from tests.support.programs import INTERPRETER
 
 pytestmark = pytest.mark.interface
 
@@ -46,7 +46,7 @@ def test_what_is_listed_is_what_is_redirected():
         cpu.apply()
         assert listed == replaced, listed ^ replaced
     """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run([INTERPRETER, "-c", script], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -86,5 +86,5 @@ def test_factories_and_types_behave_as_megatron_expects():
         "cpu.set_device('meta')\n"
         "assert torch.ones(3, device=torch.cuda.current_device()).is_meta\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run([INTERPRETER, "-c", script], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr

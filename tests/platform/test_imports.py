@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.programs import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Prints the modules that a program has imported when it has printed its help.
@@ -24,7 +25,7 @@ PROGRAMS = [program for program in PROGRAMS if "megatron_mm" in (ROOT / program)
 
 
 def imported(*words: str) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", *words], capture_output=True, encoding="utf-8", cwd=ROOT)
+    done = subprocess.run([INTERPRETER, "-c", *words], capture_output=True, encoding="utf-8", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return set(json.loads(done.stdout.splitlines()[-1]))
 

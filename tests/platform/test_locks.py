@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from megatron_mm.platform.megatron_versions import KNOWN_RELEASES
+from tests.support.programs import INTERPRETER
 from tools import locks
 from tools.requirements import requirements
 
@@ -121,7 +122,7 @@ def test_what_is_no_lock_is_refused_by_line(line):
 
 
 def run(*words: str, given: str = "") -> str:
-    command = [sys.executable, "tools/locks.py", *words]
+    command = [INTERPRETER, "tools/locks.py", *words]
     return subprocess.run(command, input=given, capture_output=True, encoding="utf-8", cwd=ROOT, check=True).stdout
 
 
@@ -180,7 +181,7 @@ def update(tmp_path):
     binaries = tmp_path / wanted[1] / "bin"
     binaries.mkdir(parents=True)
     (tmp_path / wanted[1] / "installed").write_text(wanted[2] + "\n")
-    (binaries / "python").symlink_to(sys.executable)
+    (binaries / "python").symlink_to(INTERPRETER)
     (binaries / "uv").write_text(RESOLVER.format(notes=tmp_path / "notes", broken=tmp_path / "broken"))
     (binaries / "uv").chmod(0o755)
 

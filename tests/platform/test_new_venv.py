@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import INTERPRETER
+
 ROOT = Path(__file__).resolve().parents[2]
 SITE = f"lib/python3.{sys.version_info.minor}/site-packages"
 #: Files of environments that may be emptied: made here now, by earlier versions, or interrupted early.
@@ -40,7 +42,7 @@ def fill(folder: Path, files: list[str]) -> Path:
 
 
 def new_venv(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [str(ROOT / "tools/new_venv.sh"), sys.executable, str(folder), "--without-pip", *options]
+    command = [str(ROOT / "tools/new_venv.sh"), INTERPRETER, str(folder), "--without-pip", *options]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 

@@ -5,11 +5,11 @@ Truth: the words as torch 2.13 and megatron-core 0.16.1 or 0.19.2 print them on 
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import megatron_mm
 from megatron_mm.platform import notices
+from tests.support.programs import INTERPRETER
 
 _TE = "Transformer Engine and Apex are not installed. Falling back to"
 _LOCAL = f"{_TE} local implementations of multi_tensor_applier"
@@ -78,7 +78,7 @@ for number, (kind, module, words) in enumerate(json.load(sys.stdin)):
 
 def shown(said: list[tuple[str, str, str]]) -> list[int]:
     """Numbers of what a process on a CPU shows."""
-    command, given = [sys.executable, "-c", SAY], json.dumps(said)
+    command, given = [INTERPRETER, "-c", SAY], json.dumps(said)
     done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", check=True)
     return [number for number in range(len(said)) if f"#{number}#" in done.stderr]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import INTERPRETER
 from tools.half_installed import forget, is_complete
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def wheels(tmp_path) -> Path:
 
 
 def install(what: str, *words: str) -> subprocess.CompletedProcess:
-    command = [str(ROOT / "tools" / "pip_install.sh"), sys.executable, what, "--isolated", *words]
+    command = [str(ROOT / "tools" / "pip_install.sh"), INTERPRETER, what, "--isolated", *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 

@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_mm.platform.megatron_versions import KNOWN_RELEASES
+from tests.support import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = (ROOT / "locks" / "torch.txt").read_text().strip()
@@ -57,7 +57,7 @@ class Scripts:
         notes.write_text("")
         python.write_text(
             INTERPRETER.format(
-                python=sys.executable,
+                python=programs.INTERPRETER,
                 version=f"3, {minor}",
                 said=f"3.{minor}.0",
                 notes=notes,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.releases.table import table
+from tests.support.programs import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,8 +22,8 @@ def test_folders_of_every_system_are_right_in_this_release_and_raise_where_their
     folders, figures = tmp_path / "folders", tmp_path / "figures.json"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     for command in (
-        [sys.executable, "-m", "tests.releases.prepare", str(folders)],
-        [sys.executable, "-W", "ignore", "tests/releases/check.py", str(folders), str(figures)],
+        [INTERPRETER, "-m", "tests.releases.prepare", str(folders)],
+        [INTERPRETER, "-W", "ignore", "tests/releases/check.py", str(folders), str(figures)],
     ):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,7 +1,7 @@
 """Python and torchrun for the programs that tests start, and the environment of scripts that call them.
 
-A test takes `sys.executable` instead where the interpreter itself is what it looks at: what is imported, how much
-memory is taken.
+While tests run, `sys.executable` is PYTHON (tests/conftest.py), so that what the package starts is forked as well. A
+test takes INTERPRETER where the interpreter itself is what it looks at: what is imported, how much memory is taken.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from tests.support.warm_python import FOLDER
 
 _folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
 
+INTERPRETER = sys.executable
 #: Takes what `python` takes; a fork of a process that has imported torch where the session has one.
-PYTHON = str(_folder / "bin" / "python") if _folder else sys.executable
+PYTHON = str(_folder / "bin" / "python") if _folder else INTERPRETER
 #: Before the number of processes and the words of a program.
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 

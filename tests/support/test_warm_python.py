@@ -7,15 +7,14 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.programs import PYTHON
+from tests.support.programs import INTERPRETER, PYTHON
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(sys.executable == PYTHON, reason="this session has no server of programs")
+pytestmark = pytest.mark.skipif(INTERPRETER == PYTHON, reason="this session has no server of programs")
 
 SAY = """
 import json, os, signal, sys
@@ -33,7 +32,7 @@ sys.exit(7)
 def both(tmp_path: Path, words: list[str], **options) -> list[tuple[int, object, str]]:
     """(status, what the program says of itself, standard error) by the interpreter and by the command."""
     found = []
-    for python in (sys.executable, PYTHON):
+    for python in (INTERPRETER, PYTHON):
         done = subprocess.run([python, *words], capture_output=True, encoding="utf-8", cwd=tmp_path, **options)
         found.append((done.returncode, json.loads(done.stdout), done.stderr))
     return found
@@ -72,7 +71,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     ],
 )
 def test_it_ends_as_the_interpreter_does(code):
-    real, warm = (subprocess.run([python, "-c", code], capture_output=True) for python in (sys.executable, PYTHON))
+    real, warm = (subprocess.run([python, "-c", code], capture_output=True) for python in (INTERPRETER, PYTHON))
     assert (warm.returncode, warm.stdout) == (real.returncode, real.stdout)
     assert warm.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
 

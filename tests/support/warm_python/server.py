@@ -49,7 +49,7 @@ _READ = (
 )
 _NOT_READ = (
     *("PYTHONPATH", "PYTHON_EXEC", "TORCH_CPP_LOG_LEVEL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHINDUCTOR_CACHE_DIR", "HF_MODULES_CACHE"),
 )
 
 
@@ -156,11 +156,15 @@ class Server:
             words = words[1:]
         if not words or (words[0].startswith("-") and (words[0] not in ("-c", "-m") or len(words) < 2)):
             return False
-        return (
-            _read(request["environment"]) == self._environment
-            and [tuple(limit) for limit in request["limits"]] == self._limits
-            and request["processors"] == self._processors
-        )
+        asked = {
+            **_read(request["environment"]),
+            "limits": [tuple(limit) for limit in request["limits"]],
+            "processors": request["processors"],
+        }
+        have = {**self._environment, "limits": self._limits, "processors": self._processors}
+        if others := [name for name in {*asked, *have} if asked.get(name) != have.get(name)]:
+            print(f"a new interpreter for {' '.join(words)[:80]!r}: another {', '.join(sorted(others))}", flush=True)
+        return not others
 
     def _prepare(self) -> None:
         import gc
@@ -234,6 +238,11 @@ class Server:
 
         np.random.seed()
         sys.executable = self._command
+        # What transformers took from the environment when it was imported.
+        if folder := environment.get("HF_MODULES_CACHE"):
+            for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
+                if "HF_MODULES_CACHE" in vars(module):
+                    module.HF_MODULES_CACHE = folder
 
 
 def run(words: list[str]) -> None:
