@@ -10,6 +10,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
@@ -17,7 +18,7 @@ from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.schema import DatasetConfig
 from megatron_mm.data.build.text import build_text
 from tests.support.corpus import build_corpus, corpus_config
-from tests.support.programs import PYTHON, TORCHRUN
+from tests.support.programs import INTERPRETER, PYTHON, TORCHRUN
 from tests.support.recipes import small_config
 from tests.support.waiting import HANG_SECONDS, wait_until
 
@@ -95,10 +96,15 @@ def test_killed_and_resumed_in_another_layout(corpus, uninterrupted, tmp_path):
     """kill -9 between two checkpoints; then TP2 x DP2 with the distributed optimizer instead of PP2."""
     path, lines = recipe(corpus, tmp_path), tmp_path / "metrics.jsonl"
     words = command(path, 2, "--pipeline-model-parallel-size", "2", "--save-interval", "3")
-    process = held(words, 5, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    words[0] = INTERPRETER  # nothing between the signal and the processes
+    process = held(words, 5, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: lines.exists() and lines.read_text().count("\n") == 5, "the fifth step", process)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's agent and its processes, which have sessions of their own and would outlive it.
+    started = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *started):
+        each.kill()
     process.wait()
+    psutil.wait_procs(started)
     words = ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--micro-batch-size", "1"]
     done = run(path, 4, *words)
     assert done.returncode == 0, done.stderr[-2000:]
