@@ -19,13 +19,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm import hf
+from megatron_mm import hf, media
 from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import exported
 from megatron_mm.conversion.safetensors_stream import INDEX
-from megatron_mm.systems.export import Adapter, adapter_of
+from megatron_mm.systems.export import MEDIA, Adapter, adapter_of
 
-HF_FILES = Path(hf.__file__).parent
+#: Source of each code file that export writes. transformers copies flat files only, so those of media get a prefix.
+CODE = {path.name: path for path in sorted(Path(hf.__file__).parent.glob("*.py"))} | {
+    f"media_{module}.py": Path(media.__file__).parent / f"{module}.py" for module in MEDIA
+}
 #: Oldest and newest release of transformers in which folders were tried (tests/releases/run.sh).
 TRANSFORMERS_RELEASES = ("5.0.0", "5.24.0")
 TOKENIZER = "tokenizer.model"
@@ -34,7 +37,8 @@ REPLACED = "replaced-code"
 
 README = """# {name}
 
-Exported by megatron_mm (tools/convert_checkpoint.py export). Needs transformers, sentencepiece and Pillow.
+Exported by megatron_mm (tools/convert_checkpoint.py export). Needs transformers, sentencepiece and Pillow; for JPEG
+images simplejpeg, for sounds soundfile and soxr, for videos av.
 
     model = {auto}.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -88,7 +92,7 @@ def not_exported(folder: Path) -> str | None:
     if not isinstance(known, dict) or known.get("AutoConfig") != adapter.config_class:
         return f"{folder / 'config.json'} names no class of export's (auto_map)"
     names = {"config.json", "generation_config.json", "README.md", TOKENIZER, INDEX}
-    names |= {path.name for path in HF_FILES.glob("*.py")}
+    names |= CODE.keys()
     for path in sorted(folder.iterdir()):
         shard = re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name)
         if path.is_symlink() or not path.is_file() or not (shard or path.name in names):
@@ -148,6 +152,14 @@ def write_json(path: Path, tree: dict) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
+def write_code(folder: Path, name: str) -> None:
+    """A code file of exported folders: its source, in which `from megatron_mm.media.NAME import` becomes
+    `from .media_NAME import`. Nothing else changes, and nothing else of this package may be imported there."""
+    code = CODE[name].read_text(encoding="utf-8")
+    flat = re.sub(r"^(\s*from) megatron_mm\.media\.(\w+) import\b", r"\1 .media_\2 import", code, flags=re.MULTILINE)
+    (folder / name).write_text(flat, encoding="utf-8")
+
+
 def release_fields() -> dict:
     """What config.json says of transformers: the release here, and those in which such folders were tried."""
     import transformers
@@ -180,7 +192,7 @@ def write_hf_files(
         version = {"transformers_version": tail["transformers_version"]}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids, **version})
     for name in adapter.files:
-        shutil.copyfile(HF_FILES / name, folder / name)
+        write_code(folder, name)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
     words = {"auto": "AutoModel", "use": EMBEDS}
@@ -213,7 +225,7 @@ def renew(folder: Path, adapter: Adapter, fields: dict, check: Callable[[Path], 
         made.mkdir()
         new = [*adapter.files, "config.json"]  # the configuration last: until then the command can be given again
         for name in adapter.files:
-            shutil.copyfile(HF_FILES / name, made / name)
+            write_code(made, name)
         write_json(made / "config.json", fields)
         for path in folder.iterdir():
             if path.name not in new:

@@ -1,1 +1,1 @@
-"""Files that every exported folder carries; they import nothing of megatron_mm."""
+"""Files that every exported folder carries; of megatron_mm they import `media` alone, whose files go with them."""

@@ -1,163 +1,28 @@
 """Prompts of an exported model: text, image, video and sound files to the tensors that it reads, and back.
 
-Part of every exported folder; needs torch, transformers, sentencepiece and Pillow, and, where sounds or videos are
-read, soundfile with soxr (sounds of another rate) and PyAV. `AutoProcessor.from_pretrained(folder,
-trust_remote_code=True)` gives a `MultimodalProcessor`; its output goes to `model.generate(**inputs)` as it is. What the
-model reads, and how, its configuration says (`config.inputs`).
+Part of every exported folder, with the files of megatron_mm/media by which training reads media: a file becomes the
+same tensor there and here, or is refused with the same words. Needs torch, transformers, sentencepiece and Pillow, and
+where a file asks for them simplejpeg (JPEG), soundfile (sounds), soxr (sounds of another rate) and PyAV (videos).
+`AutoProcessor.from_pretrained(folder, trust_remote_code=True)` gives a `MultimodalProcessor`; its output goes to
+`model.generate(**inputs)` as it is. What the model reads, and how, its configuration says (`config.inputs`).
 """
 
-import io
 import os
 
 import numpy as np
 import sentencepiece
 import torch
-from PIL import Image, ImageSequence
 from transformers import AutoConfig
-from transformers.audio_utils import mel_filter_bank
 from transformers.utils import logging
+
+from megatron_mm.media.decoding import check_samples, decode_sound, decode_video, read_image, resample, to_rgb
+from megatron_mm.media.errors import DataError
+from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram, size_of, waveform
 
 logger = logging.get_logger(__name__)
 
 PLACEHOLDERS = {"images": "<image>", "audios": "<audio>", "videos": "<video>"}
 TOKENIZER_FILE = "tokenizer.model"
-
-
-def _missing(package, purpose):
-    return ValueError(f"{purpose} needs the package {package}: pip install {package}")
-
-
-# ------------------------------------------------------------------------------------------------------------- images
-
-
-def to_rgb(image):
-    """RGB; transparent pixels show white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        image.alpha_composite(rgba)
-    return image.convert("RGB")
-
-
-def resize_and_centre_crop(image, size):
-    """The largest square in the middle, resized (bicubic)."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-
-
-def evenly_spaced(total, wanted):
-    """Frame numbers in the middle of `wanted` equal parts of `total` frames."""
-    return ((2 * np.arange(wanted) + 1) * total // (2 * wanted)).tolist()
-
-
-def video_frames(data, wanted):
-    """`wanted` evenly spaced frames of a video or an animated image."""
-    if data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
-        image = Image.open(io.BytesIO(data))
-        numbers = evenly_spaced(getattr(image, "n_frames", 1), wanted)
-        frames = {i: to_rgb(f.copy()) for i, f in enumerate(ImageSequence.Iterator(image)) if i in numbers}
-        return [frames[i] for i in numbers]
-    try:
-        import av
-    except ImportError as error:
-        raise _missing("av", "reading videos") from error
-    with av.open(io.BytesIO(data)) as container:
-        if not container.streams.video:
-            raise ValueError("no video track")
-        total = sum(1 for packet in container.demux(video=0) if packet.size)
-    for _ in range(2):  # a packet may hold no frame: then the frames that were found are counted instead
-        if total == 0:
-            break
-        numbers = evenly_spaced(total, wanted)
-        frames, count = {}, 0
-        with av.open(io.BytesIO(data)) as container:
-            for frame in container.decode(video=0):
-                if count in numbers:
-                    frames[count] = frame.to_image()
-                count += 1
-                if count > numbers[-1]:
-                    break
-        if len(frames) == len(set(numbers)):
-            return [frames[i] for i in numbers]
-        total = count
-    raise ValueError("a video without frames")
-
-
-# ------------------------------------------------------------------------------------------------------------- sounds
-
-
-def read_sound(data, rate):
-    """Mono float32 samples of a sound file, resampled to `rate`."""
-    try:
-        import soundfile
-    except ImportError as error:
-        raise _missing("soundfile", "reading sounds") from error
-    try:
-        samples, found = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-        samples = samples.mean(axis=1)
-    except (soundfile.LibsndfileError, RuntimeError):
-        samples, found = _sound_of_container(data)
-    if samples.size == 0:
-        raise ValueError("a sound without samples")
-    if found != rate:
-        try:
-            import soxr
-        except ImportError as error:
-            raise _missing("soxr", f"a sound of {found} Hz (the model hears {rate} Hz)") from error
-        length, samples = samples.size, soxr.resample(samples, found, rate)
-        if samples.size == 0:
-            raise ValueError(f"a sound too short to hear: {length} samples at {found} Hz are none at {rate} Hz")
-    return np.ascontiguousarray(samples, dtype=np.float32)
-
-
-def _sound_of_container(data):
-    try:
-        import av
-    except ImportError as error:
-        raise _missing("av", "reading this kind of sound") from error
-    parts = []
-    with av.open(io.BytesIO(data)) as container:
-        if not container.streams.audio:
-            raise ValueError("no sound track")
-        rate = container.streams.audio[0].codec_context.sample_rate
-        resampler = av.AudioResampler(format="fltp", layout=None, rate=None)
-        for frame in container.decode(audio=0):
-            parts += [out.to_ndarray().mean(axis=0) for out in resampler.resample(frame)]
-    return np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32), rate
-
-
-def log_mel(samples, num_mel_bins, rate, seconds):
-    """Whisper's log-mel spectrogram [mels, seconds·100] of samples padded or cut to `seconds`."""
-    n_fft, hop, frames = rate // 40, rate // 100, round(seconds * 100)
-    samples = torch.from_numpy(samples[: frames * hop])
-    samples = torch.nn.functional.pad(samples, (0, frames * hop - samples.numel()))
-    spectrum = torch.stft(samples, n_fft, hop, window=torch.hann_window(n_fft), return_complex=True)
-    power = spectrum[:, :frames].abs() ** 2
-    filters = mel_filter_bank(
-        num_frequency_bins=1 + n_fft // 2,
-        num_mel_filters=num_mel_bins,
-        min_frequency=0.0,
-        max_frequency=rate / 2,
-        sampling_rate=rate,
-        norm="slaney",
-        mel_scale="slaney",
-    )
-    mel = (torch.from_numpy(filters.T.astype(np.float32)) @ power).clamp(min=1e-10).log10()
-    return (mel.maximum(mel.max() - 8.0) + 4.0) / 4.0
-
-
-def standard_waveform(samples, num_samples):
-    """Samples cut to a length, brought to mean 0 and deviation 1, then padded with zeros (wav2vec 2.0)."""
-    samples = samples[:num_samples]
-    out = torch.zeros(num_samples)
-    if samples.size:
-        out[: samples.size] = torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7))
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------- processor
 
 
 class MultimodalProcessor:
@@ -190,40 +55,69 @@ class MultimodalProcessor:
         """AutoProcessor asks for this; the folder's config.json already names the class."""
 
     def image(self, image):
-        """A Pillow image to normalised pixels [3, size, size]."""
-        image = resize_and_centre_crop(to_rgb(image), self.inputs["image_size"])
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-        mean, std = (torch.tensor(self.inputs[name])[:, None, None] for name in ("image_mean", "image_std"))
-        return (pixels - mean) / std
+        """An image to normalised pixels [3, size, size].
+
+        Args:
+            image: of Pillow, or an array uint8 [height, width, 3]. Training resizes JPEGs as arrays and all others
+                with Pillow, within two levels of 255 of each other (`media`).
+
+        Raises:
+            DataError: an array of another type or shape.
+        """
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise DataError(
+                    f"an image is an array {image.dtype} {list(image.shape)}; give uint8 [height, width, 3], or a "
+                    "Pillow image"
+                )
+        else:
+            image = to_rgb(image)
+        return self._pixels(image, center_crop_box(*size_of(image)))
+
+    def _pixels(self, image, box):
+        return image_tensor(image, self.inputs["image_size"], box, self.inputs["image_mean"], self.inputs["image_std"])
 
     def sound(self, samples):
-        """Samples at the model's rate to a log-mel spectrogram [mels, frames] or a waveform [samples]."""
+        """Samples at the model's rate to a log-mel spectrogram [mels, frames] or a waveform [samples].
+
+        Raises:
+            DataError: they are not mono, there are none, or some are no numbers.
+        """
         samples, rate, seconds = np.asarray(samples, np.float32), self.inputs["sample_rate"], self.inputs["seconds"]
+        if samples.ndim != 1:
+            raise DataError(f"a sound of shape {list(samples.shape)}; give mono samples [samples] at {rate} Hz")
+        check_samples(samples)
         if self.inputs["sound"] == "waveform":
-            return standard_waveform(samples, round(rate * seconds))
-        return log_mel(samples, self.inputs["num_mel_bins"], rate, seconds)
+            return waveform(samples, round(rate * seconds))
+        return log_mel_spectrogram(samples, rate, seconds, self.inputs["num_mel_bins"])
 
     def media(self, kind, path):
         """One file to a list of (tensor, frame number); a video of a model that reads clips to one tensor.
 
         Raises:
-            ValueError: the file is missing or does not decode; names it.
+            DataError: the file is missing or does not decode; names it.
+            ImportError: a package that reads such files is not installed; says which.
         """
         try:
             with open(path, "rb") as stream:
                 data = stream.read()
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
+            raise DataError(f"{path}: {error.strerror}") from error
         try:
-            if kind == "images":
-                return [(self.image(Image.open(io.BytesIO(data))), -1)]
-            if kind == "videos":
-                frames = [self.image(frame) for frame in video_frames(data, self.inputs["frames_per_video"])]
-                clip = self.inputs["video"] == "clips"
-                return [(torch.stack(frames), -1)] if clip else [(frame, i) for i, frame in enumerate(frames)]
-            return [(self.sound(read_sound(data, self.inputs["sample_rate"])), -1)]
-        except Exception as error:  # decoders raise whatever they like; the file is what the user must know
-            raise ValueError(f"{path}: cannot be read as one of the {kind}: {error}") from error
+            return self._decoded(kind, data)
+        except DataError as error:
+            raise DataError(f"{path}: cannot be read as one of the {kind}: {error}") from error
+
+    def _decoded(self, kind, data):
+        if kind == "images":
+            return [(self.image(read_image(data)), -1)]
+        if kind == "audios":
+            return [(self.sound(resample(*decode_sound(data), self.inputs["sample_rate"])), -1)]
+        frames = decode_video(data, self.inputs["frames_per_video"])
+        if self.inputs["video"] == "clips":  # all frames are seen alike
+            box = center_crop_box(*size_of(frames[0]))
+            return [(torch.stack([self._pixels(frame, box) for frame in frames]), -1)]
+        return [(self.image(frame), i) for i, frame in enumerate(frames)]
 
     @staticmethod
     def with_placeholders(prompt):

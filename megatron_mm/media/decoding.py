@@ -1,15 +1,19 @@
 """Encoded bytes → pixels and samples: images (Pillow, simplejpeg), sounds (soundfile, PyAV), videos (PyAV, Pillow).
 
-Builders use it to check that a file decodes, datasets to read it. It imports no torch, so tools start fast. Every
-failure is a `DataError` that says what the bytes are not; callers add file or shard and record. What a header claims is
-compared with limits before it is decoded: a file of a few kilobytes can claim, and hold, gigabytes.
+Builders use it to check that a file decodes, datasets to read it, and the processor of an exported folder, which
+carries this file, to read prompts. It imports no torch, so tools start fast, and the packages of a kind of media with
+the first file of that kind. Every failure is a `DataError` that says what the bytes are not; callers add file or shard
+and record. What a header claims is compared with limits before it is decoded: a file of a few kilobytes can claim, and
+hold, gigabytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import warnings
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
@@ -25,6 +29,27 @@ MAX_VIDEO_PIXELS = 1 << 28
 #: Samples above which a sound is refused: 2 h 19 min at 16 kHz.
 MAX_SOUND_SAMPLES = 1 << 27
 _SOUND_BLOCK = 1 << 20
+
+
+def package(name: str, purpose: str) -> ModuleType:
+    """A package that some media need, imported when the first of them comes.
+
+    No import statement: transformers finds those of an exported folder's files even within functions, and would refuse
+    the folder of a model that never reads such media.
+
+    Raises:
+        ImportError: it is not installed, or does not load; says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs the package {name}: pip install {name} ({error})") from error
+
+
+def refuse_empty(data: bytes) -> None:
+    """Raises DataError for a file without a byte."""
+    if not data:
+        raise DataError("an empty file")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,8 +77,9 @@ def decode_image(data: bytes) -> Image.Image:
     """Decodes a still image (the first frame of an animated one) to RGB.
 
     Raises:
-        DataError: not an image, truncated, corrupt or larger than `MAX_IMAGE_PIXELS`.
+        DataError: empty, not an image, truncated, corrupt or larger than `MAX_IMAGE_PIXELS`.
     """
+    refuse_empty(data)
     try:
         image = open_image(data)
         image.load()
@@ -67,7 +93,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def read_image(data: bytes) -> Image.Image | np.ndarray:
-    """A still image for training: a JPEG as uint8 [height, width, 3], anything else as `decode_image` gives it.
+    """A still image for a model: a JPEG as uint8 [height, width, 3], anything else as `decode_image` gives it.
 
     Both hold the same pixels: both decode with libjpeg-turbo, but simplejpeg in two thirds of Pillow's time.
 
@@ -75,8 +101,7 @@ def read_image(data: bytes) -> Image.Image | np.ndarray:
         DataError: as `decode_image`.
     """
     if data[:3] == b"\xff\xd8\xff":
-        import simplejpeg
-
+        simplejpeg = package("simplejpeg", "reading JPEG images")
         with contextlib.suppress(ValueError):  # then Pillow says what is wrong, or reads what is only unusual
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if height * width <= MAX_IMAGE_PIXELS and colours in ("YCbCr", "Gray"):
@@ -91,25 +116,29 @@ def decode_sound(data: bytes) -> tuple[np.ndarray, int]:
         Samples, float32 in [-1, 1], [samples], and their rate in Hz.
 
     Raises:
-        DataError: not a sound, corrupt, without samples, or with samples that are no numbers.
+        DataError: empty, not a sound, corrupt, without samples, or with samples that are no numbers.
     """
-    import soundfile
-
+    refuse_empty(data)
+    soundfile = package("soundfile", "reading sounds")
     try:
         mono, rate = _decode_sound_file(data)
     except (soundfile.LibsndfileError, RuntimeError):
         mono, rate = _decode_sound_av(data)
-    if mono.size == 0:
-        raise DataError("a sound without samples")
-    if not np.isfinite(mono).all():
-        raise DataError("a sound whose samples are not all numbers")
+    check_samples(mono)
     return mono, int(rate)
+
+
+def check_samples(samples: np.ndarray) -> None:
+    """Raises DataError for a sound without samples, or with some that are no numbers."""
+    if samples.size == 0:
+        raise DataError("a sound without samples")
+    if not np.isfinite(samples).all():
+        raise DataError("a sound whose samples are not all numbers")
 
 
 def _decode_sound_file(data: bytes) -> tuple[np.ndarray, int]:
     """By libsndfile, a block at a time: the length in a header may be a lie, or missing (then it is 2^63 - 1)."""
-    import soundfile
-
+    soundfile = package("soundfile", "reading sounds")
     parts, count = [], 0
     with soundfile.SoundFile(io.BytesIO(data)) as sound:
         if sound.frames < np.iinfo(np.int64).max:
@@ -128,8 +157,7 @@ def _limit_samples(count: int) -> None:
 
 
 def _decode_sound_av(data: bytes) -> tuple[np.ndarray, int]:
-    import av
-
+    av = package("av", "reading a sound that libsndfile does not know, or a video's,")
     parts, rate, count = [], 0, 0
     try:
         with av.open(io.BytesIO(data)) as container:
@@ -158,8 +186,7 @@ def resample(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     """
     if rate == sample_rate:
         return samples
-    import soxr
-
+    soxr = package("soxr", f"hearing a sound of {rate} Hz at {sample_rate} Hz")
     resampled = soxr.resample(samples, rate, sample_rate).astype(np.float32)
     if resampled.size == 0:
         raise DataError(f"a sound too short to hear: {samples.size} samples at {rate} Hz are none at {sample_rate} Hz")
@@ -176,9 +203,10 @@ def decode_video(data: bytes, num_frames: int) -> list[Image.Image]:
     PNG count as videos.
 
     Raises:
-        DataError: not a video, corrupt, without frames, or with frames that are larger than `MAX_FRAME_PIXELS`, or
-            together than `MAX_VIDEO_PIXELS`.
+        DataError: empty, not a video, corrupt, without frames, or with frames that are larger than `MAX_FRAME_PIXELS`,
+            or together than `MAX_VIDEO_PIXELS`.
     """
+    refuse_empty(data)
     return _animation_frames(data, num_frames) if is_animation(data) else _video_frames(data, num_frames)
 
 
@@ -212,8 +240,7 @@ def _animation_frames(data: bytes, num_frames: int) -> list[Image.Image]:
 
 
 def _video_frames(data: bytes, num_frames: int) -> list[Image.Image]:
-    import av
-
+    av = package("av", "reading videos")
     try:
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.video:

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
+from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, package, resample
 from megatron_mm.media.errors import DataError
 
 _QUALITY = 90
@@ -132,8 +132,7 @@ def _sound(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:
 
 def flac(samples: np.ndarray, rate: int) -> bytes:
     """Mono FLAC of 16 bits, of samples [n] in [-1, 1] (others are clipped) at a rate in Hz."""
-    import soundfile
-
+    soundfile = package("soundfile", "writing FLAC")
     out = io.BytesIO()
     soundfile.write(out, np.clip(samples, -1.0, 1.0), rate, format="FLAC", subtype="PCM_16")
     return out.getvalue()
@@ -141,8 +140,7 @@ def flac(samples: np.ndarray, rate: int) -> bytes:
 
 def _video(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:
     """Frames as Motion JPEG, and whether their size was right."""
-    import av
-
+    av = package("av", "writing videos")
     # Where a video has too few frames, some are repeated: they are stored once, and repeated again by who reads them.
     frames = list({id(frame): frame for frame in decode_video(data, encoding.video_frames or 8)}.values())
     fitted = [_fitted(frame, encoding.video_size) for frame in frames]

@@ -14,6 +14,11 @@ from torch.nn import functional
 Box = tuple[float, float, float, float]
 
 
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height of an image, or of an array [height, width, channels]."""
+    return image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+
+
 def center_crop_box(width: int, height: int) -> Box:
     """The largest centred square: resizing it equals resizing the shorter side and cropping the centre."""
     side = min(width, height)
@@ -39,9 +44,9 @@ def resize(image: Image.Image | np.ndarray, size: int, box: Box) -> Image.Image:
 
 
 def image_tensor(
-    image: Image.Image, size: int, box: Box, mean: Sequence[float], std: Sequence[float]
+    image: Image.Image | np.ndarray, size: int, box: Box, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """Crops, resizes (bicubic) and normalises.
+    """Crops, resizes (bicubic) and normalises an RGB image, or an array uint8 [height, width, 3].
 
     Returns:
         float32 [3, size, size].

@@ -27,6 +27,8 @@ DECODER_NAMES = {
     "rotary_base": "rope_theta",
     "layernorm_epsilon": "rms_norm_eps",
 }
+#: Files of megatron_mm/media that every folder's processor reads media by.
+MEDIA = ("decoding", "errors", "transforms")
 #: Fields of a recipe's model that an exported model does not have.
 TRAINING_ONLY = frozenset({"system", "backend", "attention_backend", "hidden_dropout", "attention_dropout", "frozen"})
 #: Fields whose values a recipe may have otherwise than the folder that is restored under it.
@@ -53,9 +55,10 @@ class Adapter:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of all modelling files."""
+        """Names of all code files of a folder."""
         named = (self.config_class.partition(".")[0], self.model_class.partition(".")[0], "processing_mm")
-        return tuple(f"{module}.py" for module in (*named, *self.modules))
+        media = (f"media_{module}" for module in MEDIA)
+        return tuple(f"{module}.py" for module in (*named, *self.modules, *media))
 
     def auto_map(self, model: SystemConfig) -> dict[str, str]:
         """Which class each of transformers' Auto classes loads."""

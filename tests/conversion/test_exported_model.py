@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from megatron_mm.config.systems import exported
-from megatron_mm.conversion.hf_folder import HF_FILES, TRANSFORMERS_RELEASES
+from megatron_mm.conversion.hf_folder import TRANSFORMERS_RELEASES, write_code
 from megatron_mm.hf import exported_model
 from megatron_mm.hf.exported_model import CACHE, ExportedModel
 from megatron_mm.systems.export import adapter_of
@@ -143,19 +143,22 @@ def test_a_release_that_was_not_tried_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("system", exported())
-def test_a_modelling_file_imports_itself_what_its_imports_import(system):
+def test_a_modelling_file_imports_itself_what_its_imports_import(system, tmp_path):
     """transformers before 5.6 copies the files that the loaded file names, and no others, out of a local folder."""
     adapter = adapter_of(system, "")
+    for name in adapter.files:
+        write_code(tmp_path, name)
 
-    def imports(file: Path) -> set[str]:
-        return set(re.findall(r"^from \.(\w+) import", file.read_text(), flags=re.MULTILINE))
+    def imports(module: str) -> set[str]:
+        code = (tmp_path / f"{module}.py").read_text()
+        return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", code, flags=re.MULTILINE))  # as transformers finds them
 
     copied: set[str] = set()
     for loaded in (adapter.config_class, adapter.model_class, "processing_mm."):  # the configuration is loaded first
         module = loaded.partition(".")[0]
-        copied |= {module, *imports(HF_FILES / f"{module}.py")}
+        copied |= {module, *imports(module)}
         for module in copied:
-            assert imports(HF_FILES / f"{module}.py") <= copied, module
+            assert imports(module) <= copied, module
     assert copied == {name.removesuffix(".py") for name in adapter.files}
 
 

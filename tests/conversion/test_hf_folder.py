@@ -195,13 +195,18 @@ def test_the_tool_ends_with_the_proof(run, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- refreshing
 
 
+#: Files of code that folders of before lack.
+NEW = ["exported_model.py", "media_decoding.py", "media_errors.py", "media_transforms.py"]
+
+
 def make_old(folder: Path) -> None:
-    """As export wrote it before it knew of releases: other code, and no word of tokenizer and releases."""
+    """As export wrote it before it knew of releases and of media: other code, and no word of tokenizer and releases."""
     config = json.loads((folder / "config.json").read_text())
     for name in ("tokenizer_size", "transformers_releases"):
         del config[name]
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "exported_model.py").unlink()
+    for name in NEW:
+        (folder / name).unlink()
     (folder / "modeling_synapse.py").write_text("# the code of before\n")
 
 
@@ -210,7 +215,7 @@ def test_refresh_renews_code_and_keeps_the_rest(run, exported, tmp_path):
     make_old(exported)
     (exported / "notes.txt").write_text("of the user's")
     changed = refresh(exported)
-    assert changed == ["modeling_synapse.py", "exported_model.py", "config.json"]
+    assert changed == ["modeling_synapse.py", *NEW, "config.json"]
     after = contents(exported)
     assert after.pop("notes.txt") == b"of the user's"
     assert after.pop(f"{REPLACED}/modeling_synapse.py") == b"# the code of before\n"

@@ -17,7 +17,7 @@ import orjson
 
 from megatron_mm.data.corpus.record_lines import inline_bytes, is_inline
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS, Tokenizer
-from megatron_mm.media.decoding import check_medium
+from megatron_mm.media.decoding import check_medium, refuse_empty
 from megatron_mm.media.encoding import KEEP, Encoding, encode_medium
 from megatron_mm.media.errors import DataError
 
@@ -189,11 +189,10 @@ def _inline_medium(kind: str, medium: dict[str, str], where: str, check: bool, e
 
 
 def _checked(kind: str, data: bytes, where: str, check: bool, encoding: Encoding) -> bytes:
-    if not data:
-        raise DataError(f"{where}: an empty file")
     if len(data) > np.iinfo(np.int32).max:
         raise DataError(f"{where}: {len(data)} bytes; a record holds at most 2 GiB")
     try:
+        refuse_empty(data)
         if encoding.changes(kind):
             return encode_medium(kind, data, encoding)
         if check:

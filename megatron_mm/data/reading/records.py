@@ -23,7 +23,7 @@ from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.media.decoding import decode_sound, decode_video, read_image, resample
 from megatron_mm.media.errors import DataError
-from megatron_mm.media.transforms import log_mel_spectrogram, pixel_tensor, waveform
+from megatron_mm.media.transforms import log_mel_spectrogram, pixel_tensor, size_of, waveform
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ class MediaReader:
             assert self.tokenizer is not None, "documents with media are opened with their tokenizer"
             return self.tokenizer.decode(medium.shard.text.document(medium.piece.document).tolist())
 
-        width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
-        return self.augmentation.view(width, height, self.seed, medium.name, text)
+        return self.augmentation.view(*size_of(image), self.seed, medium.name, text)
 
     def _pixels(self, image: Image.Image | np.ndarray, view: View) -> torch.Tensor:
         return pixel_tensor(view.apply(image, self.inputs.image_size), self.mean, self.std)
