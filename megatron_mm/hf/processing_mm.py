@@ -105,7 +105,7 @@ class MultimodalProcessor:
             raise DataError(f"{path}: {error.strerror}") from error
         try:
             return self._decoded(kind, data)
-        except DataError as error:
+        except ValueError as error:  # a DataError, or Pillow's where a frame is smaller than the first of its clip
             raise DataError(f"{path}: cannot be read as one of the {kind}: {error}") from error
 
     def _decoded(self, kind, data):

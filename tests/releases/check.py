@@ -4,7 +4,7 @@
 
 Truth: values and greedy tokens of the training graph, in truth.pt. Each way of using a folder is a column: it is right,
 or the reason stands in its place. Arguments that Trainer, accelerate and PEFT send are tried by calling these. It needs
-torch, transformers, accelerate and PEFT, and nothing of this project's package.
+torch, transformers, accelerate, PEFT and what processors read prompts by, and nothing of this project's package.
 """
 
 import importlib.util
@@ -21,6 +21,7 @@ warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+sys.modules["megatron_mm"] = None  # environments may see it; a folder's code must not
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("run_exported", ROOT / "megatron_mm" / "evaluation" / "run_exported.py")
 run_exported = importlib.util.module_from_spec(spec)
@@ -28,6 +29,7 @@ spec.loader.exec_module(run_exported)
 
 TOLERANCE = 1e-5  # of the largest value: fp32 sums in other orders through few layers
 MEDIA = {"image_mask": "images", "video_mask": "videos", "sound_mask": "sounds"}
+PICTURE = "picture.jpg"
 LOST = ("cache-not-returned", "cache-not-taken")
 
 
@@ -65,6 +67,15 @@ class Folder:
     def load(self):
         """By the Auto class, in this process."""
         self.model = run_exported.load(str(self.root / "exported"))
+
+    def processor(self):
+        """A picture by the folder's processor: the tensor of training, bit for bit."""
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(str(self.root / "exported"), trust_remote_code=True)
+        ((pixels, _),) = processor.media("images", self.root / PICTURE)
+        if not torch.equal(pixels, self.truth["pixels"]):
+            raise Wrong("other pixels than training's")
 
     def score(self):
         """Every field of the output, of rows with and without media."""
@@ -191,6 +202,7 @@ class Folder:
     def ways(self):
         """(name, check) of each way of using this folder."""
         yield "load", self.load
+        yield "processor", self.processor
         yield "score", self.score
         if self.generates:
             yield from (("greedy", self.greedy), ("mixed", self.mixed), ("beams", self.beams))

@@ -2,9 +2,10 @@
 
     python -m tests.releases.prepare FOLDER
 
-Weights are random, sizes small. For each system FOLDER/NAME holds `exported`, `truth.pt` (generated rows, values and
-greedy tokens of the training graph) and, where it generates text, copies of `exported` in each of which one line of the
-modelling code is as a release that nobody tried would have it: the cache does not come back, or does not arrive.
+Weights are random, sizes small. For each system FOLDER/NAME holds `exported`, `picture.jpg`, `truth.pt` (generated
+rows, values and greedy tokens of the training graph, and the picture as training reads it) and, where it generates
+text, copies of `exported` in each of which one line of the modelling code is as a release that nobody tried would have
+it: the cache does not come back, or does not arrive.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from megatron_mm.conversion.convert import export, find_checkpoint
 from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.evaluation.export_proof import NEW_TOKENS, Rows, exact_reader, questions, training_fields
 from megatron_mm.evaluation.streams import GraphReader
+from megatron_mm.media.decoding import read_image
+from megatron_mm.media.transforms import center_crop_box, image_tensor, size_of
 from megatron_mm.systems.export import adapter_of
 from tests.conversion import system_case as case
 from tests.conversion.export_case import random_weights, tiny_recipe, train_tokenizer, write_training_folder
+from tests.support.media_files import photo, picture
 
 SYSTEMS = ("synapse", "vlm", "dual_encoder", "perceiver_fusion", "avt")
 #: A line of a modelling file, and what stands in its place in a copy.
@@ -55,6 +59,14 @@ def greedy(reader: GraphReader, rows: Rows, pieces: int) -> torch.Tensor:
     return torch.stack([tokens_RT[row, last - NEW_TOKENS : last] for row, last in enumerate(lengths.tolist())])
 
 
+def pixels_of(config: Config, file: Path) -> torch.Tensor:
+    """A picture, written, as training reads it where nothing is augmented: [3, size, size]."""
+    file.write_bytes(picture(photo(), "JPEG"))
+    image = read_image(file.read_bytes())
+    size, data = config.model.inputs.image_size, config.data
+    return image_tensor(image, size, center_crop_box(*size_of(image)), data.image_mean, data.image_std)
+
+
 def prepare(name: str, root: Path, tokenizer: Path) -> None:
     """One system's folder."""
     config = write_checkpoint(name, root, tokenizer)
@@ -70,6 +82,7 @@ def prepare(name: str, root: Path, tokenizer: Path) -> None:
     else:
         names, batch = [name for _, wanted in given["calls"] for name in wanted], rows.batch
     truth = {"questions": given, "tokens": tokens, "fields": training_fields(reader, batch, names)}
+    truth["pixels"] = pixels_of(config, root / "picture.jpg")
     torch.save(truth, root / "truth.pt")
     for copy, (*found, put) in (LOST if rows.generates else {}).items():
         shutil.copytree(exported, root / copy)

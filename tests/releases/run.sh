@@ -29,7 +29,7 @@ overlay() { # NAME WHAT TO INSTALL …: an environment over .venv, made anew whe
 }
 
 mkdir -p "$work"
-code=$(cat tests/releases/prepare.py megatron_mm/hf/*.py megatron_mm/conversion/hf_folder.py | cksum)
+code=$(cat tests/releases/prepare.py megatron_mm/{hf,media}/*.py megatron_mm/conversion/hf_folder.py | cksum)
 if [ "$(cat "$work/prepared" 2>/dev/null)" != "$code" ]; then
     echo "folders of the five systems, with random weights"
     rm -rf "$work/folders"

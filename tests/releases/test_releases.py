@@ -29,6 +29,7 @@ def test_folders_of_every_system_are_right_in_this_release_and_raise_where_their
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     systems = json.loads(figures.read_text())["systems"]
     assert sorted(systems) == ["avt", "dual_encoder", "perceiver_fusion", "synapse", "vlm"]
+    assert all(results["processor"] == "ok" for results in systems.values())
     assert {"cache-not-returned", "cache-not-taken", "Trainer", "accelerate", "PEFT", "sounds"} <= set(systems["avt"])
 
 
