@@ -2,9 +2,9 @@
 
 Builders use it to check that a file decodes, datasets to read it, and the processor of an exported folder, which
 carries this file, to read prompts. It imports no torch, so tools start fast, and the packages of a kind of media with
-the first file of that kind. Every failure is a `DataError` that says what the bytes are not; callers add file or shard
-and record. What a header claims is compared with limits before it is decoded: a file of a few kilobytes can claim, and
-hold, gigabytes.
+the first file of that kind (`package`: an ImportError where one is missing). Every other failure is a `DataError` that
+says what the bytes are not; callers add file or shard and record. What a header claims is compared with limits before
+it is decoded: a file of a few kilobytes can claim, and hold, gigabytes.
 """
 
 from __future__ import annotations
