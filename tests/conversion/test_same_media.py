@@ -70,7 +70,7 @@ found = {folder: {name: read(processor, *file) for name, file in given["files"].
          for folder, processor in processors.items()}
 found["missing"] = {}
 for package, name in given["packages"].items():
-    kept, sys.modules[package] = sys.modules[package], None
+    kept, sys.modules[package] = __import__(package), None
     found["missing"][package] = read(processors["synapse"], *given["files"][name])
     sys.modules[package] = kept
 torch.save(found, sys.argv[2])
