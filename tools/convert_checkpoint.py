@@ -36,7 +36,7 @@ class Export:
     max_shard_gb: float = 5.0
     """Most gigabytes of one safetensors file."""
     tokenizer: Path | None = None
-    """SentencePiece model; default: the checkpoint's."""
+    """File of a tokenizer of any kind (docs/data.md); default: the checkpoint's."""
     overwrite: bool = False
     """Replace an exported folder that is there; nothing else is ever replaced."""
     prove: bool = True

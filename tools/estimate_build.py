@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.data.build.estimate import Estimate, Figure, estimate, multimodal_build, text_build
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.tool import run_tool
+from megatron_mm.data.tool import load_plugins, run_tool
 from megatron_mm.data.view.readable import readable_size, readable_time
 
 
@@ -80,6 +80,7 @@ def show(result: Estimate) -> None:
 
 def main() -> int:
     args = tyro.cli(Text | Multimodal, description=__doc__)
+    load_plugins(args.plugins)
     check_file(args.json, "--json", figures("input_bytes"))
     if isinstance(args, Text):
         build = text_build(

@@ -60,7 +60,7 @@ class Arguments:
     device: str = "auto"
     """Torch device; auto takes cuda where there is one."""
     tokenizer: Path | None = None
-    """SentencePiece model; default: the one beside the weights."""
+    """File of a tokenizer of any kind (docs/data.md); default: the one beside the weights."""
 
 
 def prompts_of(arguments: Arguments) -> list[dict]:

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from megatron_mm.config.outputs import check_file, figures, write_figures
 from megatron_mm.data.store.remote import localize
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
-from megatron_mm.data.tool import run_tool
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
+from megatron_mm.data.tool import load_plugins, run_tool
 from megatron_mm.data.view.html_page import Entry, check_page, write_page
 from megatron_mm.data.view.inspection import describe_sample, summary, verify
 from megatron_mm.data.view.readable import readable_size
@@ -35,7 +35,7 @@ class Args:
     path: list[str]
     """Prefixes of text shards, or dataset folders; URLs are copied first."""
     tokenizer_model: str | None = None
-    """SentencePiece model: shows samples as text, and checks that it made the dataset."""
+    """File of the tokenizer: shows samples as text, and checks that it made the dataset."""
     samples: int = 3
     """Samples to show, evenly spaced."""
     verify: bool = False
@@ -44,6 +44,8 @@ class Args:
     """Write the figures here."""
     html: str | None = None
     """Write a page with the figures and samples here; large images and long sounds are scaled down and cut."""
+    plugins: tuple[str, ...] = ()
+    """Python files or modules that register kinds of tokenizers (docs/data.md)."""
 
 
 def show(value: dict, indent: str = "  ") -> None:
@@ -60,7 +62,8 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     check_file(args.json, "--json", figures("datasets"))
     check_page(args.html)
-    tokenizer = Tokenizer(args.tokenizer_model, require_media=False) if args.tokenizer_model else None
+    load_plugins(args.plugins)
+    tokenizer = open_tokenizer(args.tokenizer_model, require_media=False) if args.tokenizer_model else None
     results, entries = [], []
     for path in args.path:
         shard = Shard(localize(path), tokenizer)

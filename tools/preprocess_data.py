@@ -23,7 +23,7 @@ from megatron_mm.data.build.text import Sentences, build_text
 from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.jobs.skipped import OnError
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS
-from megatron_mm.data.tool import run_tool
+from megatron_mm.data.tool import load_plugins, run_tool
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Args:
     output_prefix: str
     """Shards are named PREFIX_KEY_document.bin and .idx."""
     tokenizer_model: str
-    """SentencePiece model."""
+    """File of the tokenizer: a SentencePiece model, or another kind (docs/data.md)."""
     tokenizer_type: Literal["SentencePieceTokenizer", "GPTSentencePieceTokenizer"] = "GPTSentencePieceTokenizer"
-    """For Megatron's scripts; both mean a plain SentencePiece model."""
+    """For Megatron's scripts: it changes nothing, because the file says of which kind it is."""
     json_keys: tuple[str, ...] = ("text",)
     """Text fields; every record must have all of them."""
     append_eod: bool = False
@@ -61,6 +61,8 @@ class Args:
     """Replace existing shards."""
     on_error: OnError = "stop"
     """skip: leave out lines that cannot be used, and list them in PREFIX_skipped.jsonl; stop: end with the first."""
+    plugins: tuple[str, ...] = ()
+    """Python files or modules that register kinds of tokenizers (docs/data.md)."""
 
     def sentences(self) -> Sentences | None:
         """How documents are split, if they are."""
@@ -69,6 +71,7 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    load_plugins(args.plugins)
     report = build_text(
         expand_inputs(args.input), args.output_prefix, args.tokenizer_model, args.json_keys, args.append_eod,
         args.workers, args.overwrite, args.log_interval, drop=args.drop,

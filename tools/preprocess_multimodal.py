@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.jobs.skipped import OnError
-from megatron_mm.data.tool import run_tool
+from megatron_mm.data.tool import load_plugins, run_tool
 from megatron_mm.media.encoding import KEEP, Encoding
 
 
@@ -45,7 +45,7 @@ class Args:
     output: str
     """Folder to make; it appears only when it is complete."""
     tokenizer_model: str
-    """SentencePiece model from tools/train_tokenizer.py."""
+    """File of the tokenizer: a SentencePiece model, or another kind (docs/data.md)."""
     media_root: str | None = None
     """Folder of the media; by default that of the input file."""
     workers: int = 2
@@ -58,11 +58,14 @@ class Args:
     """Replace an existing output."""
     on_error: OnError = "stop"
     """skip: leave out samples that cannot be used, and list them in OUTPUT/skipped.jsonl; stop: end with the first."""
+    plugins: tuple[str, ...] = ()
+    """Python files or modules that register kinds of tokenizers (docs/data.md)."""
     encoding: Annotated[Encoding, tyro.conf.OmitArgPrefixes] = KEEP
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    load_plugins(args.plugins)
     manifest = build_multimodal(
         expand_inputs(args.input), args.output, args.tokenizer_model, args.media_root, args.workers, args.check,
         args.overwrite, encoding=args.encoding, on_error=args.on_error, drop=args.drop,

@@ -38,7 +38,7 @@ class Arguments:
     batch_size: int = 64
     """Samples handled at once; hard negatives are chosen among them."""
     tokenizer: Path | None = None
-    """SentencePiece model; default: the checkpoint's."""
+    """File of a tokenizer of any kind (docs/data.md); default: the checkpoint's."""
     json: Path | None = None
     """File for the figures: {"trained": {…}, "untrained": {…}}."""
 
@@ -67,7 +67,7 @@ def run(arguments: Arguments) -> dict[str, dict[str, float]]:
             )
         tokenizer = arguments.tokenizer or tokenizer_of(reader.config, find_checkpoint(arguments.checkpoint))
         if tokenizer is None:
-            raise ValueError(f"{arguments.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
+            raise ValueError(f"{arguments.checkpoint}: holds no tokenizer; name one with --tokenizer")
         with reading_jsonl(reader.config, arguments.input, tokenizer, arguments.media_root) as config:
             results[model] = score_objectives(reader, config, arguments.batch_size, arguments.limit)
     write_figures(arguments.json, results)

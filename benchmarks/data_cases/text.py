@@ -160,10 +160,10 @@ def _builders(kind: str, model: str, path: Path, work: Path, arguments: Argument
 
 def _encoders(kind: str, model: str, path: Path, arguments: Arguments) -> Iterator[Figure]:
     """The encoder of a worker against SentencePiece's own batch encoding, on one core."""
-    from megatron_mm.data.tokens.tokenizer import Tokenizer
+    from megatron_mm.data.tokens.tokenizer import open_tokenizer
     from megatron_mm.data.tokens.word_cache import block_encoder
 
-    tokenizer = Tokenizer(model, require_media=False)
+    tokenizer = open_tokenizer(model, require_media=False)
     with path.open(encoding="utf-8") as stream:
         texts = [json.loads(line)["text"] for line in stream]
     blocks = [texts[start : start + 64] for start in range(0, len(texts), 64)]

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
+from megatron_mm.data.tokens.tokenizer import stored_name
 from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.platform import megatron_versions
@@ -82,7 +83,7 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
         save_config(CheckpointingConfig(strategy.backend, strategy.version), str(part))
         dump_config(config, part / "config.yaml")
         if config.data.tokenizer:
-            shutil.copyfile(config.data.tokenizer, part / "tokenizer.model")
+            shutil.copyfile(config.data.tokenizer, part / stored_name(config.data.tokenizer))
         checkpoint_folder.finish(part, {"iteration": position.iteration})
         checkpoint_folder.prune(root, config.checkpoint.keep_last, position.iteration)
 

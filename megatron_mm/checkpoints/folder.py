@@ -16,15 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_mm.config.outputs import write_whole
+from megatron_mm.data.tokens.tokenizer import tokenizer_kinds
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-#: What is written into a checkpoint, at its top.
-_FILES = re.compile(
-    r"[^/]+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|config\.yaml|tokenizer\.model|manifest\.json"
-)
+#: What is written into a checkpoint, at its top, besides the tokenizer.
+_FILES = re.compile(r"[^/]+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|config\.yaml|manifest\.json")
 
 
 def folder_of(root: str | Path, iteration: int) -> Path:
@@ -65,9 +64,9 @@ def _check_removable(folder: Path) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"{folder} is no folder of a checkpoint, so it stays; move it away")
-    listed = set()
+    listed = {kind.file_name for kind in tokenizer_kinds()}
     with suppress(OSError, ValueError, LookupError, TypeError):
-        listed = set(json.loads((folder / MANIFEST).read_text())["files"])
+        listed |= set(json.loads((folder / MANIFEST).read_text())["files"])
     names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not path.is_dir())
     other = next((name for name in names if name not in listed and not _FILES.fullmatch(name)), None)
     if other is not None:

@@ -79,7 +79,7 @@ class DataConfig:
     datasets: list[DatasetConfig] = Field(default_factory=list)
     """The blend."""
     tokenizer: str | None = None
-    """SentencePiece model that made the shards."""
+    """Tokenizer that made the shards: a SentencePiece model, or a file of another kind (docs/data.md)."""
     split: str = "969,30,1"
     """Proportions of train, validation and test documents."""
     seq_length: Annotated[int, megatron("seq-length")] = 4096

@@ -20,7 +20,6 @@ from megatron_mm.config.load import config_from_tree, dump_config, load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.conversion.hf_folder import (
-    TOKENIZER,
     adapter_of_folder,
     new_folder,
     read_json,
@@ -29,7 +28,7 @@ from megatron_mm.conversion.hf_folder import (
     write_hf_files,
 )
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
-from megatron_mm.data.tokens.tokenizer import MASK
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megatron_mm.models.names import Entry, Part, checkpoint_key
 from megatron_mm.systems.export import adapter_of, differences, model_entries
 
@@ -64,37 +63,35 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def tokenizer_of(config: Config, folder: Path) -> Path | None:
-    """The SentencePiece model of a checkpoint: its copy, or the file that its config names; None if neither exists."""
-    for candidate in (folder / TOKENIZER, config.data.tokenizer and Path(config.data.tokenizer)):
-        if candidate and Path(candidate).exists():
-            return Path(candidate)
+    """The tokenizer of a checkpoint: its copy, or the file that its config names; None if neither exists."""
+    for candidate in (tokenizer_in(folder), config.data.tokenizer and Path(config.data.tokenizer)):
+        if candidate and candidate.exists():
+            return candidate
     return None
 
 
-def check_vocabulary(tokenizer: Path, vocab_size: int) -> dict[str, int]:
+def opened_tokenizer(file: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of a file, if there is one; which special tokens a model needs, `text_fields` says."""
+    return None if file is None else open_tokenizer(file, require_media=False)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
     """Ids of the tokenizer's special pieces, and how many pieces it has: further rows of the vocabulary are padding.
 
     Raises:
         ValueError: the model's vocabulary cannot hold the tokenizer's, or it lacks a special piece.
     """
-    import sentencepiece
-
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{tokenizer}: not a SentencePiece model: {error}") from error
-    if pieces.get_piece_size() > vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{tokenizer} has {pieces.get_piece_size()} pieces, the model's vocabulary {vocab_size} rows; they do not "
-            "belong together"
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model's vocabulary {vocab_size} rows; they do "
+            "not belong together"
         )
-    names = {"pad_token_id": pieces.pad_id(), "bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
-    missing = [name for name, value in names.items() if value < 0]
+    names = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    missing = [name for name, value in names.items() if value is None]
     if missing:
-        raise ValueError(f"{tokenizer}: has no {', '.join(missing)}; train it with tools/train_tokenizer.py")
-    names["tokenizer_size"] = pieces.get_piece_size()
-    mask = pieces.piece_to_id(MASK)
-    return names | ({"mask_token_id": mask} if pieces.id_to_piece(mask) == MASK else {})
+        raise ValueError(f"{tokenizer.path}: has no {', '.join(missing)}; train it with tools/train_tokenizer.py")
+    names["tokenizer_size"] = tokenizer.vocab_size
+    return names | ({} if tokenizer.mask_id is None else {"mask_token_id": tokenizer.mask_id})
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -152,7 +149,7 @@ def export(
         output: folder to write.
         dtype: "fp32" or "bf16"; None keeps the stored type.
         max_shard_bytes: most bytes of one safetensors file.
-        tokenizer: SentencePiece model; None: the checkpoint's.
+        tokenizer: a file that `open_tokenizer` reads; None: the checkpoint's.
         overwrite: replace an exported folder that is there.
         quiet: no progress bar.
         check: is given the folder before it gets its name; what it raises leaves nothing behind, and a folder that is
@@ -166,12 +163,12 @@ def export(
     adapter, reader = adapter_of(config.model.system, folder / "config.yaml"), CheckpointReader(folder)
     entries = model_entries(config.model)
     check_checkpoint(entries, reader)
-    tokenizer_file = Path(tokenizer) if tokenizer else tokenizer_of(config, folder)
-    text = text_fields(config.model, tokenizer_file, folder)
+    opened = opened_tokenizer(tokenizer or tokenizer_of(config, folder))
+    text = text_fields(config.model, opened, folder)
     torch_dtype = DTYPES[dtype] if dtype else reader.dtype(entries[-1].training)
 
     with new_folder(Path(output), overwrite) as temporary:
-        write_hf_files(temporary, adapter, config, text, torch_dtype, tokenizer_file)
+        write_hf_files(temporary, adapter, config, text, torch_dtype, opened)
         plan = [(p.name, e.part_shape(p)) for e in entries for p in e.parts if p.name is not None]
         writer = SafetensorsWriter(temporary, plan, torch_dtype, max_shard_bytes)
         for entry in tqdm(entries, desc="export", unit="tensor", disable=quiet):
@@ -203,11 +200,12 @@ def refresh(hf_folder: str | Path, check: Callable[[Path], None] | None = None) 
     fields = read_json(hf_folder / "config.json")
     adapter = adapter_of_folder(fields, hf_folder / "config.json")
     config = config_from_hf(fields, hf_folder / "config.json")
-    fields |= text_fields(config.model, hf_folder / TOKENIZER, hf_folder) | release_fields()
-    return renew(hf_folder, adapter, fields, check)
+    tokenizer = opened_tokenizer(tokenizer_in(hf_folder))
+    fields |= text_fields(config.model, tokenizer, hf_folder) | release_fields()
+    return renew(hf_folder, adapter, fields, tokenizer, check)
 
 
-def text_fields(model: SystemConfig, tokenizer: Path | None, folder: Path) -> dict[str, int]:
+def text_fields(model: SystemConfig, tokenizer: Tokenizer | None, folder: Path) -> dict[str, int]:
     """Fields of config.json that the tokenizer decides (`check_vocabulary`); none of a model without text.
 
     Raises:
@@ -215,8 +213,8 @@ def text_fields(model: SystemConfig, tokenizer: Path | None, folder: Path) -> di
     """
     if not model.reads_text:
         return {}
-    if tokenizer is None or not tokenizer.exists():
-        raise ValueError(f"{tokenizer or folder / TOKENIZER}: missing; pass --tokenizer")
+    if tokenizer is None:
+        raise ValueError(f"{folder}: holds no tokenizer; name one with --tokenizer")
     return check_vocabulary(tokenizer, model.inputs.vocab_size)
 
 
@@ -234,7 +232,11 @@ def write_training_checkpoint(
     quiet: bool,
     what: str,
 ) -> Path:
-    """Write `entries` as `root/iter_0000000`, from which a run starts: weights, config.yaml and tokenizer.model."""
+    """Write `entries` as `root/iter_0000000`, from which a run starts: weights, config.yaml and the tokenizer.
+
+    Args:
+        tokenizer: has the name that its kind gives it in checkpoints.
+    """
     ours = {checkpoint_folder.folder_of(root, 0).name, checkpoint_folder.TRACKER}
     found = {path.name for path in root.iterdir()} if root.is_dir() else set()
     if root.exists() and (not root.is_dir() or (found and not (overwrite and found <= ours))):
@@ -255,7 +257,7 @@ def write_training_checkpoint(
             write_checkpoint_weights(part, shapes, dtype, make_named, common)
         dump_config(config, part / "config.yaml")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, part / "tokenizer.model")
+            shutil.copyfile(tokenizer, part / tokenizer.name)
         return checkpoint_folder.finish(part, {"iteration": 0})
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -303,10 +305,9 @@ def restore(
                     raise ValueError(f"{hf_folder}: lacks the tensor {part.name}")
                 entry.check_part(part, source.shape(part.name))
     torch_dtype = DTYPES[dtype] if dtype else source.dtype(source.names[-1])
-    tokenizer = hf_folder / TOKENIZER
     return write_training_checkpoint(
         Path(output), tree, entries, lambda entry: merge(entry, lambda part: source.read(part.name)), torch_dtype,
-        tokenizer if tokenizer.exists() else None, overwrite, quiet, "restore",
+        tokenizer_in(hf_folder), overwrite, quiet, "restore",
     )  # fmt: skip
 
 

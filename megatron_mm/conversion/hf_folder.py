@@ -23,6 +23,8 @@ from megatron_mm import hf, media
 from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import exported
 from megatron_mm.conversion.safetensors_stream import INDEX
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
+from megatron_mm.media.errors import DataError
 from megatron_mm.systems.export import MEDIA, Adapter, adapter_of
 
 #: Source of each code file that export writes. transformers copies flat files only, so those of media get a prefix.
@@ -31,13 +33,12 @@ CODE = {path.name: path for path in sorted(Path(hf.__file__).parent.glob("*.py")
 }
 #: Oldest and newest release of transformers in which folders were tried (tests/releases/run.sh).
 TRANSFORMERS_RELEASES = ("5.0.0", "5.24.0")
-TOKENIZER = "tokenizer.model"
 #: Where refresh puts the code that it replaces, within the folder.
 REPLACED = "replaced-code"
 
 README = """# {name}
 
-Exported by megatron_mm (tools/convert_checkpoint.py export). Needs transformers, sentencepiece and Pillow; for JPEG
+Exported by megatron_mm (tools/convert_checkpoint.py export). Needs {packages} and Pillow; for JPEG
 images simplejpeg, for sounds soundfile and soxr, for videos av.
 
     model = {auto}.from_pretrained(folder, trust_remote_code=True)
@@ -91,8 +92,13 @@ def not_exported(folder: Path) -> str | None:
     known = fields.get("auto_map")
     if not isinstance(known, dict) or known.get("AutoConfig") != adapter.config_class:
         return f"{folder / 'config.json'} names no class of export's (auto_map)"
-    names = {"config.json", "generation_config.json", "README.md", TOKENIZER, INDEX}
+    names = {"config.json", "generation_config.json", "README.md", INDEX}
     names |= CODE.keys()
+    if (tokenizer := tokenizer_in(folder)) is not None:
+        try:
+            names |= {tokenizer.name, *open_tokenizer(tokenizer, require_media=False).exported_files()}
+        except DataError as error:
+            return str(error)
     for path in sorted(folder.iterdir()):
         shard = re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name)
         if path.is_symlink() or not path.is_file() or not (shard or path.name in names):
@@ -174,14 +180,14 @@ def write_hf_files(
     config: Config,
     text: dict[str, int],
     dtype: torch.dtype,
-    tokenizer: Path | None,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """Everything of an exported folder but the weights.
 
     Args:
         text: ids of special tokens and the size of the tokenizer, as `convert.check_vocabulary` gives them.
         dtype: of the weights.
-        tokenizer: SentencePiece model; None of a model without text.
+        tokenizer: None of a model without text.
     """
     architecture = adapter.model_class.partition(".")[2]
     head = {"architectures": [architecture], "model_type": adapter.name, "auto_map": adapter.auto_map(config.model)}
@@ -194,22 +200,32 @@ def write_hf_files(
     for name in adapter.files:
         write_code(folder, name)
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        shutil.copyfile(tokenizer.path, folder / tokenizer.file_name)
+        for name, content in tokenizer.exported_files().items():
+            (folder / name).write_bytes(content)
     words = {"auto": "AutoModel", "use": EMBEDS}
     if config.model.generates:
         words = {"auto": "AutoModelForCausalLM", "use": GENERATES}
-    (folder / "README.md").write_text(README.format(name=architecture, **words))
+    packages = ", ".join(("transformers", *(() if tokenizer is None else tokenizer.packages)))
+    (folder / "README.md").write_text(README.format(name=architecture, packages=packages, **words))
 
 
 # ----------------------------------------------------------------------------------------------------------- refreshing
 
 
-def renew(folder: Path, adapter: Adapter, fields: dict, check: Callable[[Path], None] | None = None) -> list[str]:
+def renew(
+    folder: Path,
+    adapter: Adapter,
+    fields: dict,
+    tokenizer: Tokenizer | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> list[str]:
     """Puts today's modelling files and `fields` as config.json into an exported folder; all else stays as it is.
 
     A modelling file that changes is kept under `replaced-code/`: it may have been edited.
 
     Args:
+        tokenizer: the folder's, whose files beside its own are renewed too.
         check: is given a folder with the new files beside links to the others before anything is replaced; what it
             raises leaves the folder as it was.
 
@@ -223,9 +239,13 @@ def renew(folder: Path, adapter: Adapter, fields: dict, check: Callable[[Path], 
     made = folder.parent / f".{folder.name}.renewing-{os.getpid()}"
     try:
         made.mkdir()
-        new = [*adapter.files, "config.json"]  # the configuration last: until then the command can be given again
+        beside = {} if tokenizer is None else tokenizer.exported_files()
+        code = [*adapter.files, *beside]
+        new = [*code, "config.json"]  # the configuration last: until then the command can be given again
         for name in adapter.files:
             write_code(made, name)
+        for name, content in beside.items():
+            (made / name).write_bytes(content)
         write_json(made / "config.json", fields)
         for path in folder.iterdir():
             if path.name not in new:
@@ -234,7 +254,7 @@ def renew(folder: Path, adapter: Adapter, fields: dict, check: Callable[[Path], 
             check(made)
         changed = [n for n in new if not (folder / n).exists() or (folder / n).read_bytes() != (made / n).read_bytes()]
         for name in changed:
-            if name in adapter.files and (folder / name).exists():
+            if name in code and (folder / name).exists():
                 (folder / REPLACED).mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, _unused(folder / REPLACED / name))
             os.replace(made / name, folder / name)

@@ -65,7 +65,7 @@ def token_loss(generator: Generator, samples: Sequence[dict], batch_size: int = 
     check_references(samples)
     model, processor = generator.model, generator.processor
     config, tokenizer = processor.config, processor.tokenizer
-    placeholders = torch.tensor([tokenizer.piece_to_id(name) for name in ("<image>", "<audio>", "<video>")])
+    placeholders = torch.tensor(list(tokenizer.placeholder_ids.values()), dtype=torch.long)
     total, count = 0.0, 0
     for start in tqdm(range(0, len(samples), batch_size), desc="token loss", unit="batch", disable=not progress):
         batch = samples[start : start + batch_size]

@@ -16,7 +16,7 @@ import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.data.reading.microbatch import Microbatch
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm.evaluation.streams import GraphReader, all_rows
 
 
@@ -35,7 +35,7 @@ def greedy_captions(
     Returns:
         Texts; one as long as its row allows where the model does not end it.
     """
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     fields = reader.fields({"logits"}) | {"tokens_RT"}
     captions: list[str] = []
     for batch in all_rows(config, fields, batch_size, task, limit):

@@ -21,11 +21,13 @@ from megatron_mm.conversion.convert import (
     check_checkpoint,
     find_checkpoint,
     hf_tensors,
+    opened_tokenizer,
     text_fields,
     tokenizer_of,
 )
-from megatron_mm.conversion.hf_folder import TOKENIZER, adapter_of_folder, is_hf_folder, read_json, release_fields
+from megatron_mm.conversion.hf_folder import adapter_of_folder, is_hf_folder, read_json, release_fields
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
+from megatron_mm.data.tokens.tokenizer import tokenizer_in
 from megatron_mm.hf.processing_mm import MultimodalProcessor
 from megatron_mm.systems.export import adapter_of, model_entries
 
@@ -83,28 +85,30 @@ class Generator:
             path: what to load.
             dtype: "fp32" or "bf16".
             device: torch device.
-            tokenizer: SentencePiece model; None: the one beside the weights.
+            tokenizer: a file that `open_tokenizer` reads; None: the one beside the weights.
 
         Raises:
-            ValueError: nothing to load there, or not whole.
+            ValueError: nothing to load there, or not whole, or no tokenizer of a model that reads text.
         """
         path = Path(path)
         if is_hf_folder(path):
             fields = read_json(path / "config.json")
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
-            file = Path(tokenizer) if tokenizer else path / TOKENIZER
+            opened = opened_tokenizer(tokenizer or tokenizer_in(path))
         else:
             folder = find_checkpoint(path)
             recipe = load_config(folder / "config.yaml")
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
             check_checkpoint(model_entries(recipe.model), reader)
-            file = Path(tokenizer) if tokenizer else tokenizer_of(recipe, folder)
-            fields = adapter.fields(recipe) | text_fields(recipe.model, file, folder)
+            opened = opened_tokenizer(tokenizer or tokenizer_of(recipe, folder))
+            fields = adapter.fields(recipe) | text_fields(recipe.model, opened, folder)
             tensors = hf_tensors(recipe.model, reader)
         config = adapter.load_class(adapter.config_class)(**(fields | release_fields()))
-        processor = MultimodalProcessor(config, file)
-        if processor.tokenizer is not None:  # folders exported before do not say it
-            config.tokenizer_size = processor.tokenizer.get_piece_size()
+        if opened is not None:  # folders exported before do not say it
+            config.tokenizer_size = opened.vocab_size
+        elif getattr(config, "has_text", True):
+            raise ValueError(f"{path}: holds no tokenizer; name one with --tokenizer")
+        processor = MultimodalProcessor(config, opened)
         model = build_model(adapter.load_class(adapter.model_class), config, tensors, DTYPES[dtype], device)
         return cls(model, processor)
 

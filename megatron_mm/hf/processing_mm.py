@@ -1,18 +1,18 @@
 """Prompts of an exported model: text, image, video and sound files to the tensors that it reads, and back.
 
 Part of every exported folder, with the files of megatron_mm/media by which training reads media: a file becomes the
-same tensor there and here, or is refused with the same words. Needs torch, transformers, sentencepiece and Pillow, and
-where a file asks for them simplejpeg (JPEG), soundfile (sounds), soxr (sounds of another rate) and PyAV (videos).
-`AutoProcessor.from_pretrained(folder, trust_remote_code=True)` gives a `MultimodalProcessor`; its output goes to
-`model.generate(**inputs)` as it is. What the model reads, and how, its configuration says (`config.inputs`).
+same tensor there and here, or is refused with the same words. Needs torch, transformers and Pillow, and where a folder
+or a file asks for them sentencepiece (tokenizer.model), simplejpeg (JPEG), soundfile (sounds), soxr (sounds of another
+rate) and PyAV (videos). `AutoProcessor.from_pretrained(folder, trust_remote_code=True)` gives a `MultimodalProcessor`;
+its output goes to `model.generate(**inputs)` as it is. What the model reads, and how, its configuration says
+(`config.inputs`).
 """
 
 import os
 
 import numpy as np
-import sentencepiece
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from megatron_mm.media.decoding import check_samples, decode_sound, decode_video, read_image, resample, to_rgb
@@ -25,6 +25,20 @@ PLACEHOLDERS = {"images": "<image>", "audios": "<audio>", "videos": "<video>"}
 TOKENIZER_FILE = "tokenizer.model"
 
 
+def folder_tokenizer(folder):
+    """The tokenizer of an exported folder, a SentencePiece model or one that AutoTokenizer loads; None: it has none."""
+    model = os.path.join(folder, TOKENIZER_FILE)
+    if os.path.exists(model):
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ValueError(f"{model}: needs the package sentencepiece: pip install sentencepiece") from error
+        return sentencepiece.SentencePieceProcessor(model_file=str(model))
+    if os.path.exists(os.path.join(folder, "tokenizer_config.json")):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return None
+
+
 class MultimodalProcessor:
     """Prompts to model inputs, and generated ids to text.
 
@@ -34,21 +48,21 @@ class MultimodalProcessor:
             "none"), `frames_per_video`, `sound` ("log_mel", "waveform" or "none"), `sample_rate`, `seconds`,
             `num_mel_bins`, `padding_side`, `row_multiple` (rows are padded to a multiple of so many tokens) and
             `row_length` (longest row).
-        tokenizer_file: SentencePiece model; a tower alone may have none (None), and reads no text.
+        tokenizer: has encode(text) -> ids and decode(ids) -> text; a tower alone may have none (None), and reads no
+            text.
     """
 
-    def __init__(self, config, tokenizer_file):
-        self.config, self.inputs, self.tokenizer, self.warned = config, config.inputs, None, False
-        if tokenizer_file is not None and os.path.exists(tokenizer_file):
-            self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
-        elif getattr(config, "has_text", True):
-            raise ValueError(f"{tokenizer_file}: missing; an exported folder carries its {TOKENIZER_FILE}")
+    def __init__(self, config, tokenizer):
+        self.config, self.inputs, self.tokenizer, self.warned = config, config.inputs, tokenizer, False
+        if tokenizer is None and getattr(config, "has_text", True):
+            source = config.name_or_path or "the model"
+            raise ValueError(f"{source}: reads text, and there is no tokenizer; an exported folder carries one")
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
         """The processor of an exported folder."""
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        return cls(config, os.path.join(folder, TOKENIZER_FILE))
+        return cls(config, folder_tokenizer(folder))
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
@@ -154,13 +168,19 @@ class MultimodalProcessor:
         inputs = {} if self.tokenizer is None else self._rows(prompts, with_text)
         return inputs | (self._slots(prompts) if self.inputs["packed"] else self._single_media(prompts))
 
+    def encode(self, text):
+        """Ids of a text, without tokens that mark its beginning and end."""
+        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text)
+
     def _rows(self, prompts, with_text):
         rows = []
         for prompt in prompts:
             text = self.with_placeholders(prompt)
-            row = [self.config.bos_token_id, *(self.tokenizer.encode(text) if text else [])]
+            row = [self.config.bos_token_id, *(self.encode(text) if text else [])]
             if with_text:
-                row += self.tokenizer.encode(prompt.get("text") or "")
+                row += self.encode(prompt.get("text") or "")
                 row = [*row[: self.inputs["row_length"] - 1], self.config.eos_token_id]
             rows.append(row)
         multiple = self.inputs["row_multiple"]
@@ -224,8 +244,8 @@ class MultimodalProcessor:
         if self.config.eos_token_id in ids:
             ids = ids[: ids.index(self.config.eos_token_id)]
         special = {self.config.pad_token_id, self.config.bos_token_id}
-        size = self.tokenizer.get_piece_size()
-        if ids and max(ids) >= size:
+        size = getattr(self.config, "tokenizer_size", None)
+        if size is not None and ids and max(ids) >= size:
             raise ValueError(f"{max(ids)} is no id of the tokenizer, which has {size} pieces")
         return self.tokenizer.decode([i for i in ids if i not in special])
 

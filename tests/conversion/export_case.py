@@ -16,6 +16,7 @@ from megatron_mm.checkpoints.stream import write_checkpoint_weights
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config, DataConfig
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.data.tokens.tokenizer import stored_name
 from megatron_mm.hf.configuration_synapse import SynapseConfig as HFConfig
 from megatron_mm.hf.modeling_synapse import SynapseForCausalLM
 from megatron_mm.parts.clip.section import VisionTowerConfig
@@ -100,7 +101,7 @@ def write_training_folder(root: Path, recipe: Config, weights: dict[str, torch.T
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     write_checkpoint_weights(part, shapes, torch.float32, weights.__getitem__, {"iteration": 7})
     dump_config(recipe, part / "config.yaml")
-    (part / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    (part / stored_name(tokenizer)).write_bytes(tokenizer.read_bytes())
     return checkpoint_folder.finish(part, {"iteration": 7})
 
 

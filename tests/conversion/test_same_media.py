@@ -25,7 +25,7 @@ from megatron_mm.data.corpus.samples import read_medium
 from megatron_mm.data.reading.augmentation import Augmentation
 from megatron_mm.data.reading.records import MediaReader, Medium, Piece
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS, Tokenizer
+from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS, open_tokenizer
 from megatron_mm.hf.processing_mm import MultimodalProcessor
 from megatron_mm.media.encoding import KEEP
 from megatron_mm.media.errors import DataError
@@ -98,13 +98,13 @@ def processor(work, recipe) -> MultimodalProcessor:
     """That of tools/generate.py and tools/evaluate.py."""
     adapter = adapter_of(recipe.model.system, "")
     config = adapter.load_class(adapter.config_class)(**adapter.fields(recipe))
-    return MultimodalProcessor(config, work / "spm.model")
+    return MultimodalProcessor(config, open_tokenizer(work / "spm.model"))
 
 
 @pytest.fixture(scope="module")
 def exported(work, tmp_path_factory) -> dict[str, dict]:
     """What exported folders (without their weights) make of all files, in a process of its own: see PROCESS."""
-    root, tokenizer, folders = tmp_path_factory.mktemp("exported"), work / "spm.model", {}
+    root, tokenizer, folders = tmp_path_factory.mktemp("exported"), open_tokenizer(work / "spm.model"), {}
     for name, make in RECIPES.items():
         recipe, folders[name] = make(), str(root / name)
         (root / name).mkdir()
@@ -130,7 +130,7 @@ class Training:
         tokenizer, root = str(work / "spm.model"), str(work / "media")
         build_multimodal([str(source)], str(output), tokenizer, media_root=root, workers=0, check=check, progress=False)
         data = recipe.data
-        self.files, self.recipe, self.shard = files, recipe, Shard(str(output), Tokenizer(tokenizer))
+        self.files, self.recipe, self.shard = files, recipe, Shard(str(output), open_tokenizer(tokenizer))
         self.reader = MediaReader(
             recipe.model.inputs, data.frames_per_video, data.image_mean, data.image_std, Augmentation(), 0, True, None
         )

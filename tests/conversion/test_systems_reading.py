@@ -16,6 +16,7 @@ import torch
 
 from megatron_mm.conversion.convert import export, restore
 from megatron_mm.conversion.hf_folder import adapter_of_folder
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.evaluate import token_loss
 from megatron_mm.evaluation.streams import all_rows, reading_jsonl
 from megatron_mm.generation.generate import Decoding, Generator
@@ -68,7 +69,7 @@ def test_samples_are_read_as_training_reads_them(media, name):
     config = case.with_vocabulary(case.SYSTEMS[name]())
     adapter = adapter_of(name, "")
     hf_config = adapter.load_class(adapter.config_class)(**adapter.fields(config))
-    processor = MultimodalProcessor(hf_config, media / "spm.model")
+    processor = MultimodalProcessor(hf_config, open_tokenizer(media / "spm.model"))
     file = media / ("moving.jsonl" if name == "avt" else "still.jsonl")
     with reading_jsonl(config, file, media / "spm.model") as reading:
         (batch,) = all_rows(reading, reading.model.inputs.fields, batch_size=16)
@@ -89,7 +90,7 @@ def test_what_a_row_has_no_place_for_is_left_out_and_said(media, caplog, monkeyp
     config = case.with_vocabulary(case.SYSTEMS["vlm"]())
     adapter = adapter_of("vlm", "")
     hf_config = adapter.load_class(adapter.config_class)(**adapter.fields(config))
-    processor = MultimodalProcessor(hf_config, media / "spm.model")
+    processor = MultimodalProcessor(hf_config, open_tokenizer(media / "spm.model"))
     first, second, sound = (media / name for name in ("a.png", "b.png", "a.wav"))
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for _ in range(2):

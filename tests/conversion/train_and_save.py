@@ -16,7 +16,7 @@ from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.pipeline.schedule import Pipeline, run_batch
 from megatron_mm.planner.assembly import Assembly
@@ -66,7 +66,7 @@ def main() -> None:
         optimizer.zero_grad()
         run_batch(pipeline, [batch])
         optimizer.step(optimizer.gradient_norm(), samples=4)
-        pieces = Tokenizer(str(Path(folder) / "spm.model")).vocab_size
+        pieces = open_tokenizer(str(Path(folder) / "spm.model")).vocab_size
         said = {"logits": logits_of(pipeline, batch), "tokens": greedy(pipeline, inputs, 8, pieces)}
         torch.save(said, Path(folder) / "said.pt")
     config.data.tokenizer = str(Path(folder) / "spm.model")

@@ -15,7 +15,7 @@ import soundfile
 from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.data.view.inspection import summary, verify
 from megatron_mm.media.errors import DataError
 from tests.support.killing import start
@@ -33,7 +33,7 @@ def same_files(a: Path, b: Path) -> bool:
 
 
 def test_everything_is_stored(samples, folder, tokenizer_path):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     shard = Shard(folder, tokenizer)
     records = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(shard) == len(records)
@@ -59,7 +59,7 @@ def test_ids_that_are_numbers_keep_all_digits(tmp_path, tokenizer_path):
     source = tmp_path / "numbers.jsonl"
     source.write_text("".join(json.dumps({"text": "a ball", "id": 7**n}) + "\n" for n in (1, 40)))
     build_multimodal([str(source)], str(tmp_path / "out"), tokenizer_path, workers=0, progress=False)
-    shard = Shard(tmp_path / "out", Tokenizer(tokenizer_path))
+    shard = Shard(tmp_path / "out", open_tokenizer(tokenizer_path))
     assert [shard.document_id(number) for number in range(2)] == ["7", str(7**40)]
 
 
@@ -186,7 +186,7 @@ def test_merge_equals_building_together(tmp_path, samples, folder, tokenizer_pat
     assert run.returncode == 0, run.stderr
     for name in ("text.bin", "text.idx", "images.bin", "sounds.idx", "videos.bin", "samples.npy", "ids.bin"):
         assert (tmp_path / "m" / name).read_bytes() == (Path(folder) / name).read_bytes(), name
-    Shard(str(tmp_path / "m"), Tokenizer(tokenizer_path))
+    Shard(str(tmp_path / "m"), open_tokenizer(tokenizer_path))
 
 
 def test_merge_refuses_another_tokenizer(tmp_path, folder):
@@ -240,6 +240,6 @@ def test_tokenizer_must_match(tmp_path, folder, samples, tokenizer_path):
     other = str(tmp_path / "other.model")
     train_tokenizer([str(samples)], other, 320)
     with pytest.raises(DataError, match="made with another tokenizer"):
-        Shard(folder, Tokenizer(other))
+        Shard(folder, open_tokenizer(other))
     with pytest.raises(DataError, match=r"neither a folder .* nor the prefix"):
         Shard(str(tmp_path / "nothing"))

@@ -16,7 +16,7 @@ from megatron_mm.data.build.merge import merge_datasets
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.store.indexed import IndexedReader
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.media.errors import DataError
 from tests.data.real_texts import real_texts
 from tests.support.programs import PYTHON
@@ -64,7 +64,7 @@ def test_several_keys_no_eod_and_merge(tmp_path, corpus, model):
     prefix = str(tmp_path / "k")
     report = build_text([str(corpus)], prefix, model, json_keys=["text", "title"], workers=0, progress=False)
     text, title = (IndexedReader(f"{prefix}_{key}_document") for key in ("text", "title"))
-    tokenizer = Tokenizer(model)
+    tokenizer = open_tokenizer(model)
     last = json.loads(corpus.read_text().splitlines()[-1])
     assert text.document(len(text) - 1).tolist() == tokenizer.encode(last["text"])
     assert title.document(len(title) - 1).tolist() == tokenizer.encode(last["title"])
@@ -81,7 +81,7 @@ def test_lines_are_what_python_takes_for_json(tmp_path, model):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b"\n".join(lines))
     build_text([str(path)], str(tmp_path / "p"), model, workers=0, progress=False)
-    made, tokenizer = IndexedReader(tmp_path / "p_text_document"), Tokenizer(model)
+    made, tokenizer = IndexedReader(tmp_path / "p_text_document"), open_tokenizer(model)
     for number, text in enumerate(["first", "second", "third", "fourth", "😀"]):
         assert made.document(number).tolist() == tokenizer.encode(text)
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
 
@@ -52,7 +52,7 @@ DAMAGE = (flip, flip, zero, truncate, lengthen, swap)
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_path) -> Tokenizer:
-    return Tokenizer(tokenizer_path)
+    return open_tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from PIL import Image
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.store.indexed import IndexedWriter
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.data.view.html_page import MAX_TOKENS, Entry, histogram, write_page
 from megatron_mm.data.view.preview import IMAGE_SIDE, SOUND_BYTES, preview
 from megatron_mm.data.view.readable import readable_size
@@ -192,7 +192,7 @@ def test_browser_needs_nothing_but_the_page(window, page):
 
 
 def test_browser_tells_tokens_apart(window, screenshot, shown, tokenizer_path):
-    tokenizer, shard = Tokenizer(tokenizer_path), Shard(shown)
+    tokenizer, shard = open_tokenizer(tokenizer_path), Shard(shown)
     chips = elements(window, "article:nth-of-type(1) .chips span")
     tokens = shard.text.document(0).tolist()
     assert [chip.text for chip in chips] == [tokenizer.processor.id_to_piece(token) for token in tokens]
@@ -255,7 +255,7 @@ def test_text_shard_without_tokenizer_and_long_documents(tmp_path):
 
 def test_ids_beyond_the_tokenizer_are_marked(tmp_path, folder, tokenizer_path):
     shutil.copytree(folder, tmp_path / "f")
-    shard, tokenizer = Shard(str(tmp_path / "f")), Tokenizer(tokenizer_path)
+    shard, tokenizer = Shard(str(tmp_path / "f")), open_tokenizer(tokenizer_path)
     tokens = np.memmap(tmp_path / "f" / "text.bin", dtype=np.int32, mode="r+")
     tokens[2] = 70_000
     write_page(str(tmp_path / "p.html"), [Entry(shard, [0])], tokenizer)

@@ -23,7 +23,7 @@ from megatron_mm.data.reading.dataset import build_datasets, whole_dataset
 from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
 from tests.support.corpus import build_corpus, corpus_config
@@ -74,10 +74,10 @@ def test_bad_samples_are_left_out_and_listed(samples, tmp_path, tokenizer_path, 
     for entry, (_, cause) in zip(found, BAD.values()):
         assert cause in entry["cause"] and str(bad) not in entry["cause"]
     assert not (tmp_path / "good" / "skipped.jsonl").exists()
-    shard = Shard(str(tmp_path / "bad"), Tokenizer(tokenizer_path))
+    shard = Shard(str(tmp_path / "bad"), open_tokenizer(tokenizer_path))
     assert shard.manifest["counts"]["skipped"] == 6 and shard.manifest["counts"]["samples"] == 60
     assert shard.manifest["options"]["on_error"] == "skip"
-    assert verify(shard, Tokenizer(tokenizer_path), progress=False) == []
+    assert verify(shard, open_tokenizer(tokenizer_path), progress=False) == []
 
 
 def test_the_tools_say_how_many_and_where(samples, tmp_path, tokenizer_path):

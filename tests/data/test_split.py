@@ -16,7 +16,7 @@ from megatron_mm.data.corpus.samples import KINDS
 from megatron_mm.data.reading.order import split_documents
 from megatron_mm.data.store.indexed import IndexedWriter
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.data.view.inspection import verify
 from megatron_mm.media.errors import DataError
 from tests.support.programs import PYTHON
@@ -61,7 +61,7 @@ def test_folder_is_split_by_proportions_and_merged_again(tmp_path, folder, token
     assert run.returncode == 0, run.stderr
     paths = [str(tmp_path / f"b_{name}") for name in NAMES]
     assert sorted(str(path) for path in tmp_path.iterdir()) == sorted(paths), "nothing else is left"
-    tokenizer, whole = Tokenizer(tokenizer_path), Shard(folder)
+    tokenizer, whole = open_tokenizer(tokenizer_path), Shard(folder)
     for path, documents in zip(paths, split_documents("70,20,10", len(whole))):
         part = Shard(path, tokenizer)
         assert len(part) == len(documents)

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.media.errors import DataError
 from tests.support.programs import PYTHON
 
@@ -21,7 +21,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_special_ids_and_round_trip(tokenizer_path):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     ids = [tokenizer.pad_id, 1, tokenizer.bos_id, tokenizer.eos_id]
     ids += [tokenizer.image_id, tokenizer.audio_id, tokenizer.video_id, tokenizer.mask_id]
     assert ids == list(range(8))
@@ -40,7 +40,7 @@ def test_training_from_text_and_gzip_without_learning_placeholders(tmp_path, mod
         stream.write("\n".join(map(json.dumps, lines)))
     path = str(tmp_path / "t.model")
     size = train_tokenizer([str(plain), str(packed)], path, 400, model_type)
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     assert size == tokenizer.vocab_size < 400, "a small corpus yields fewer pieces"
     pieces = [tokenizer.processor.id_to_piece(i) for i in range(8, size)]
     assert not any("<image" in piece or "image>" in piece for piece in pieces)
@@ -58,17 +58,17 @@ def test_tool_says_that_the_corpus_is_small(tmp_path, samples):
 
 def test_errors_name_what_is_wrong(tmp_path, samples):
     with pytest.raises(DataError, match=r"missing\.model: cannot be read"):
-        Tokenizer(tmp_path / "missing.model")
+        open_tokenizer(tmp_path / "missing.model")
     (tmp_path / "bad.model").write_bytes(b"hello")
     with pytest.raises(DataError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
+        open_tokenizer(tmp_path / "bad.model")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a b c d"] * 20), model_prefix=str(tmp_path / "plain"), vocab_size=8,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"lacks the special tokens <pad>.*<image>.*train_tokenizer"):
-        Tokenizer(tmp_path / "plain.model")
-    assert Tokenizer(tmp_path / "plain.model", require_media=False).eos_id == 2
+        open_tokenizer(tmp_path / "plain.model")
+    assert open_tokenizer(tmp_path / "plain.model", require_media=False).eos_id == 2
     with pytest.raises(DataError, match="--vocab-size 10"):
         train_tokenizer([str(samples)], str(tmp_path / "t.model"), 10)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')

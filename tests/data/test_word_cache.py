@@ -11,29 +11,31 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_mm.data.tokens import word_cache, word_vocabulary
-from megatron_mm.data.tokens.tokenizer import Tokenizer
-from megatron_mm.data.tokens.word_cache import DirectEncoder, block_encoder, prepare, word_encoder
+from megatron_mm.data.tokens.block_encoder import DirectEncoder
+from megatron_mm.data.tokens.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
+from megatron_mm.data.tokens.word_cache import block_encoder, prepare, word_encoder
 from tests.data.real_texts import ODD, real_texts
 
 KINDS = ("bpe", "unigram")
 
 
-def trained(folder: Path, name: str, **options: object) -> Tokenizer:
+def trained(folder: Path, name: str, **options: object) -> SentencePieceTokenizer:
     """A model of 600 pieces, of SentencePiece's own making."""
     lines = [line for text in real_texts()[len(ODD) :][:60] for line in text.split("\n")]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), vocab_size=600, model_prefix=str(folder / name), minloglevel=2,
         hard_vocab_limit=False, **options,
     )  # fmt: skip
-    return Tokenizer(folder / f"{name}.model", require_media=False)
+    return open_tokenizer(folder / f"{name}.model", require_media=False)
 
 
-def changed(model: Tokenizer, path: Path, change) -> Tokenizer:
+def changed(model: SentencePieceTokenizer, path: Path, change) -> SentencePieceTokenizer:
     """A model with a change of its description."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.processor.serialized_model_proto())
     change(proto)
     path.write_bytes(proto.SerializeToString())
-    return Tokenizer(path, require_media=False)
+    return open_tokenizer(path, require_media=False)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=[(kind, name) for kind in KINDS for name in VARIANTS], ids="-".join)
-def model(request, folder) -> Tokenizer:
+def model(request, folder) -> SentencePieceTokenizer:
     kind, name = request.param
     return trained(folder, f"{kind} {name}", model_type=kind, **VARIANTS[name])
 

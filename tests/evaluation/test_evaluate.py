@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.evaluate import swap_media, token_loss
 from megatron_mm.generation.generate import Generator
 from megatron_mm.hf.processing_mm import MultimodalProcessor
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def generator(tmp_path):
     model = hf_model(tiny_recipe())
-    return Generator(model, MultimodalProcessor(model.config, train_tokenizer(tmp_path / "tokenizer.model")))
+    tokenizer = open_tokenizer(train_tokenizer(tmp_path / "tokenizer.model"))
+    return Generator(model, MultimodalProcessor(model.config, tokenizer))
 
 
 @pytest.fixture

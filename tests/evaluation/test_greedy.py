@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.greedy import greedy_captions, greedy_tokens
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
 from tests.support.corpus import build_corpus
@@ -31,7 +31,7 @@ def reader():
 
 
 def test_every_token_is_the_likeliest_after_those_before_it(reader, corpus):
-    tokenizer = Tokenizer(str(corpus[1]))
+    tokenizer = open_tokenizer(str(corpus[1]))
     with reading_jsonl(reader.config, *corpus) as config:
         (batch,) = all_rows(config, reader.fields({"logits"}) | {"tokens_RT"}, 8, "generation")
         captions = greedy_captions(reader, config, "generation", batch_size=3)
@@ -58,7 +58,7 @@ def test_every_token_is_the_likeliest_after_those_before_it(reader, corpus):
 def test_the_true_text_is_not_looked_at(reader, corpus):
     with reading_jsonl(reader.config, *corpus) as config:
         (batch,) = all_rows(config, reader.fields({"logits"}) | {"tokens_RT"}, 8, "generation")
-    tokenizer = Tokenizer(str(corpus[1]))
+    tokenizer = open_tokenizer(str(corpus[1]))
     found = greedy_tokens(reader, batch, tokenizer)
     prompt_R = batch.loss_mask_RT.argmax(1) + 1
     text_RT = torch.arange(batch.tokens_RT.shape[1]) >= prompt_R[:, None]

@@ -18,7 +18,7 @@ import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.conversion.convert import export, find_checkpoint
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.export_proof import NEW_TOKENS, Rows, exact_reader, questions, training_fields
 from megatron_mm.evaluation.streams import GraphReader
 from megatron_mm.media.decoding import read_image
@@ -77,7 +77,7 @@ def prepare(name: str, root: Path, tokenizer: Path) -> None:
     reader = exact_reader(config, find_checkpoint(root / "run"))
     tokens = None
     if rows.generates:
-        tokens = greedy(reader, rows, Tokenizer(str(tokenizer)).vocab_size)
+        tokens = greedy(reader, rows, open_tokenizer(str(tokenizer)).vocab_size)
         names, batch = given["answered"], rows.answered(tokens)
     else:
         names, batch = [name for _, wanted in given["calls"] for name in wanted], rows.batch

@@ -26,7 +26,7 @@ from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, 
 from megatron_mm.data.store.indexed import CHECKSUMS, IndexedWriter, open_at
 from megatron_mm.data.store.layout import FORMAT, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.store.manifest import MANIFEST, describe_sources, differs_from_folder, write_manifest
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm.media.encoding import KEEP, Encoding
 from megatron_mm.media.errors import DataError
 
@@ -67,7 +67,7 @@ class _Worker:
         on_error: OnError,
         drop: str | None,
     ) -> None:
-        cls.tokenizer = Tokenizer(tokenizer)
+        cls.tokenizer = open_tokenizer(tokenizer)
         cls.unlearned = np.array(cls.tokenizer.unlearned_ids)
         cls.media_root, cls.check, cls.encoding, cls.on_error = media_root, check, encoding, on_error
         cls.drops = DropList(drop) if drop is not None else None
@@ -226,7 +226,7 @@ def build_multimodal(
     Args:
         inputs: files of the formats of `corpus/text_input.py`, read in this order.
         output: folder to make.
-        tokenizer: SentencePiece model with media placeholders.
+        tokenizer: a file that `open_tokenizer` reads, with media placeholders.
         media_root: folder of the media; None: that of each input file.
         workers: processes; 0 works in this one. The output does not depend on it.
         check: decode every medium once.
@@ -244,7 +244,7 @@ def build_multimodal(
             where the build was long, and continued from when the line is mended. An input is not the one that was
             cleaned.
     """
-    model = Tokenizer(tokenizer)
+    model = open_tokenizer(tokenizer)
     advice = "remove it, choose another name or pass --overwrite"
     replacing = Replacing(overwrite, differs_from_dataset, advice)
     check_output(output, [output], replacing)

@@ -23,9 +23,9 @@ from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, 
 from megatron_mm.data.store.indexed import CHECKSUMS, MAGIC, IndexedWriter, token_dtype
 from megatron_mm.data.store.layout import SUFFIXES
 from megatron_mm.data.store.manifest import describe_sources, is_of, write_manifest
+from megatron_mm.data.tokens.block_encoder import BlockEncoder
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS, SentenceSplitter, is_cut
-from megatron_mm.data.tokens.tokenizer import Tokenizer
-from megatron_mm.data.tokens.word_cache import BlockEncoder, block_encoder, prepare
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.media.errors import DataError
 
 FORMAT = "megatron text shard"
@@ -67,14 +67,14 @@ class _Worker:
         on_error: OnError,
         drop: str | None,
     ) -> None:
-        model = Tokenizer(tokenizer, require_media=False)
+        model = open_tokenizer(tokenizer, require_media=False)
         eod = model.eos_id if append_eod else None
         if sentences is None:
-            encode = block_encoder(model, eod)
+            encode = model.block_encoder(eod)
             cls.encode = lambda texts: TextBlock(*encode(texts))
         else:
             split = SentenceSplitter(sentences.language, sentences.nltk_data, sentences.keep_space)
-            encode = block_encoder(model, None)
+            encode = model.block_encoder(None)
             cls.encode = lambda texts: _encode_sentences(texts, split, encode, eod)
         cls.keys, cls.on_error = keys, on_error
         cls.drops = DropList(drop) if drop is not None else None
@@ -171,7 +171,7 @@ def build_text(
     Args:
         inputs: files of the formats of `corpus/text_input.py`, read in this order.
         output_prefix: shards are named PREFIX_KEY_document.
-        tokenizer: SentencePiece model; needs `</s>` only.
+        tokenizer: a file that `open_tokenizer` reads; needs `</s>` only.
         json_keys: text fields; every line must have all of them.
         append_eod: end each document that has tokens with `</s>`.
         workers: processes; 0 works in this one. The output does not depend on it.
@@ -191,7 +191,7 @@ def build_text(
             build was long, and continued from when the line is mended), an output exists, or an input is not
             the one that was cleaned.
     """
-    model = Tokenizer(tokenizer, require_media=False)
+    model = open_tokenizer(tokenizer, require_media=False)
     level = "document" if sentences is None else "sentence"
     prefixes = [f"{output_prefix}_{key}_{level}" for key in json_keys]
     listed = f"{output_prefix}_{LIST}"
@@ -208,7 +208,7 @@ def build_text(
             "language": sentences.language, "keep_space": sentences.keep_space, "max_characters": MAX_CHARACTERS,
         }  # fmt: skip
     options = {"format": FORMAT, "tokenizer": made_by, "keys": list(json_keys), **how}
-    prepare(model)
+    model.prepare()
     build = UnfinishedBuild(output_prefix, options)
     writer = TextWriter(build.data, json_keys, token_dtype(model.vocab_size))
     initargs = (tokenizer, tuple(json_keys), append_eod, sentences, on_error, drop)

@@ -35,7 +35,7 @@ from megatron_mm.data.reading.plans import plan
 from megatron_mm.data.reading.records import MediaReader
 from megatron_mm.data.store.remote import localize
 from megatron_mm.data.store.shards import Shard
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer
 
 Split = BlendedDataset | CheckedSplit
 
@@ -102,7 +102,7 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
     data, inputs, seed = config.data, config.model.inputs, config.training.seed
     if not data.datasets:
         raise ValueError("data.datasets: empty; name at least one dataset, such as {path: data/emoji}")
-    tokenizer = Tokenizer(data.tokenizer, require_media=False) if data.tokenizer else None
+    tokenizer = open_tokenizer(data.tokenizer, require_media=False) if data.tokenizer else None
     shards = [Shard(localize(entry.path, data.cache_folder), tokenizer) for entry in data.datasets]
     needs = "multimodal datasets need" if any(shard.is_multimodal for shard in shards) else None
     if inputs.mask_ratio:
@@ -110,7 +110,7 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
     if needs:
         if tokenizer is None:
             raise ValueError(f"data.tokenizer: not set; {needs} the model that made the shards")
-        tokenizer = Tokenizer(data.tokenizer)
+        tokenizer = open_tokenizer(data.tokenizer)
     for entry, shard in zip(data.datasets, shards):
         if not 0 < entry.weight < float("inf"):
             raise ValueError(f"data.datasets: weight {entry.weight} of {entry.path} must be positive")

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba.core import event
 
 from megatron_mm.data.tokens import word_kernels as kernels
-from megatron_mm.data.tokens.tokenizer import Tokenizer
+from megatron_mm.data.tokens.block_encoder import BlockEncoder, DirectEncoder
 from megatron_mm.data.tokens.word_kernels import Words
 from megatron_mm.data.tokens.word_vocabulary import (
     SPACE,
@@ -34,6 +33,9 @@ from megatron_mm.data.tokens.word_vocabulary import (
     words_are_independent,
 )
 
+if TYPE_CHECKING:
+    from megatron_mm.data.tokens.sentencepiece_tokenizer import SentencePieceTokenizer
+
 #: Words that are kept, and bytes by which they are spelt; then all are forgotten.
 _MAX_WORDS = 1 << 19
 _MAX_KEYS = 1 << 23
@@ -41,36 +43,10 @@ _MAX_KEYS = 1 << 23
 _BATCH = 1 << 18
 
 
-class BlockEncoder(Protocol):
-    """Encodes texts; `eod` ends each text that has tokens, unless None."""
-
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back (int32), and the length of each (int32)."""
-
-
-class DirectEncoder:
-    """SentencePiece's encoding of whole texts."""
-
-    def __init__(self, tokenizer: Tokenizer, eod: int | None) -> None:
-        self._encode = tokenizer.processor.encode
-        self._as_numpy = hasattr(tokenizer.processor, "encode_as_numpy")  # from sentencepiece 0.2.3
-        self._eod = np.array([] if eod is None else [eod], dtype=np.int32)
-
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if self._as_numpy:
-            documents = self._encode(list(texts), return_type="numpy", num_threads=1)
-        else:
-            documents = [np.array(self._encode(text), dtype=np.int32) for text in texts]
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        parts = chain.from_iterable((ids, self._eod) if ids.size else (ids,) for ids in documents)
-        lengths += (lengths > 0) * np.int32(self._eod.size)
-        return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32, copy=False), lengths
-
-
 class WordEncoder:
     """Encoding by words. Use `word_encoder`, which checks that it is exact."""
 
-    def __init__(self, tokenizer: Tokenizer, eod: int | None) -> None:
+    def __init__(self, tokenizer: SentencePieceTokenizer, eod: int | None) -> None:
         self._normalize = tokenizer.processor.normalize
         self._whole = DirectEncoder(tokenizer, eod)
         self._eod = -1 if eod is None else eod
@@ -158,12 +134,12 @@ class WordEncoder:
             words.set_ids(word, self._encode_word(words.norm(word).decode()))
 
 
-def word_encoder(tokenizer: Tokenizer, eod: int | None) -> WordEncoder | None:
+def word_encoder(tokenizer: SentencePieceTokenizer, eod: int | None) -> WordEncoder | None:
     """An encoder by words, or None where words are not independent of each other."""
     return WordEncoder(tokenizer, eod) if words_are_independent(tokenizer) else None
 
 
-def block_encoder(tokenizer: Tokenizer, eod: int | None) -> BlockEncoder:
+def block_encoder(tokenizer: SentencePieceTokenizer, eod: int | None) -> BlockEncoder:
     """The fastest encoder whose ids are SentencePiece's own."""
     return word_encoder(tokenizer, eod) or DirectEncoder(tokenizer, eod)
 
@@ -183,7 +159,7 @@ class _SayCompiling(event.Listener):
         pass
 
 
-def prepare(tokenizer: Tokenizer) -> None:
+def prepare(tokenizer: SentencePieceTokenizer) -> None:
     """Compiles what is not yet, and makes a model's tables: worker processes that are forked afterwards find them."""
     with event.install_listener("numba:compile", _SayCompiling()):
         block_encoder(tokenizer, None)(["a"])

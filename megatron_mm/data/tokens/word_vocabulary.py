@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
 from numba import njit
 
-from megatron_mm.data.tokens.tokenizer import Tokenizer
 from megatron_mm.data.tokens.word_kernels import Map, Pieces, Trie, make_map
+
+if TYPE_CHECKING:
+    from megatron_mm.data.tokens.sentencepiece_tokenizer import SentencePieceTokenizer
 
 #: The escaped space, with which words begin.
 SPACE = "\u2581"
@@ -29,7 +32,7 @@ def _parsed(proto: bytes):
     return model
 
 
-def words_are_independent(tokenizer: Tokenizer) -> bool:
+def words_are_independent(tokenizer: SentencePieceTokenizer) -> bool:
     """Whether the ids of a text are those of its words, and `word_kernels.py` knows how they come about."""
     model = _parsed(tokenizer.processor.serialized_model_proto())
     trainer, kinds = model.trainer_spec, model.SentencePiece
@@ -50,7 +53,7 @@ def words_are_independent(tokenizer: Tokenizer) -> bool:
     )
 
 
-def word_model(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
+def word_model(tokenizer: SentencePieceTokenizer) -> sentencepiece.SentencePieceProcessor:
     """The model for words that are normalised: it leaves them as they are."""
     proto = tokenizer.processor.serialized_model_proto()
     model = type(_parsed(proto)).FromString(proto)
@@ -62,13 +65,13 @@ def word_model(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def is_unigram(tokenizer: Tokenizer) -> bool:
+def is_unigram(tokenizer: SentencePieceTokenizer) -> bool:
     """Whether it is a unigram model; otherwise BPE, if `words_are_independent`."""
     trainer = _parsed(tokenizer.processor.serialized_model_proto()).trainer_spec
     return trainer.model_type == trainer.UNIGRAM
 
 
-def pieces(tokenizer: Tokenizer) -> Pieces:
+def pieces(tokenizer: SentencePieceTokenizer) -> Pieces:
     """The vocabulary as the kernels want it."""
     return _pieces(tokenizer.processor.serialized_model_proto())
 
@@ -221,7 +224,7 @@ def _rules_divide(charsmap: bytes) -> bool:
     return SPACE.encode() not in charsmap[4 + size :] and not _has_joining_rule(units)
 
 
-def space_divides(tokenizer: Tokenizer) -> bool:
+def space_divides(tokenizer: SentencePieceTokenizer) -> bool:
     """Whether a text may be divided at tabs, line ends and spaces, and each word normalised by itself: one of plain
     ASCII by an escaped space before it.
     """

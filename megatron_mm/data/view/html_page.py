@@ -126,7 +126,7 @@ def _sample(shard: Shard, document: int, tokenizer: Tokenizer | None) -> Sample:
         unlearned = set(tokenizer.unlearned_ids)
         for n, i in enumerate(shown):
             valid = 0 <= i < tokenizer.vocab_size
-            piece = tokenizer.processor.id_to_piece(i) if valid else str(i)
+            piece = tokenizer.piece(i) if valid else str(i)
             sample.chips.append(Chip(piece, i, n >= learned_from and i not in unlearned, valid))
         if all(chip.valid for chip in sample.chips):
             sample.prompt = tokenizer.decode(shown[:learned_from])

@@ -95,9 +95,7 @@ def verify(shard: Shard, tokenizer: Tokenizer | None, progress: bool = True) -> 
         for document in reader.damaged() if reader is not None else ():
             what = f"document {document}" if kind in ("text", "ids") else f"record {document}"
             problems.append(f"{reader.prefix}.bin, {what}: its CRC-32 is not the one with which it was written")
-    placeholders = {}
-    if tokenizer is not None and shard.is_multimodal:
-        placeholders = {kind: tokenizer.processor.piece_to_id(piece) for kind, piece in PLACEHOLDERS.items()}
+    placeholders = tokenizer.placeholder_ids if tokenizer is not None and shard.is_multimodal else {}
     unlearned = np.array(tokenizer.unlearned_ids) if tokenizer is not None else np.array([], dtype=np.int64)
     for document in tqdm(range(len(shard)), desc=shard.name, unit="doc", disable=not progress, mininterval=0.5):
         where = f"{shard.path}, document {document} ({shard.document_id(document)})"
