@@ -9,8 +9,9 @@ import re
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<audio>", "<video>", "<mask>")
-WRITTEN = re.compile("(<image>|<audio>|<video>|<mask>)")
+CONTROL = ("<pad>", "<unk>", "<s>", "</s>")
+WRITTEN = ("<image>", "<audio>", "<video>", "<mask>")
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -21,11 +22,10 @@ class ByteTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file=None, **kwargs):
         self.vocab_file = vocab_file
-        self._ids = {name: i for i, name in enumerate((*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))))}
-        self._names = list(self._ids)
-        names = ("pad_token", "unk_token", "bos_token", "eos_token")
-        kwargs = {name: AddedToken(token, special=True) for name, token in zip(names, SPECIAL)} | kwargs
-        super().__init__(**{"mask_token": AddedToken("<mask>", special=True), **kwargs})
+        self._names = (*CONTROL, *WRITTEN, *BYTES)
+        self._ids = {name: i for i, name in enumerate(self._names)}
+        roles = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), CONTROL)) | {"mask_token": "<mask>"}
+        super().__init__(**({role: AddedToken(name, special=True) for role, name in roles.items()} | kwargs))
 
     @property
     def vocab_size(self):
@@ -35,10 +35,12 @@ class ByteTokenizer(PreTrainedTokenizer):
         return dict(self._ids) | self._added_tokens_encoder
 
     def tokenize(self, text, **kwargs):
-        """Names of tokens; what transformers would take for special beyond the four is text here."""
+        """Names of tokens. In a text, those of control tokens are text; tokens that a user has added are found."""
+        added = [name for name in self._added_tokens_encoder if name not in self._ids]
+        found = set(WRITTEN).union(added)
         tokens = []
-        for part in WRITTEN.split(text):
-            tokens += [part] if WRITTEN.fullmatch(part) else (f"<0x{byte:02X}>" for byte in part.encode())
+        for part in re.split(f"({'|'.join(map(re.escape, sorted(found, key=len, reverse=True)))})", text):
+            tokens += [part] if part in found else (self._names[8 + byte] for byte in part.encode())
         return tokens
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
@@ -48,13 +50,15 @@ class ByteTokenizer(PreTrainedTokenizer):
         return self._ids.get(token)
 
     def _convert_id_to_token(self, index):
+        if index < 0:
+            raise IndexError(f"{index} is no id of a token")
         return self._names[index]
 
     def convert_tokens_to_string(self, tokens):
-        """Text; bytes that are no UTF-8 become U+FFFD, and special tokens stay as written."""
+        """Text; bytes that are no UTF-8 become U+FFFD, and other tokens stay as written."""
         out = bytearray()
         for token in tokens:
-            out += token.encode() if token in SPECIAL else bytes([int(token[3:-1], 16)])
+            out += bytes([BYTES[token]]) if token in BYTES else token.encode()
         return out.decode(errors="replace")
 
     def save_vocabulary(self, save_directory, filename_prefix=None):

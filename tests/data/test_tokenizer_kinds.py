@@ -30,37 +30,8 @@ from megatron_mm.media.errors import DataError
 from tests.support.programs import PYTHON
 
 TOOLS = Path(__file__).parents[2] / "tools"
+PLUGIN = Path(__file__).parent / "letters_tokenizer.py"
 TEXTS = ["a red ball", "", "象 ☃ <image>x<mask>", "a\x00b <video><audio>", "</s> is text here", "plain"]
-#: A kind with a file of its own, as a plugin adds one: letters that its file lists.
-PLUGIN = '''
-import hashlib
-from megatron_mm.data.tokens.tokenizer import ROLES, Tokenizer, json_fields, register_tokenizer
-
-class Letters(Tokenizer):
-    kind, reads, file_name = "letters", "letters", "letters.json"
-
-    def __init__(self, path, content):
-        self.path, self.identity = path, hashlib.sha256(content).hexdigest()
-        self.letters = json_fields(content)["letters"]
-        self.vocab_size = 2 + len(self.letters)
-        for role in ROLES:
-            setattr(self, f"{role}_id", {"pad": 0, "eos": 1}.get(role))
-
-    @staticmethod
-    def recognises(content):
-        return json_fields(content, "letters") is not None
-
-    def encode(self, text):
-        return [2 + self.letters.index(letter) for letter in text]
-
-    def decode(self, ids):
-        return "".join(self.letters[i - 2] for i in ids if i >= 2)
-
-    def piece(self, index):
-        return "<pad> </s>".split()[index] if index < 2 else self.letters[index - 2]
-
-register_tokenizer(Letters)
-'''
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +202,12 @@ def test_names_are_taken_once(registered):
 
 
 def test_a_plugins_kind_is_found_by_the_tools(tmp_path):
-    (tmp_path / "letters.py").write_text(PLUGIN)
     (tmp_path / "abc.json").write_text('{"kind": "letters", "letters": "abc "}')
     (tmp_path / "t.jsonl").write_text('{"text": "cab a"}\n{"text": "bb"}\n')
     files = ["--tokenizer-model", str(tmp_path / "abc.json")]
     build = [PYTHON, str(TOOLS / "preprocess_data.py"), "--input", str(tmp_path / "t.jsonl"), "--append-eod", *files]
     build += ["--output-prefix", str(tmp_path / "o")]
-    plugins = ["--plugins", str(tmp_path / "letters.py")]
+    plugins = ["--plugins", str(PLUGIN)]
     run = subprocess.run(build, capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "is of the kind 'letters'; known kinds: sentencepiece, bytes" in run.stderr
     subprocess.run([*build, *plugins], capture_output=True, check=True)
