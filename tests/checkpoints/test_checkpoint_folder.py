@@ -122,7 +122,7 @@ def test_a_leftover_of_an_interrupted_write_is_removed(tmp_path):
         (part / name).write_bytes(b"half")
     part = checkpoint_folder.begin(tmp_path, 5)
     assert not any(part.iterdir())
-    (part / "tokenizer.model").write_bytes(b"half")
+    (part / "tokenizer.model").write_bytes(b"half"), (part / "byte_tokenizer.json").write_bytes(b"half")
     (part / "manifest.json").write_text('{"iterat')
     assert not any(checkpoint_folder.begin(tmp_path, 5).iterdir())
 

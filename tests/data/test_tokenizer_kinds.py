@@ -195,6 +195,8 @@ def test_text_shards_of_bytes(byte_path, tmp_path):
 
 def test_names_are_taken_once(registered):
     byte = tokenizer_kinds()[1]
+    with pytest.raises(ValueError, match="Half lacks __init__, decode, encode, file_name, piece, reads, recognises"):
+        register_tokenizer(type("Half", (registry.Tokenizer,), {"kind": "half"}))
     with pytest.raises(ValueError, match="already a kind of tokenizer 'bytes'"):
         register_tokenizer(byte)
     with pytest.raises(ValueError, match=r"'bytes' already calls its file byte_tokenizer\.json"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -69,17 +70,21 @@ class Tokenizer(Protocol):
     mask_id: int | None
     """Ids of special tokens by role (`ROLES`); None where there is none."""
 
+    @abstractmethod
     def __init__(self, path: str, content: bytes) -> None: ...
 
     @staticmethod
+    @abstractmethod
     def recognises(content: bytes) -> bool:
         """Whether a file of this content is of this kind, perhaps damaged."""
         ...
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS. A placeholder or the mask, written out, is its one id."""
         ...
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control tokens (pad, BOS, EOS) vanish, placeholders stay as written.
 
@@ -88,6 +93,7 @@ class Tokenizer(Protocol):
         """
         ...
 
+    @abstractmethod
     def piece(self, index: int) -> str:
         """How an id is shown by itself."""
         ...
@@ -151,8 +157,11 @@ def register_tokenizer(kind: type[Tokenizer]) -> None:
     """Adds a kind of a user's own.
 
     Raises:
-        ValueError: its name, or that of its file, is taken.
+        ValueError: it lacks something that a kind must have, or its name, or that of its file, is taken.
     """
+    missing = {name for name in ("kind", "reads", "file_name") if not hasattr(kind, name)}
+    if missing := sorted(missing | getattr(kind, "__abstractmethods__", frozenset())):
+        raise ValueError(f"the kind of tokenizer {kind.__name__} lacks {', '.join(missing)}")
     for other in tokenizer_kinds():
         if other.kind == kind.kind:
             raise ValueError(f"there is already a kind of tokenizer {kind.kind!r}")
