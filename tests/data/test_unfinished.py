@@ -22,7 +22,7 @@ from megatron_mm.data.build.text import build_text
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.media.errors import DataError
 from tests.support.killing import kill_and_continue, undisturbed
-from tests.support.programs import PYTHON
+from tests.support.programs import INTERPRETER
 
 #: python -c BUILD kind input output tokenizer workers.
 BUILD = """
@@ -206,7 +206,7 @@ def test_one_builder_at_a_time(samples, tmp_path, tokenizer_path):
     hold = "import signal, sys\nfrom megatron_mm.data.jobs.unfinished import UnfinishedBuild\n"
     hold += "build = UnfinishedBuild(sys.argv[1], {}).begin()\nprint('held', flush=True)\nsignal.pause()"
     other = subprocess.Popen(
-        [PYTHON, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, encoding="utf-8"
+        [INTERPRETER, "-c", hold, str(tmp_path / "x")], stdout=subprocess.PIPE, encoding="utf-8"
     )
     assert other.stdout.readline() == "held\n"
     try:
