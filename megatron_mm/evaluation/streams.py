@@ -98,7 +98,8 @@ class GraphReader:
             if kept is not None and number in kept:
                 written = kept[number]
             else:
-                written = module(*(streams[name] for name in node.reads), context)
+                own = context.reading(node.reader, node.fields)
+                written = module(*(streams[name] for name in node.reads), own)
                 written = (written,) if isinstance(written, torch.Tensor) else written
                 if kept is not None and not depends:
                     kept[number] = written

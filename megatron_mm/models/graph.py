@@ -15,8 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
+from megatron_mm.models.declared import DeclaredBatch
 from megatron_mm.models.names import Entry, plain_name
 
 
@@ -86,18 +88,38 @@ class ForwardContext:
     """
 
     def __init__(self, batch: Microbatch) -> None:
-        self.batch = batch
-        self._derived: dict[tuple, Any] = {}
+        self._whole = batch
+        self._reader: tuple[str, frozenset[str] | None] = ("", None)
+        self.batch: Microbatch | DeclaredBatch = batch
+        self._derived: dict[tuple, tuple[Any, frozenset[str]]] = {}
+
+    def reading(self, reader: str, fields: frozenset[str]) -> ForwardContext:
+        """The same context for one reader, whose batch answers for the fields that it declares alone.
+
+        Args:
+            reader: who reads, for messages: "node 'text.embedding'".
+        """
+        context = ForwardContext(self._whole)
+        context._reader, context._derived = (reader, fields), self._derived
+        context.batch = DeclaredBatch(self._whole, reader, fields)
+        return context
 
     def derived(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
         """`make(batch, *arguments)`, computed at the first call with this function and these arguments.
 
         A function made anew at each call would be computed anew: `make` is one that all layers share.
+
+        Raises:
+            ValueError: it needs a field that this reader does not declare, whoever computed it first.
         """
         key = (make, *arguments)
         if key not in self._derived:
-            self._derived[key] = make(self.batch, *arguments)
-        return self._derived[key]
+            seen = DeclaredBatch(self._whole, *self._reader)
+            value = make(seen, *arguments)
+            self._derived[key] = value, frozenset(seen.fields_read)
+        value, read = self._derived[key]
+        DeclaredBatch(self._whole, *self._reader).refuse_undeclared(read)
+        return value
 
 
 class LayerKind(Protocol):
@@ -166,6 +188,11 @@ class Node:
         """What a microbatch of this plan costs."""
         return self.kind.cost(plan)
 
+    @property
+    def reader(self) -> str:
+        """What it is called where it reads a microbatch."""
+        return f"node {self.name!r}"
+
     def names(self) -> list[Entry]:
         """Its training tensors and the exported tensors that they are made of; tied ones are their owner's."""
         tied = {f"{self.name}.{name}" for name in self.ties}
@@ -204,7 +231,8 @@ class Loss:
     Attributes:
         compute: `compute(*streams_read, context)` returns the *sum* of the term over this process's share of the
             microbatch, as a scalar; it is divided by the count of the whole global batch elsewhere.
-        count: number of things (tokens, pairs, patches) of a microbatch on one process's rows, as a float tensor.
+        count: number of things (tokens, pairs, patches) of a microbatch on one process's rows, as a float tensor; every
+            stage counts, so it reads fields that every stage has.
         sharded: each context-parallel process returns its part of the sum (True) or all of it (False).
         tasks: tasks of microbatches (MicrobatchPlan.task) that learn this term; None: all.
         whole_batch: the term compares samples of the whole global batch: `compute` is called once a step, with each
@@ -222,6 +250,19 @@ class Loss:
     tasks: frozenset[str] | None = None
     whole_batch: bool = False
     measure: Callable[[Loss], Any] | None = None
+
+    @property
+    def reader(self) -> str:
+        """What it is called where it reads a microbatch."""
+        return f"loss {self.name!r}"
+
+    def counted(self, batch: Microbatch) -> float:
+        """`count` of a microbatch, on whichever stage.
+
+        Raises:
+            ValueError: it reads a field that not every stage has.
+        """
+        return float(self.count(DeclaredBatch(batch, f"the count of loss {self.name!r}", frozenset())))
 
     def applies(self, plan: MicrobatchPlan) -> bool:
         """Whether a microbatch learns this term."""
@@ -324,6 +365,20 @@ class Graph:
             wanted -= {stream.name for stream in node.writes}
             wanted |= set(node.reads)
         return [written[name] for name in sorted(written.keys() & wanted)]
+
+    def check_fields(self, inputs: InputFormat) -> None:
+        """Compares what nodes and losses declare to read with what samples have.
+
+        Raises:
+            ValueError: a field that samples of this format do not have.
+        """
+        known = inputs.fields | inputs.always_read
+        for reader in (*self.nodes, *self.losses):
+            if unknown := reader.fields - known:
+                raise ValueError(
+                    f"{reader.reader} declares {', '.join(sorted(unknown))}, which samples of this system do not have "
+                    f"(`inputs` of its section); they have {', '.join(sorted(inputs.fields))}"
+                )
 
     def fields(self, start: int, stop: int) -> frozenset[str]:
         """Microbatch fields that nodes start … stop-1 read, with the losses' if they end the graph."""

@@ -239,7 +239,7 @@ def _counts(graph: Graph, microbatches: Sequence[Microbatch], device: torch.devi
     """Global count of each loss, [number of losses] float64: a microbatch counts for the losses of its task."""
     own = torch.zeros(len(graph.losses), dtype=torch.float64)
     for index, loss in enumerate(graph.losses):
-        own[index] = sum(float(loss.count(batch)) for batch in microbatches if loss.applies(batch.plan))
+        own[index] = sum(loss.counted(batch) for batch in microbatches if loss.applies(batch.plan))
     own = own.to(device)
     dist.all_reduce(own, group=parallel_state.get_data_parallel_group())
     return own

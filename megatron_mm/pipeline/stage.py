@@ -175,6 +175,7 @@ class PipelineChunk(MegatronModule):
             return written
 
     def _apply(self, node, module, inputs, context, learns):
+        context = context.reading(node.reader, node.fields)
         if self.recompute_layers and node.recomputable and learns and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(lambda *tensors: module(*tensors, context), False, *inputs)
         return module(*inputs, context)
@@ -194,7 +195,7 @@ class PipelineChunk(MegatronModule):
             if step.cache is not None and loss.name in step.cache.losses:
                 value = step.cache.term(loss.name, values)
             else:
-                arguments = [*values, context]
+                arguments = [*values, context.reading(loss.reader, loss.fields)]
                 value = loss.compute(*([[item] for item in arguments] if loss.whole_batch else arguments))
                 sums[index] = value.detach()
             scale = loss.weight * self.sizes.dp * step.num_microbatches / (1 if loss.sharded else self.sizes.cp)

@@ -10,11 +10,10 @@ Random states are replayed in between, so dropout draws the same. One microbatch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 
 import torch
 
-from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 
 
@@ -63,8 +62,9 @@ class StreamCache:
         """
         for name, loss in self.losses.items():
             values = self._values.pop(name)
-            batches = [_only(batch, loss.fields) for batch in microbatches if loss.applies(batch.plan)]
-            contexts = [ForwardContext(batch.to(device)) for batch in batches]
+            # The media of all microbatches would not fit beside each other.
+            batches = [batch.only(loss.fields) for batch in microbatches if loss.applies(batch.plan)]
+            contexts = [ForwardContext(batch.to(device)).reading(loss.reader, loss.fields) for batch in batches]
             if learn:
                 for value in (value for one in values for value in one if value.is_floating_point()):
                     value.requires_grad_()
@@ -86,9 +86,3 @@ def _gradients(
     leaves = [value for one in values for value in one if value.requires_grad]
     found = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves, allow_unused=True)))
     return [tuple(found.get(id(value)) for value in one) for one in values]
-
-
-def _only(batch: Microbatch, names: frozenset[str]) -> Microbatch:
-    """The batch with the fields that a loss reads: the media of all microbatches would not fit beside each other."""
-    kept = ALWAYS_READ | names | {"plan", "sample_ids"}
-    return replace(batch, **{f.name: None for f in fields(batch) if f.name not in kept})

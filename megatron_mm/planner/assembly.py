@@ -14,7 +14,7 @@ import torch
 from megatron_mm.config.inputs import Limits
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.data.reading.microbatch import MicrobatchPlan
+from megatron_mm.data.reading.microbatch import ListedPlan, MicrobatchPlan
 from megatron_mm.models.graph import Graph
 from megatron_mm.models.layers import attention_kernels, user_buffers
 from megatron_mm.models.layers.settings import LayerSettings
@@ -147,6 +147,7 @@ def full_plan(config: Config) -> MicrobatchPlan:
     limits = Limits.of(config.data, inputs)
     images, sounds = limits.max_images, limits.max_sounds
     clips = images if inputs.video == "clips" else 0
+    own = sum(one.most for one in inputs.own_lists)
     return MicrobatchPlan(
         num_rows=rows,
         row_length=limits.seq_length,
@@ -156,8 +157,9 @@ def full_plan(config: Config) -> MicrobatchPlan:
         sound_slots=max(1, sounds),
         one_document_per_row=not inputs.packed,
         max_document_length=limits.seq_length,
-        max_documents_per_row=max(1, images + sounds) if inputs.packed else 1,
+        max_documents_per_row=max(1, images + sounds + own) if inputs.packed else 1,
         num_clips=rows * clips,
         clip_frames=limits.frames_per_video if inputs.video == "clips" else 0,
         task=inputs.tasks[0][0] if inputs.tasks else "",
+        own_lists=tuple(ListedPlan(one, rows * one.most, one.most) for one in inputs.own_lists),
     )

@@ -139,7 +139,7 @@ def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
     """A microbatch of a plan on the meta device: shapes without values, every field of the system's format."""
     shapes = field_shapes(config.model.inputs, plan)
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
-    return Microbatch(plan=plan, **tensors)
+    return Microbatch.of(plan, tensors)
 
 
 def _run_stage(assembly: Assembly, stage: int) -> StageReport:

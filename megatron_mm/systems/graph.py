@@ -12,6 +12,8 @@ def build_graph(config: SystemConfig, settings: LayerSettings) -> Graph:
     """The graph of the system that `config.system` names.
 
     Raises:
-        ValueError: there is no such system.
+        ValueError: there is no such system, or its graph reads fields that its samples do not have.
     """
-    return system_of(config.system).load("graph")(config, settings)
+    graph = system_of(config.system).load("graph")(config, settings)
+    graph.check_fields(config.inputs)
+    return graph

@@ -7,7 +7,6 @@ image eight times. Context-parallel processes and pipeline stages read for thems
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -50,14 +49,11 @@ class SharedLoader:
                 self._announce(error)
                 raise
         batch = self._announce(batch)
-        for field in fields(Microbatch):
-            value = getattr(batch, field.name)
-            if isinstance(value, torch.Tensor):
-                value = value.to(communication_device()).contiguous()
-                if value.numel():
-                    dist.broadcast(value, self._first, self._group)
-                setattr(batch, field.name, value)
-        return batch
+        tensors = {name: value.to(communication_device()).contiguous() for name, value in batch.tensors.items()}
+        for value in tensors.values():
+            if value.numel():
+                dist.broadcast(value, self._first, self._group)
+        return batch.with_fields(tensors)
 
     def _announce(self, read: Microbatch | Exception | None) -> Microbatch:
         """Tells the group what was read, but for what its tensors hold; the receivers' tensors are empty."""
@@ -65,9 +61,8 @@ class SharedLoader:
         if isinstance(read, Exception):
             message = [str(read)]
         elif read is not None:
-            values = {field.name: getattr(read, field.name) for field in fields(Microbatch)}
-            shapes = {name: (value.shape, value.dtype) for name, value in values.items() if torch.is_tensor(value)}
-            message = [(replace(read, **dict.fromkeys(shapes)), shapes)]
+            shapes = {name: (value.shape, value.dtype) for name, value in read.tensors.items()}
+            message = [(read.with_fields(dict.fromkeys(shapes)), shapes)]
         dist.broadcast_object_list(message, self._first, self._group)
         if read is not None:
             return read
@@ -75,7 +70,8 @@ class SharedLoader:
             raise DataError(message[0])
         batch, shapes = message[0]
         device = communication_device()
-        return replace(batch, **{n: torch.empty(shape, dtype=t, device=device) for n, (shape, t) in shapes.items()})
+        empty = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+        return batch.with_fields(empty)
 
     def close(self) -> None:
         """Ends the reader's workers."""

@@ -69,23 +69,23 @@ def test_media_of_documents(cp_size: int, counted: bool):
     query = torch.randn(rows, length, 1, 8)
     image_key, image_value = torch.randn(2, batch.plan.num_images, images, 1, 8)
     sound_key, sound_value = torch.randn(2, batch.plan.num_sounds, sounds, 1, 8)
+    media = (("image", images), ("sound", sounds))
     core = MediaAttention(layer_config(LayerSettings(), decoder_shape(config.decoder, config.init_std), sharded=True))
     expected = core(
         query,
-        (image_key, image_value),
-        (sound_key, sound_value),
-        core.keys(batch, images, sounds, torch.float32, 1, 0),
+        ((image_key, image_value), (sound_key, sound_value)),
+        core.keys(batch, media, torch.float32, 1, 0),
     )
-    expected = expected * seen_slots(batch).any(-1, keepdim=True)
+    expected = expected * seen_slots(batch, ("image", "sound")).any(-1, keepdim=True)
     for rank in range(cp_size):
-        media = media_keys(batch, images, sounds, cp_size, rank)
+        keys = media_keys(batch, media, cp_size, rank)
         key, value = (
-            torch.cat((image.flatten(0, 2), sound.flatten(0, 2), torch.zeros(1, 8)))[media.order]
+            torch.cat((image.flatten(0, 2), sound.flatten(0, 2), torch.zeros(1, 8)))[keys.order]
             for image, sound in ((image_key, sound_key), (image_value, sound_value))
         )
         local = zigzag_slice(query, cp_size, rank)[:, :, 0] / 8**0.5
         pieces = [
             variable_length(local[:, call.begin : call.end].flatten(0, 1), key, value, call, False).view(rows, -1, 8)
-            for call in media.calls
+            for call in keys.calls
         ]
         torch.testing.assert_close(torch.cat(pieces, dim=1), zigzag_slice(expected, cp_size, rank))

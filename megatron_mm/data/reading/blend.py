@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_mm.config.inputs import InputFormat, Limits
 from megatron_mm.data.reading.masking import Masking
-from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.reading.order import Blend, Permutation, Purpose, epoch_and_place
 from megatron_mm.data.reading.packing import Packing
 from megatron_mm.data.reading.records import MediaReader, Piece, media_of
@@ -146,7 +146,7 @@ class BlendedDataset:
             DataError: a medium does not decode and may not be stood in for, or a token is outside the vocabulary;
                 dataset, record and cause are named.
         """
-        unknown = set(fields) - self.inputs.fields - ALWAYS_READ
+        unknown = set(fields) - self.inputs.fields - self.inputs.always_read
         if unknown:
             known = sorted(self.inputs.fields)
             raise ValueError(f"unknown fields {sorted(unknown)}; samples of this system have {known}")

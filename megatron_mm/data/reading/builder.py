@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from megatron_mm.config.fields import Listed
 from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config
-from megatron_mm.data.reading.microbatch import ALWAYS_READ, Microbatch, field_shapes
+from megatron_mm.data.reading.microbatch import ListedPlan, Microbatch, field_shapes, range_problem
 from megatron_mm.media.errors import DataError
 
 
@@ -89,27 +90,34 @@ class CheckedSplit:
             return "plan.num_images, num_sounds, image_slots and sound_slots must be at least 1 (stand-ins of zeros)"
         if not self.inputs.packed and (plan.image_slots, plan.sound_slots) != (1, 1):
             return "plan.image_slots and plan.sound_slots must be 1: this system reads one document a row"
+        if [own.listed for own in plan.own_lists] != list(self.inputs.own_lists):
+            return f"plan.own_lists has {_names(plan.own_lists)}; it must have {_names(self.inputs.own_lists)}"
+        for own in plan.own_lists:
+            if own.number < 1 or not 1 <= own.slots <= own.listed.most:
+                return (
+                    f"plan.own_lists: {own.number} of {own.listed.name!r} in {own.slots} slots a row; it must be at "
+                    f"least 1 (a stand-in) in 1 … {own.listed.most}"
+                )
+        if unknown := batch.own.keys() - self.inputs.fields - self.inputs.always_read:
+            return f"{', '.join(sorted(unknown))}: a field that this system does not declare (InputFormat.own_fields)"
+        wanted = self.inputs.always_read.union(fields)
         for name, (shape, dtype) in field_shapes(self.inputs, plan).items():
-            value = getattr(batch, name)
-            if name not in ALWAYS_READ and name not in fields:
+            if name not in wanted:
                 continue
+            value = getattr(batch, name, None)
             if not isinstance(value, torch.Tensor):
                 return f"{name} is missing; it must be {dtype} {list(shape)}"
             if tuple(value.shape) != shape or value.dtype != dtype:
                 return f"{name} is {value.dtype} {list(value.shape)}; it must be {dtype} {list(shape)}"
-        bounds = {
-            "tokens_RT": (0, self.inputs.vocab_size),
-            "labels_RT": (0, self.inputs.vocab_size),
-            "masked_tokens_RT": (0, self.inputs.vocab_size),
-            "masked_labels_RT": (0, self.inputs.vocab_size),
-            "position_ids_RT": (0, plan.row_length),
-            "document_ids_RT": (-1, plan.max_documents_per_row or plan.row_length),
-            "image_slots_RK": (-1, plan.num_images),
-            "sound_slots_RJ": (-1, plan.num_sounds),
-            "clip_slots_R": (-1, plan.num_clips),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(batch, name)
-            if value is not None and value.numel() and not low <= int(value.min()) <= int(value.max()) < high:
-                return f"{name} holds {int(value.min())} … {int(value.max())}; it must lie within {low} … {high - 1}"
+        for field in self.inputs.declared:
+            value = getattr(batch, field.name, None)
+            problem = range_problem(field, value, plan) if value is not None else None
+            if problem:
+                return problem
         return None
+
+
+def _names(lists: Sequence[Listed | ListedPlan]) -> str:
+    """For messages."""
+    names = [one.listed.name if isinstance(one, ListedPlan) else one.name for one in lists]
+    return ", ".join(names) or "none"

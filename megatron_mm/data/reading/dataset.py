@@ -13,7 +13,8 @@ A split has one method, `microbatch(index, fields, task="")`, and may have `repo
 say, as a pure function of the number, so that every layout and a resumed run read the same. The result is a Microbatch
 (data/reading/microbatch.py) whose row i is sample index[i], with
 - the fields of `microbatch.field_shapes(config.model.inputs, plan)` that are always read or in `fields`;
-- `plan.task` = `task`, where the system divides microbatches among tasks.
+- `plan.task` = `task`, where the system divides microbatches among tasks;
+- `plan.own_lists`, how many things of its own it lists, where the system declares any (InputFormat.own_lists).
 `rows.collate` makes all of it but pixels and samples from lists of documents, and may be used. Reader processes hold
 copies of the split, so it must not depend on the order of its calls.
 """
@@ -100,6 +101,9 @@ def whole_dataset(config: Config) -> BlendedDataset:
 
 def _shards(config: Config, trains: bool = True) -> Datasets:
     data, inputs, seed = config.data, config.model.inputs, config.training.seed
+    if inputs.own_fields:
+        names = ", ".join(field.name for field in inputs.own_fields)
+        raise ValueError(f"data.builder: not set; shards have no {names} of this system, so a builder must make them")
     if not data.datasets:
         raise ValueError("data.datasets: empty; name at least one dataset, such as {path: data/emoji}")
     tokenizer = open_tokenizer(data.tokenizer, require_media=False) if data.tokenizer else None

@@ -2,20 +2,22 @@
 
 A row is a pure function of (seed, global sample number), in the format of the recipe's system: a few documents of
 random lengths, each with none, one or several images and sounds; or, where a row is one document, a text of random
-length with an image, a clip or neither, and a sound or none. So a batch holds every case. `GeneratedRows` reads like a
-split of a dataset.
+length with an image, a clip or neither, and a sound or none. So a batch holds every case. What a system declares of
+its own (config/fields.py) is drawn from its declaration: any number in a row, up to the most, of what is listed; values
+between low and high, or normal where there is no range. `GeneratedRows` reads like a split of a dataset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from megatron_mm.config.fields import Field
 from megatron_mm.config.schema import Config
 from megatron_mm.data.reading.masking import Masking
 from megatron_mm.data.reading.microbatch import Microbatch
@@ -38,6 +40,8 @@ class _Row:
     has_clip: bool
     generator: np.random.Generator
     """Pixels, sounds and noise are drawn from it, by each row for itself."""
+    listed: dict[str, list[int]] = field(default_factory=dict)
+    """Document of each thing of the system's own, by the list's name."""
 
 
 class GeneratedRows:
@@ -60,7 +64,11 @@ class GeneratedRows:
 
     def _row(self, index: int) -> _Row:
         generator = np.random.Generator(np.random.Philox(key=[self.config.training.seed, index]))
-        return self._packed_row(generator) if self.inputs.packed else self._single_row(generator)
+        row = self._packed_row(generator) if self.inputs.packed else self._single_row(generator)
+        for one in self.inputs.own_lists:
+            number = int(generator.integers(0, one.most + 1))
+            row.listed[one.name] = np.sort(generator.integers(0, len(row.lengths), number)).tolist()
+        return row
 
     def _packed_row(self, generator: np.random.Generator) -> _Row:
         """Documents with any number of media."""
@@ -112,7 +120,7 @@ class GeneratedRows:
         )
 
     def _documents(self, number: int, row: _Row) -> list[Document]:
-        documents = []
+        documents, sizes = [], {"T": self.config.data.seq_length}
         for d, (first, last) in enumerate(pairwise(np.cumsum([0, *row.lengths]).tolist())):
             tokens = row.tokens[first:last]
             frames = [frame for owner, frame in row.images if owner == d]
@@ -124,6 +132,11 @@ class GeneratedRows:
                 clips=[row.generator] * row.has_clip,
                 sounds=[row.generator] * row.sounds.count(d),
             )
+            document.listed = {name: [row.generator] * owners.count(d) for name, owners in row.listed.items()}
+            for own in self.inputs.own_fields:
+                if own.shape[0] == "R":
+                    shape = tuple(tokens.size if size == "T" else size for size in own.shape[1:])
+                    document.own[own.name] = _drawn(own, row.generator, shape, sizes)
             if self.masking:
                 document.shown, document.hidden = self.masking(tokens, [self.config.training.seed, number, d])
             documents.append(document)
@@ -157,6 +170,13 @@ class GeneratedRows:
             made["patch_noise_IP"] = np.stack(noise) if noise else np.zeros((1, inputs.patches), np.float32)
         for name, value in made.items():
             setattr(collated.microbatch, name, torch.from_numpy(value))
+        things = {"I": collated.images, "A": collated.sounds}
+        things |= {one.letter: collated.listed[one.name] for one in inputs.own_lists}
+        sizes = collated.microbatch.plan.sizes
+        for own in inputs.own_fields:
+            if own.shape[0] in things:
+                values = [_drawn(own, generator, own.shape[1:], sizes) for generator in things[own.shape[0]]]
+                collated.fill(own.name, values)
         collated.microbatch.sample_ids = [f"generated/{number}" for number in index]
         return collated.microbatch
 
@@ -164,6 +184,22 @@ class GeneratedRows:
 def build(config: Config) -> SimpleNamespace:
     """Random rows as the datasets of a run: `data.builder: megatron_mm.data.reading.generated:build`."""
     return SimpleNamespace(train=GeneratedRows(config), valid=None, test=None, tokenizer=None)
+
+
+def _drawn(
+    declared: Field, generator: np.random.Generator, shape: tuple[int, ...], sizes: dict[str, int]
+) -> np.ndarray:
+    """Values of a field in its range; without one, normal."""
+    low, high = declared.low, declared.high
+    high = sizes[high] - 1 if isinstance(high, str) else high
+    if declared.dtype == "bool":
+        return generator.integers(0, 2, shape).astype(bool)
+    if low is None and high is None:
+        return generator.standard_normal(shape, np.float32)
+    if declared.dtype in ("int64", "int32", "uint8"):
+        return np.asarray(generator.integers(int(low), int(high) + 1, shape), declared.dtype)
+    low, high = (high - 1 if low is None else low), (low + 1 if high is None else high)
+    return np.asarray(generator.uniform(low, high, shape), np.float32)
 
 
 def _normal(generators: list[np.random.Generator], *shape: int, stand_in: int = 1) -> np.ndarray:

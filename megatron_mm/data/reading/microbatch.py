@@ -5,22 +5,37 @@ where the system does not pack (InputFormat.packed); a document is a text with i
 document and that document's media only, and no document crosses a row. Media of the whole microbatch are listed once,
 in order of rows, and rows name them by slot.
 
+A system may declare fields of its own (config/fields.py). They are held, moved, sent and checked like the others.
+
 Shape suffixes: R rows, T tokens of a row, I images and frames of the microbatch, K image slots of a row, V video clips,
 F frames of a clip, A sounds of the microbatch, J sound slots of a row, N samples of a waveform, P patches of an image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from megatron_mm.config.fields import Field, Listed
 from megatron_mm.config.inputs import InputFormat
 
-#: Fields that every stage has; the others are read only by the chunks whose nodes consume them.
-ALWAYS_READ = frozenset({"position_ids_RT", "document_ids_RT", "image_slots_RK", "image_slot_documents_RK",
-                         "sound_slots_RJ", "sound_slot_documents_RJ", "loss_mask_RT", "clip_slots_R",
-                         "masked_loss_mask_RT", "sample_numbers_R"})
+#: Fields of the package that every stage has, over all formats; the others are read only by the chunks whose nodes
+#: consume them.
+ALWAYS_READ = InputFormat(1, packed=False, image_size=1, video="clips", mask_ratio=0.5).always_read
+
+
+@dataclass(frozen=True)
+class ListedPlan:
+    """How many things of a system's own a microbatch lists."""
+
+    listed: Listed
+    number: int
+    """At least 1: zeros stand in where there are none."""
+    slots: int
+    """Slots of a row: the largest number of any row, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,49 @@ class MicrobatchPlan:
     """F: frames of each clip."""
     task: str = ""
     """Which of InputFormat.tasks this microbatch learns; empty: all objectives."""
+    own_lists: tuple[ListedPlan, ...] = ()
+    """Of InputFormat.own_lists, in their order."""
+
+    def number(self, name: str) -> int:
+        """How many are listed of "image", "sound", or a system's own.
+
+        Raises:
+            ValueError: nothing of that name is listed.
+        """
+        return self._of_list(name)[0]
+
+    def slots(self, name: str) -> int:
+        """Slots of a row of "image", "sound", or a system's own; raises as `number`."""
+        return self._of_list(name)[1]
+
+    def _of_list(self, name: str) -> tuple[int, int]:
+        known = {"image": (self.num_images, self.image_slots), "sound": (self.num_sounds, self.sound_slots)}
+        known |= {own.listed.name: (own.number, own.slots) for own in self.own_lists}
+        if name not in known:
+            raise ValueError(f"no list of {name!r} in this microbatch; there are {', '.join(known)}")
+        return known[name]
+
+    @property
+    def always_read(self) -> frozenset[str]:
+        """Fields that every stage has, whether this format fills them or not."""
+        return ALWAYS_READ | {field.name for own in self.own_lists for field in own.listed.fields()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the letters of config/fields.py."""
+        built_in = {
+            "R": self.num_rows,
+            "T": self.row_length,
+            "D": self.max_documents_per_row or self.row_length,
+            "I": self.num_images,
+            "A": self.num_sounds,
+            "V": self.num_clips,
+            "F": self.clip_frames,
+            "K": self.image_slots,
+            "J": self.sound_slots,
+        }
+        own = {own.listed.letter: own.number for own in self.own_lists}
+        return built_in | own | {own.listed.slots_size: own.slots for own in self.own_lists}
 
 
 @dataclass
@@ -98,44 +156,84 @@ class Microbatch:
     """Ids of the documents, for reports. Never read by a forward pass."""
     corrupt_media: list[str] = field(default_factory=list)
     """What this process read and could not decode, by shard and record, with the cause (`data.on_corrupt: skip`)."""
+    own: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    """Fields of the system's own, by name; each is read and set as an attribute too, like the others."""
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        if name.startswith("__") or name not in self.__dict__.get("own", {}):
+            raise self._no_field(name)
+        return self.own[name]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self.__dataclass_fields__:
+            object.__setattr__(self, name, value)
+        elif name in self.own:
+            self.own[name] = value
+        else:
+            raise self._no_field(name)
+
+    def _no_field(self, name: str) -> AttributeError:
+        known = ", ".join(self.__dict__.get("own", {})) or "none"
+        return AttributeError(f"a microbatch of this system has no field {name!r}; fields of its own: {known}")
+
+    @classmethod
+    def of(cls, plan: MicrobatchPlan, tensors: Mapping[str, torch.Tensor]) -> Microbatch:
+        """A microbatch of these fields; what the package does not know is the system's own."""
+        built_in = {name: value for name, value in tensors.items() if name in cls.__dataclass_fields__}
+        return cls(plan, **built_in, own={name: value for name, value in tensors.items() if name not in built_in})
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every field that this process has, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)} | self.own
+        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+    def with_fields(self, values: Mapping[str, torch.Tensor | None]) -> Microbatch:
+        """The same microbatch with other fields, those of the system's own among them."""
+        built_in = {name: value for name, value in values.items() if name in self.__dataclass_fields__}
+        own = {name: value for name, value in values.items() if name not in built_in}
+        return replace(self, **built_in, own=self.own | own)
+
+    def only(self, names: Collection[str]) -> Microbatch:
+        """The same microbatch without the fields that are neither named nor had by every stage."""
+        kept = self.plan.always_read.union(names)
+        return self.with_fields({name: None for name in self.tensors if name not in kept})
+
+    def slots(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of rows of "image", "sound", or a system's own list: its index [R, K], the slots' documents [R, K]."""
+        if name == "sound":
+            return self.sound_slots_RJ, self.sound_slot_documents_RJ
+        self.plan.slots(name)  # refuses what is not listed
+        return getattr(self, f"{name}_slots_RK"), getattr(self, f"{name}_slot_documents_RK")
 
     def to(self, device: torch.device | str) -> Microbatch:
         """The same microbatch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, torch.Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        return Microbatch(**moved)
+        return self.with_fields({name: value.to(device, non_blocking=True) for name, value in self.tensors.items()})
 
 
 def field_shapes(inputs: InputFormat, plan: MicrobatchPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that a microbatch of a format has: those always read and `inputs.fields`."""
-    rows, length, size = plan.num_rows, plan.row_length, inputs.image_size
-    image_slots, sound_slots = (rows, plan.image_slots), (rows, plan.sound_slots)
-    whole, real = torch.int64, torch.float32
-    shapes = {
-        "position_ids_RT": ((rows, length), whole),
-        "document_ids_RT": ((rows, length), whole),
-        "loss_mask_RT": ((rows, length), real),
-        "image_slots_RK": (image_slots, whole),
-        "image_slot_documents_RK": (image_slots, whole),
-        "sound_slots_RJ": (sound_slots, whole),
-        "sound_slot_documents_RJ": (sound_slots, whole),
-        "sample_numbers_R": ((rows,), whole),
-        "tokens_RT": ((rows, length), whole),
-        "labels_RT": ((rows, length), whole),
-        "images_ICHW": ((plan.num_images, 3, size, size), real),
-        "image_frames_I": ((plan.num_images,), whole),
-        "clip_slots_R": ((rows,), whole),
-        "clips_VFCHW": ((plan.num_clips, plan.clip_frames, 3, size, size), real),
-        "sounds_AMF": ((plan.num_sounds, inputs.num_mel_bins, inputs.num_frames), real),
-        "waveforms_AN": ((plan.num_sounds, inputs.num_samples), real),
-        "masked_loss_mask_RT": ((rows, length), real),
-        "masked_tokens_RT": ((rows, length), whole),
-        "masked_labels_RT": ((rows, length), whole),
-        "patch_noise_IP": ((plan.num_images, inputs.patches), real),
+    sizes = plan.sizes
+    return {
+        field.name: (
+            tuple(sizes[size] if isinstance(size, str) else size for size in field.shape),
+            getattr(torch, field.dtype),
+        )
+        for field in inputs.declared
     }
-    lacking = {"clip_slots_R"} if inputs.video != "clips" else set()
-    lacking |= {"masked_loss_mask_RT"} if not inputs.mask_ratio else set()
-    names = (ALWAYS_READ - lacking) | inputs.fields
-    return {name: shape for name, shape in shapes.items() if name in names}
+
+
+def range_problem(field: Field, value: torch.Tensor, plan: MicrobatchPlan) -> str | None:
+    """What is wrong with the values of a field, or None: all lie in its range, or are its padding."""
+    low = -math.inf if field.low is None else field.low
+    high = math.inf if field.high is None else field.high
+    high = plan.sizes[high] - 1 if isinstance(high, str) else high
+    if not value.numel() or (low, high) == (-math.inf, math.inf):
+        return None
+    if bool((((value >= low) & (value <= high)) | (value == field.pad)).all()):
+        return None
+    least, largest, low, high = (
+        f"{number:g}" if isinstance(number, float) else number
+        for number in (value.min().item(), value.max().item(), low, high)
+    )
+    return f"{field.name} holds {least} … {largest}; it must lie within {low} … {high}"

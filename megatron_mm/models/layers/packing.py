@@ -8,7 +8,7 @@ Under context parallelism a process holds two pieces of each row (see `sharding`
 the piece, keys of the whole row up to the piece's end. A document that began before the piece has more keys than
 queries, so the causal mask is aligned at the bottom right.
 
-Shape suffixes: R rows, T tokens of a row, N segments of a row, K, J image and sound slots of a row.
+Shape suffixes: R rows, T tokens of a row, N segments of a row, K slots of a row.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class MediaKeys:
     """Keys of cross-attention, document by document.
 
     Attributes:
-        order: [R · (K·image tokens + J·sound tokens + N)] index into the positions of all images, then of all sounds,
-            then one position of zeros.
+        order: [R · (K·tokens of a medium + … + N)] index into the positions of all media, memory after memory, then one
+            position of zeros.
         calls: one for each piece of a row.
     """
 
@@ -109,30 +109,28 @@ class MediaKeys:
     calls: tuple[Segments, ...]
 
 
-def media_keys(batch: Microbatch, image_tokens: int, sound_tokens: int, cp_size: int, cp_rank: int) -> MediaKeys:
-    """Gives each document the positions of its media, or one position of zeros if it has none."""
+def media_keys(batch: Microbatch, media: tuple[tuple[str, int], ...], cp_size: int, cp_rank: int) -> MediaKeys:
+    """Gives each document the positions of its media, or one position of zeros if it has none.
+
+    Args:
+        media: of each memory the list that it is of (`Microbatch.slots`), and positions of one.
+    """
     plan, segments = batch.plan, segment_count(batch.plan)
     device = batch.document_ids_RT.device
     number_N = torch.arange(segments, device=device)
-    zeros = plan.num_images * image_tokens + plan.num_sounds * sound_tokens
-    owners, indices = [], []
-    for slots, documents, tokens, base in (
-        (batch.image_slots_RK, batch.image_slot_documents_RK, image_tokens, 0),
-        (batch.sound_slots_RJ, batch.sound_slot_documents_RJ, sound_tokens, plan.num_images * image_tokens),
-    ):
+    owners, indices, base = [], [], 0
+    counts = torch.zeros(plan.num_rows, segments, dtype=torch.long, device=device)
+    for name, tokens in media:
+        slots, documents = batch.slots(name)
         within = torch.arange(tokens, device=device)
         indices.append((base + slots.clamp(min=0)[:, :, None] * tokens + within).flatten(1))
         owner = documents.masked_fill(documents < 0, segments)
         owners.append(owner[:, :, None].expand(*owner.shape, tokens).flatten(1))
-    counts = torch.zeros(plan.num_rows, segments, dtype=torch.long, device=device)
-    for documents, tokens in (
-        (batch.image_slot_documents_RK, image_tokens),
-        (batch.sound_slot_documents_RJ, sound_tokens),
-    ):
         counts = counts + (documents[:, :, None] == number_N).sum(dim=1) * tokens
+        base += plan.number(name) * tokens
     lonely = counts == 0
     owners.append(torch.where(lonely, number_N, segments))
-    indices.append(torch.full((plan.num_rows, segments), zeros, device=device))
+    indices.append(torch.full((plan.num_rows, segments), base, device=device))
     owner, index = torch.cat(owners, dim=1), torch.cat(indices, dim=1)
     order = index.gather(1, owner.argsort(dim=1, stable=True)).flatten()
 
@@ -141,7 +139,7 @@ def media_keys(batch: Microbatch, image_tokens: int, sound_tokens: int, cp_size:
     first = torch.zeros(plan.num_rows, 1, dtype=torch.long, device=device)
     keys = torch.cat((first, ends, first + width), dim=1)
     starts = segment_starts(batch)
-    longest = plan.image_slots * image_tokens + plan.sound_slots * sound_tokens + segments
+    longest = sum(plan.slots(name) * tokens for name, tokens in media) + segments
     calls, at = [], 0
     for begin, end in row_pieces(plan.row_length, cp_size, cp_rank):
         queries = _bounds(_piece_bounds(starts, begin, end), end - begin)

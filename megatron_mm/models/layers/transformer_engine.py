@@ -26,7 +26,7 @@ Shape suffixes as in `attention`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 import torch
@@ -209,20 +209,19 @@ class MediaAttention(_Attention):
 
     @staticmethod
     def keys(
-        batch: Microbatch, image_tokens: int, sound_tokens: int, dtype: torch.dtype, cp_size: int, cp_rank: int
+        batch: Microbatch, media: tuple[tuple[str, int], ...], dtype: torch.dtype, cp_size: int, cp_rank: int
     ) -> MediaKeys:
-        """The part of a cross plan that this core needs."""
-        return media_keys(batch, image_tokens, sound_tokens, cp_size, cp_rank)
+        """The part of a cross plan that this core needs; `media` as of `media_keys`."""
+        return media_keys(batch, media, cp_size, cp_rank)
 
     def forward(
         self,
         query: torch.Tensor,
-        images: tuple[torch.Tensor, torch.Tensor],
-        sounds: tuple[torch.Tensor, torch.Tensor],
+        memories: Sequence[tuple[torch.Tensor, torch.Tensor]],
         keys: MediaKeys,
     ) -> torch.Tensor:
-        """Queries [R, L, N, D]; keys and values of all media, [I, M, G, D] -> [R, L, N·D]."""
-        key, value = (_by_document(image, sound, keys.order) for image, sound in zip(images, sounds))
+        """Queries [R, L, N, D]; of each memory keys and values of all its media, [I, M, G, D] -> [R, L, N·D]."""
+        key, value = (_by_document(values, keys.order) for values in zip(*memories))
         return self.run_segments(query, key, value, keys.calls, "padding")
 
 
@@ -261,10 +260,10 @@ def kernels(modules: Iterable[nn.Module], length: int) -> set[str]:
     return {f"{kernel} ({', '.join(sorted(kinds))})" for kernel, kinds in chosen.items()}
 
 
-def _by_document(images: torch.Tensor, sounds: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _by_document(media: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
     """All media positions and one of zeros, in the order of `MediaKeys`: [positions, G, D]."""
-    nothing = images.new_zeros(1, *images.shape[2:])
-    return torch.cat((images.flatten(0, 1), sounds.flatten(0, 1), nothing)).index_select(0, order)
+    nothing = media[0].new_zeros(1, *media[0].shape[2:])
+    return torch.cat([*(values.flatten(0, 1) for values in media), nothing]).index_select(0, order)
 
 
 def layer_submodules() -> TransformerLayerSubmodules:

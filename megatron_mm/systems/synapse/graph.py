@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_mm.models.graph import Graph, Node
-from megatron_mm.models.layers.cross_attention import GatedCrossAttentionKind
+from megatron_mm.models.layers.cross_attention import GatedCrossAttentionKind, MediaMemory
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.parts.clip.nodes import vision_nodes
@@ -26,10 +26,10 @@ def build_graph(config: SynapseConfig, settings: LayerSettings) -> Graph:
     across = GatedCrossAttentionKind(
         settings,
         replace(decoder.shape, num_query_groups=cross.num_query_groups),
-        image_width=vision.hidden_size,
-        sound_width=audio.hidden_size,
-        image_tokens=vision.tokens_per_image,
-        sound_tokens=audio.tokens_per_sound,
+        (
+            MediaMemory("image", "image", vision.hidden_size, vision.tokens_per_image),
+            MediaMemory("audio", "sound", audio.hidden_size, audio.tokens_per_sound),
+        ),
         qk_layernorm=cross.qk_layernorm,
         gate_init=cross.gate_init,
     )
