@@ -13,8 +13,8 @@ import torch
 from megatron_mm.config.schema import Config
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader, all_rows
-from megatron_mm.models.graph import ForwardContext
-from megatron_mm.objectives.measures import MeanLoss, Streams
+from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.objectives.measures import MeanLoss, Measure, Streams
 
 Rows = Callable[..., Iterator[Microbatch]]
 
@@ -37,19 +37,25 @@ def score_objectives(
     figures: dict[str, float] = {}
     for task in [name for name, _ in config.model.inputs.tasks] or [""]:
         losses = [loss for loss in reader.graph.losses if loss.tasks is None or task in loss.tasks]
-        measures = {loss.name: (loss.measure or MeanLoss)(loss) for loss in losses}
+        measures = [measure for loss in losses for measure in _measures(loss)]
         names = frozenset().union(*(loss.reads for loss in losses))
-        fields = reader.fields(names).union({"tokens_RT"}, *(loss.fields for loss in losses))
+        fields = reader.fields(names).union(*(measure.loss.fields | measure.fields for measure in measures))
         for batch in rows(config, fields, batch_size, task, limit):
-            _measure(measures.values(), *reader.run(batch, names))
-        for name, measure in measures.items():
-            figures |= {f"{name}/{key}": value for key, value in measure.figures().items()}
+            _measure(measures, *reader.run(batch, names))
+        for measure in measures:
+            figures |= {f"{measure.loss.name}/{key}": value for key, value in measure.figures().items()}
     if not figures:
         raise ValueError("nothing in the held-out rows counts for any objective of this model")
     return figures
 
 
+def _measures(loss: Loss) -> list[Measure]:
+    """The mean of the loss, and what measures it."""
+    own = [loss.measure(loss)] if loss.measure is not None else []
+    return own if own and not own[0].loss_beside else [MeanLoss(loss), *own]
+
+
 @torch.inference_mode()
-def _measure(measures: Iterable, streams: Streams, context: ForwardContext) -> None:
+def _measure(measures: Iterable[Measure], streams: Streams, context: ForwardContext) -> None:
     for measure in measures:
         measure.add(streams, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -11,6 +12,8 @@ from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.layers.sharding import local_text
 from megatron_mm.objectives.cross_entropy import CrossEntropy, token_cross_entropy
 from megatron_mm.objectives.measures import TokenAccuracy
+
+_MEASURE = partial(TokenAccuracy, vocabulary_parallel=True)
 
 
 def token_loss(
@@ -44,7 +47,7 @@ def token_loss(
     def count(batch: Microbatch) -> torch.Tensor:
         return mask(batch).sum()
 
-    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks, measure=TokenAccuracy)
+    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks, measure=_MEASURE)
 
 
 def causal_lm_loss(

@@ -7,7 +7,7 @@ would report it. Losses over the whole global batch take a pass of their own bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import Graph
+from megatron_mm.objectives.measures import Measure
 from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.overlap import GradientReduction, WeightGathering
 from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
@@ -159,10 +160,18 @@ class BatchResult:
     counts: dict[str, float]
 
 
-def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_only: bool = False) -> BatchResult:
+def run_batch(
+    pipeline: Pipeline,
+    microbatches: Sequence[Microbatch],
+    forward_only: bool = False,
+    measures: Mapping[str, Measure] | None = None,
+) -> BatchResult:
     """Runs this process's microbatches of one global batch.
 
     Gradients are left in `main_grad`, reduced over data parallel and ready for the optimizer.
+
+    Args:
+        measures: by loss; take each microbatch that the loss applies to, on the last stage. For a forward pass alone.
     """
     graph, sizes, device = pipeline.graph, pipeline.sizes, pipeline.device
     counts = _counts(graph, microbatches, device)
@@ -174,7 +183,8 @@ def run_batch(pipeline: Pipeline, microbatches: Sequence[Microbatch], forward_on
         with torch.no_grad(), _fork_rng():
             _pass(pipeline, part, microbatches, torch.ones(len(shared), device=device), cache, forward_only=True)
         _compute(pipeline, cache, microbatches, learn=True)
-    done = _pass(pipeline, graph, microbatches, counts.clamp(min=1).float(), cache, forward_only)
+    divisors = counts.clamp(min=1).float()
+    done = _pass(pipeline, graph, microbatches, divisors, cache, forward_only, measures)
     if shared and forward_only:
         _compute(pipeline, cache, microbatches, learn=False)
     sums = torch.zeros(len(graph.losses), dtype=torch.float64, device=device)
@@ -204,6 +214,7 @@ def _pass(
     divisors: torch.Tensor,
     cache: StreamCache | None,
     forward_only: bool,
+    measures: Mapping[str, Measure] | None = None,
 ) -> list[torch.Tensor]:
     """All microbatches through the pipeline; on the last stage, each one's `Terms.sums`."""
     sizes, config = pipeline.sizes, pipeline.config
@@ -214,7 +225,7 @@ def _pass(
     ]
     rows = payload_rows(layouts)
     for chunk in pipeline.bare_chunks:
-        chunk.begin_step(Step(graph, rows, len(microbatches), divisors, cache))
+        chunk.begin_step(Step(graph, rows, len(microbatches), divisors, cache, measures or {}))
 
     def forward_step(iterator, chunk):
         return chunk(next(iterator).to(pipeline.device)), _loss_and_sums

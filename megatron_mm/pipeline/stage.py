@@ -8,8 +8,8 @@ and the counts that normalise the losses, the schedule driver hands over before 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Graph
 from megatron_mm.models.initialization import initialize_module
+from megatron_mm.objectives.measures import Measure
 from megatron_mm.pipeline import ties
 from megatron_mm.pipeline.design import PipelineDesign
 from megatron_mm.pipeline.offload import Offload
@@ -44,6 +45,8 @@ class Step:
     """[number of losses], global counts by which sums are divided."""
     cache: StreamCache | None = None
     """Takes the place of the losses that it names."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    """By loss: what else is counted of it."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,21 @@ class PipelineChunk(MegatronModule):
                 written = (written,) if isinstance(written, torch.Tensor) else written
                 streams.update(zip((stream.name for stream in node.writes), written))
         if self.post_process:
+            self._measure(streams, context)
             terms = self._terms(streams, context, anchor)
             cached = self.step.cache.losses.values() if self.step.cache else ()  # one bad sample spoils the whole batch
             self._note_finite([terms.sums, *(streams[name] for loss in cached for name in loss.reads)])
             return terms
         self._note_finite([streams[stream.name] for stream in graph.live(self.stop)])
         return pack(anchor, self.layout(self.stop, batch), self.step.payload_rows, self.config.pipeline_dtype, streams)
+
+    def _measure(self, streams, context) -> None:
+        """Before the losses, which may spoil the streams that they read."""
+        for loss in self.step.graph.losses:
+            measure = self.step.measures.get(loss.name)
+            if measure is not None and loss.applies(context.batch.plan):
+                seen = context.reading(f"the measure of {loss.reader}", loss.fields | measure.fields)
+                measure.add({name: streams[name] for name in loss.reads}, seen)
 
     def _note_finite(self, results: list[torch.Tensor]) -> None:
         flags = [torch.isfinite(result.detach()).all() for result in results]

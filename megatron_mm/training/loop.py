@@ -41,6 +41,7 @@ from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_
 from megatron_mm.training.shared_reading import SharedLoader
 from megatron_mm.training.start import start
 from megatron_mm.training.tracking import Tracker, peak_tflops
+from megatron_mm.training.validation import Validation, console_line
 
 
 class Trainer:
@@ -134,7 +135,9 @@ class Trainer:
             self._say(f"weights of {' and '.join(map(str, sources))} are the start:", warm_start.table(rows))
         return Position()
 
-    def _loader(self, dataset, consumed: int, workers: int) -> MicrobatchLoader | SharedLoader:
+    def _loader(
+        self, dataset, consumed: int, workers: int, fields: frozenset[str]
+    ) -> MicrobatchLoader | SharedLoader:
         training = self.config.training
 
         def make() -> MicrobatchLoader:
@@ -145,7 +148,7 @@ class Trainer:
                 data_parallel_rank=parallel_state.get_data_parallel_rank(),
                 data_parallel_size=self.sizes.dp,
                 global_batch_size=training.global_batch_size,
-                fields=self.pipeline.fields(),
+                fields=fields,
                 num_workers=workers,
                 tasks=TaskSchedule(self.config.model.inputs.tasks, training.seed),
             )
@@ -177,6 +180,8 @@ class Trainer:
                 if training.eval_interval and (position.iteration % training.eval_interval == 0 or last):
                     figures.update(self.validate())
                 tracker.record(figures)
+                if measured := console_line(figures, self.pipeline.graph.losses):
+                    self._say(measured)
                 stopped = signals.agreed()
                 interval, ended = config.checkpoint.save_interval, position.iteration in phases
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
@@ -195,7 +200,8 @@ class Trainer:
         return position
 
     def _train_loader(self) -> MicrobatchLoader | SharedLoader:
-        return self._loader(self.datasets.train, self.position.consumed_samples, self.config.data.num_workers)
+        consumed, workers = self.position.consumed_samples, self.config.data.num_workers
+        return self._loader(self.datasets.train, consumed, workers, self.pipeline.fields())
 
     def _next_phase(self) -> None:
         """Goes on from the checkpoint just written with another part of the model frozen, cut and sharded anew."""
@@ -264,33 +270,23 @@ class Trainer:
         dist.all_gather_object(everyone, own, group=group)
         return [name for pool in zip(*everyone) for ids in pool for name in ids]
 
-    @torch.no_grad()
     def validate(self) -> dict:
-        """Losses over `training.eval_iters` global batches of the validation split, always the same ones."""
+        """Losses and measures over `training.eval_iters` global batches of the validation split, always the same."""
         if self.datasets.valid is None or self.config.training.eval_iters < 1:
             return {}
         for chunk in self.pipeline.chunks:
             chunk.eval()
-        loader = self._loader(self.datasets.valid, 0, 0)
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
+        validation = Validation(self.pipeline)
+        loader = self._loader(self.datasets.valid, 0, 0, validation.fields)
         for number in range(self.config.training.eval_iters):
             self.watchdog.beat(f"validation batch {number + 1} after iteration {self.position.iteration}")
             microbatches = [next(loader) for _ in range(loader.num_microbatches)]
             self.corrupt.count(microbatches)
-            result = run_batch(self.pipeline, microbatches, forward_only=True)
-            for name, mean in result.losses.items():
-                sums[name] = sums.get(name, 0.0) + mean * result.counts[name]
-                counts[name] = counts.get(name, 0.0) + result.counts[name]
+            validation.add(microbatches)
         loader.close()
         for chunk in self.pipeline.chunks:
             chunk.train()
-        means = {name: sums[name] / max(1.0, counts[name]) for name in sums}
-        losses = self.pipeline.graph.losses
-        return {
-            "validation_loss": sum(loss.weight * means.get(loss.name, 0.0) for loss in losses),
-            **({f"validation_{name}": mean for name, mean in means.items()} if len(losses) > 1 else {}),
-        }
+        return validation.figures()
 
     def _save(self, needed: bool) -> None:
         self.watchdog.beat(f"saving iteration {self.position.iteration}")

@@ -17,7 +17,7 @@ from megatron_mm.models.graph import ForwardContext
 from megatron_mm.objectives.mae import mae_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss
-from megatron_mm.objectives.measures import MaskedPatches, Matching, Retrieval, TokenAccuracy
+from megatron_mm.objectives.measures import MaskedPatches, Matching, MeanLoss, Retrieval, TokenAccuracy
 from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
@@ -152,13 +152,15 @@ def test_accuracy_of_masked_tokens_counts_the_hidden_ones():
     batch = rows([[2, 5, 6, 7], [2, 5, 9]], [-1, -1])
     batch.masked_loss_mask_RT = torch.tensor([[0.0, 1, 1, 0], [0, 1, 0, 0]])
     batch.masked_labels_RT = (batch.tokens_RT * batch.masked_loss_mask_RT).long()
-    measure = TokenAccuracy(masked_lm_loss())
+    measures = [masked_lm_loss().measure(masked_lm_loss()), MeanLoss(masked_lm_loss())]
     logits = torch.zeros(8, 1, 12)
     for position, token in ((1, 5), (2, 5), (5, 5), (6, 9)):
         logits[position, 0, token] = 3.0
     setup.initialize(ParallelSizes(), 1)
-    measure.add({"logits": logits}, ForwardContext(batch))
-    figures = measure.figures()
+    for measure in measures:
+        measure.add({"logits": logits}, ForwardContext(batch))
+    assert isinstance(measures[0], TokenAccuracy)
+    figures = measures[0].figures()
     assert figures["accuracy"] == pytest.approx(2 / 3) == figures["majority"] and figures["tokens"] == 3
     assert logits[1, 0, 5] == 3.0, "megatron-core's cross-entropy works on a copy"
 
@@ -180,9 +182,10 @@ def test_masked_patches_stand_beside_the_prediction_of_their_mean():
     torch.manual_seed(0)
     batch.images_ICHW, batch.patch_noise_IP = torch.randn(2, 3, 8, 8), torch.rand(2, 4)
     batch.images_ICHW[1] = 0.7  # one colour: its normed patches are zero
-    measure = MaskedPatches(mae_loss(config.vision, config.mae))
-    measure.add({"mae_prediction": torch.full((2, 4, 48), 2.0)}, ForwardContext(batch))
-    figures = measure.figures()
+    loss, figures = mae_loss(config.vision, config.mae), {}
+    for measure in (MeanLoss(loss), MaskedPatches(loss)):
+        measure.add({"mae_prediction": torch.full((2, 4, 48), 2.0)}, ForwardContext(batch))
+        figures |= measure.figures()
     # An unbiased deviation leaves the mean square at 47/48; a prediction of 2 adds its square to both.
     assert figures["loss_of_mean"] == pytest.approx(47 / 48 / 2, rel=1e-4)
     assert figures["loss"] == pytest.approx(47 / 48 / 2 + 4, rel=1e-4)
