@@ -121,19 +121,33 @@ class Rows:
 def exported_inputs(batch: Microbatch, left: bool = True) -> dict[str, torch.Tensor]:
     """Rows of one document as the exported model reads them.
 
+    A field of a system's own is read by its name without the dimensions: `weights_RT` as `weights`, padded as tokens
+    are; `pulses_SNC` as `pulses`, in the slots of rows, with `pulse_mask`, which slots are filled.
+
     Args:
         batch: as training reads them, padded on the right.
         left: pad on the left.
     """
+    real = batch.document_ids_RT >= 0
+    lengths = real.sum(dim=1).tolist()
+
+    def padded(values_RT: torch.Tensor) -> torch.Tensor:
+        if not left:
+            return values_RT
+        rolled = torch.stack([row.roll(-count, dims=0) for row, count in zip(values_RT, lengths)])
+        return rolled[:, -max(lengths) :]
+
     inputs = {}
     if batch.tokens_RT is not None:
-        real = batch.document_ids_RT >= 0
-        ids, mask = batch.tokens_RT.clone(), real.long()
-        if left:
-            for row, count in enumerate(real.sum(dim=1).tolist()):
-                ids[row], mask[row] = ids[row].roll(-count), mask[row].roll(-count)
-        kept = slice(-int(mask.sum(dim=1).max()), None) if left else slice(0, None)
-        inputs = {"input_ids": ids[:, kept], "attention_mask": mask[:, kept]}
+        inputs = {"input_ids": padded(batch.tokens_RT), "attention_mask": padded(real.long())}
+    lists = {"I": "image", "A": "sound"} | {own.listed.letter: own.listed.name for own in batch.plan.own_lists}
+    for name in sorted(batch.own.keys() & batch.tensors.keys() - batch.plan.always_read):
+        key, _, letters = name.rpartition("_")
+        if letters[0] == "R":
+            inputs[key] = padded(batch.own[name]) if letters[:2] == "RT" else batch.own[name]
+        else:
+            slots, _ = batch.slots(lists[letters[0]])
+            inputs |= {key: _in_slots(batch.own[name], slots), f"{lists[letters[0]]}_mask": slots >= 0}
     if batch.sounds_AMF is not None:  # packed rows have slots
         slots = batch.image_slots_RK
         frames = batch.image_frames_I[slots.clamp(min=0)].masked_fill(slots < 0, -1)

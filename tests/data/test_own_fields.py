@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,21 @@ import torch
 
 from megatron_mm.config.fields import Field, Listed
 from megatron_mm.config.inputs import InputFormat
-from megatron_mm.config.load import config_from_tree
+from megatron_mm.config.load import config_from_tree, dump_config
 from megatron_mm.data.reading.builder import CheckedSplit
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.microbatch import field_shapes
 from megatron_mm.data.reading.rows import Document, collate
+from megatron_mm.evaluation.export_proof import exported_inputs
 from megatron_mm.media.errors import DataError
 from megatron_mm.planner.assembly import full_plan
 from megatron_mm.planner.dry_run import meta_microbatch
+from tests.support.programs import PYTHON
 
-SENSOR = str(Path(__file__).parents[1] / "support" / "sensor.py")
+ROOT = Path(__file__).parents[2]
+SENSOR = str(ROOT / "tests" / "support" / "sensor.py")
 PULSE = Listed("pulse", "S", most=2)
 
 
@@ -206,6 +210,35 @@ def test_they_come_through_the_loader_where_they_are_asked_for(workers):
     assert (batch.tokens_RT[0][batch.document_ids_RT[0] == 1][1:] == 8 + 8 * batch.pulses_SNC[first, 0, 0]).all()
     without = train.microbatch(range(2), {"tokens_RT"})
     assert without.pulses_SNC is None and torch.equal(without.pulse_slots_RK, batch.pulse_slots_RK)
+
+
+def test_the_proof_of_an_export_gives_them_to_the_exported_model():
+    """Rows of one document, the left of which is padded: what a token, a row and a slot has is where it was."""
+    batch = GeneratedRows(config(), documents=1).microbatch(range(6))
+    batch.document_ids_RT[0, 10:] = -1
+    batch.weights_RT[0, 10:] = 0
+    inputs = exported_inputs(batch)
+    assert inputs.keys() == {"input_ids", "attention_mask", "weights", "pulses", "pulse_mask"}
+    assert torch.equal(inputs["weights"][0, -10:], batch.weights_RT[0, :10]) and not inputs["weights"][0, :-10].any()
+    assert torch.equal(inputs["weights"][1], batch.weights_RT[1]) and inputs["attention_mask"][0].sum() == 10
+    assert torch.equal(inputs["input_ids"][0, -10:], batch.tokens_RT[0, :10])
+    assert torch.equal(inputs["pulse_mask"], batch.pulse_slots_RK >= 0) and inputs["pulses"].shape == (6, 3, 4, 3)
+    row, slot = (batch.pulse_slots_RK >= 0).nonzero()[-1].tolist()
+    assert torch.equal(inputs["pulses"][row, slot], batch.pulses_SNC[batch.pulse_slots_RK[row, slot]])
+    assert not inputs["pulses"][~inputs["pulse_mask"]].any()
+    assert torch.equal(exported_inputs(batch, left=False)["weights"], batch.weights_RT)
+
+
+@pytest.mark.slow
+def test_a_dry_run_has_them_on_the_stages_that_read_them(tmp_path):
+    planned = config()
+    planned.parallel.pipeline_model_parallel_size = 2
+    dump_config(planned, tmp_path / "r.yaml")
+    words = [PYTHON, "pretrain_multimodal.py", "--config", str(tmp_path / "r.yaml"), "--dry-run", "--world-size", "2"]
+    words += ["--global-batch-size", "2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tower …" in done.stdout
 
 
 def test_shards_have_none():
