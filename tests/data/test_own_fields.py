@@ -12,7 +12,7 @@ import torch
 
 from megatron_mm.config.fields import Field, Listed
 from megatron_mm.config.inputs import InputFormat
-from megatron_mm.config.load import config_from_tree, dump_config
+from megatron_mm.config.load import dump_config
 from megatron_mm.data.reading.builder import CheckedSplit
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.generated import GeneratedRows
@@ -24,21 +24,10 @@ from megatron_mm.media.errors import DataError
 from megatron_mm.planner.assembly import full_plan
 from megatron_mm.planner.dry_run import meta_microbatch
 from tests.support.programs import PYTHON
+from tests.support.recipes import small_sensor
 
 ROOT = Path(__file__).parents[2]
-SENSOR = str(ROOT / "tests" / "support" / "sensor.py")
 PULSE = Listed("pulse", "S", most=2)
-
-
-def config(**model):
-    return config_from_tree(
-        {
-            "plugins": [SENSOR],
-            "model": {"system": "sensor", **model},
-            "data": {"builder": f"{SENSOR}:build_datasets", "seq_length": 24, "num_workers": 0},
-        },
-        "sensor recipe",
-    )
 
 
 def own(*fields: Field, lists: tuple[Listed, ...] = (PULSE,), **format) -> InputFormat:
@@ -75,14 +64,14 @@ def test_declarations_that_nothing_could_be_read_by_are_refused(fields, lists, f
 
 
 def test_a_declared_field_has_its_place_beside_the_packages():
-    inputs = config().model.inputs
+    inputs = small_sensor().model.inputs
     assert {"pulses_SNC", "weights_RT"} <= inputs.fields
     assert {"pulse_slots_RK", "pulse_slot_documents_RK"} <= inputs.always_read
-    plan = full_plan(config())
+    plan = full_plan(small_sensor())
     shapes = field_shapes(inputs, plan)
     assert shapes["pulses_SNC"] == ((3 * plan.num_rows, 4, 3), torch.float32)
     assert shapes["pulse_slots_RK"] == ((plan.num_rows, 3), torch.int64)
-    assert meta_microbatch(config(), plan).pulses_SNC.shape == shapes["pulses_SNC"][0]
+    assert meta_microbatch(small_sensor(), plan).pulses_SNC.shape == shapes["pulses_SNC"][0]
 
 
 def document(length: int, pulses: list, **fields: object) -> Document:
@@ -139,7 +128,7 @@ def test_a_row_of_one_document_has_a_value_of_its_own():
 
 
 def test_a_microbatch_holds_moves_and_sends_them():
-    batch = GeneratedRows(config()).microbatch(range(4))
+    batch = GeneratedRows(small_sensor()).microbatch(range(4))
     copy = pickle.loads(pickle.dumps(batch))
     assert copy.tensors.keys() == batch.tensors.keys() >= {"pulses_SNC", "pulse_slots_RK", "weights_RT", "tokens_RT"}
     assert all(torch.equal(copy.tensors[name], value) for name, value in batch.tensors.items())
@@ -157,13 +146,14 @@ def test_a_microbatch_holds_moves_and_sends_them():
 
 
 def test_generated_rows_follow_the_declaration():
-    made = GeneratedRows(config()).microbatch(range(32))
-    CheckedSplit("train", GeneratedRows(config()), config()).microbatch(range(32), config().model.inputs.fields)
+    made = GeneratedRows(small_sensor()).microbatch(range(32))
+    config = small_sensor()
+    CheckedSplit("train", GeneratedRows(config), config).microbatch(range(32), config.model.inputs.fields)
     counts = (made.pulse_slots_RK >= 0).sum(1)
     assert set(counts.tolist()) == {0, 1, 2, 3} and made.plan.number("pulse") == int(counts.sum())
     assert made.pulses_SNC.min() < -6 and made.pulses_SNC.max() > 6
     for number in range(8):
-        alone = GeneratedRows(config()).microbatch([number])
+        alone = GeneratedRows(small_sensor()).microbatch([number])
         assert torch.equal(alone.weights_RT[0], made.weights_RT[number])
         mine, theirs = (slots[slots >= 0] for slots in (alone.pulse_slots_RK[0], made.pulse_slots_RK[number]))
         assert torch.equal(alone.pulses_SNC[mine], made.pulses_SNC[theirs])
@@ -171,7 +161,7 @@ def test_generated_rows_follow_the_declaration():
 
 class Spoilt:
     def __init__(self, change) -> None:
-        self.rows, self.change = GeneratedRows(config()), change
+        self.rows, self.change = GeneratedRows(small_sensor()), change
 
     def microbatch(self, index, fields, task=""):
         batch = self.rows.microbatch(index, fields, task)
@@ -195,14 +185,14 @@ class Spoilt:
     ],
 )
 def test_microbatches_that_do_not_fit_are_refused(change, message):
-    fields = config().model.inputs.fields
+    fields = small_sensor().model.inputs.fields
     with pytest.raises(DataError, match=message):
-        CheckedSplit("train", Spoilt(change), config()).microbatch(range(4), fields)
+        CheckedSplit("train", Spoilt(change), small_sensor()).microbatch(range(4), fields)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_they_come_through_the_loader_where_they_are_asked_for(workers):
-    train = build_datasets(config()).train
+    train = build_datasets(small_sensor()).train
     loader = MicrobatchLoader(train, 0, 2, 0, 1, 4, {"tokens_RT", "pulses_SNC"}, workers)
     batch = next(loader)
     loader.close()
@@ -214,7 +204,7 @@ def test_they_come_through_the_loader_where_they_are_asked_for(workers):
 
 def test_the_proof_of_an_export_gives_them_to_the_exported_model():
     """Rows of one document, the left of which is padded: what a token, a row and a slot has is where it was."""
-    batch = GeneratedRows(config(), documents=1).microbatch(range(6))
+    batch = GeneratedRows(small_sensor(), documents=1).microbatch(range(6))
     batch.document_ids_RT[0, 10:] = -1
     batch.weights_RT[0, 10:] = 0
     inputs = exported_inputs(batch)
@@ -231,7 +221,7 @@ def test_the_proof_of_an_export_gives_them_to_the_exported_model():
 
 @pytest.mark.slow
 def test_a_dry_run_has_them_on_the_stages_that_read_them(tmp_path):
-    planned = config()
+    planned = small_sensor()
     planned.parallel.pipeline_model_parallel_size = 2
     dump_config(planned, tmp_path / "r.yaml")
     words = [PYTHON, "pretrain_multimodal.py", "--config", str(tmp_path / "r.yaml"), "--dry-run", "--world-size", "2"]
@@ -242,7 +232,7 @@ def test_a_dry_run_has_them_on_the_stages_that_read_them(tmp_path):
 
 
 def test_shards_have_none():
-    reading = config()
+    reading = small_sensor()
     reading.data.builder = None
     with pytest.raises(ValueError, match=r"data\.builder: not set; shards have no pulses_SNC, weights_RT"):
         build_datasets(reading)

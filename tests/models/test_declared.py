@@ -14,7 +14,7 @@ from megatron_mm.pipeline.schedule import run_batch
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.systems.graph import build_graph
-from tests.data.test_own_fields import config
+from tests.support.recipes import small_sensor
 
 
 def token_sum(batch):
@@ -23,19 +23,19 @@ def token_sum(batch):
 
 @pytest.fixture
 def batch():
-    return GeneratedRows(config()).microbatch(range(4))
+    return GeneratedRows(small_sensor()).microbatch(range(4))
 
 
 def test_a_node_that_reads_what_it_does_not_declare_is_refused_in_one_process(batch):
     device = setup.initialize(ParallelSizes(), 1)
-    made = config(declares=False)
+    made = small_sensor(declares=False)
     pipeline = Assembly.of(made, ParallelSizes()).build(device, 1)
     message = r"node 'tower' reads pulses_SNC, which it does not declare \(it declares none\)"
     with pytest.raises(ValueError, match=message):
         run_batch(pipeline, [batch], forward_only=True)
     with pytest.raises(ValueError, match=message):
         GraphReader(made).run(batch, ["logits"])
-    pipeline = Assembly.of(config(), ParallelSizes()).build(device, 1)
+    pipeline = Assembly.of(small_sensor(), ParallelSizes()).build(device, 1)
     assert run_batch(pipeline, [batch], forward_only=True).losses["causal_lm"] > 0
 
 
@@ -74,7 +74,7 @@ def test_a_count_reads_what_every_stage_has(batch):
 
 
 def test_fields_that_samples_do_not_have_are_refused_when_the_graph_is_made():
-    made = config().model
+    made = small_sensor().model
     inputs = made.inputs
     graph = build_graph(made, LayerSettings())
     graph.check_fields(inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_mm.config.load import config_from_tree
 from megatron_mm.config.schema import Config
 
@@ -105,3 +107,16 @@ def small_dual_encoder(**changes: object) -> Config:
     fusion = {"num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 96}
     model = {"vision": _VISION, "mae": _MAE, "text": text, "fusion": fusion, "mae_weight": 0.5}
     return _small({"system": "dual_encoder", **model, **changes})
+
+
+def small_sensor(**model: object) -> Config:
+    """A user's own system with fields of its own (tests/support/sensor.py); `model` are fields of its section."""
+    plugin = str(Path(__file__).with_name("sensor.py"))
+    tree = {
+        "plugins": [plugin],
+        "model": {"system": "sensor", **model},
+        "data": {"builder": f"{plugin}:build_datasets", "seq_length": 24, "num_workers": 0},
+        "training": {"eval_interval": 0, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
+    }
+    return config_from_tree(tree, "sensor's recipe")

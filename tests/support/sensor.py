@@ -168,7 +168,7 @@ class Pulses:
         draw = np.random.Generator(np.random.Philox(key=[self.seed, number]))
         size, documents = self.length // 3, []
         for part in range(3):
-            answer = int(draw.choice([1, 2, 41, 42]))  # of either half of the vocabulary
+            answer = int(draw.choice([1, 41, 42, 42]))  # tokens of either half of the vocabulary
             tokens = np.full(size, 8 + answer)
             tokens[0] = 2
             pulses = {"pulse": [answer] * (part > 0)}

@@ -20,16 +20,15 @@ from megatron_mm.objectives.measures import TokenAccuracy
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.validation import Validation, console_line
-from tests.checks.test_own_fields_layouts import recipe as sensor
 from tests.support.programs import PYTHON, TORCHRUN
-from tests.support.recipes import small_perceiver_fusion
+from tests.support.recipes import small_perceiver_fusion, small_sensor
 
 ROOT = Path(__file__).parents[2]
 
 
 def own_run(folder: Path, processes: int, **parallel: int) -> tuple[list[dict], str]:
     """Metrics and console of a short run of the sensor's system."""
-    config = sensor()
+    config = small_sensor()
     training = config.training
     training.train_iters, training.eval_interval, training.eval_iters = 4, 2, 2
     training.micro_batch_size, training.global_batch_size = 2, 8
@@ -131,7 +130,7 @@ class Unmerged:
 
 
 def test_a_measure_that_cannot_be_merged_is_refused_by_name():
-    config = sensor()
+    config = small_sensor()
     device = setup.initialize(ParallelSizes(), 1)
     pipeline = Assembly.of(config, ParallelSizes()).build(device, 1)
     (loss,) = pipeline.graph.losses
