@@ -2,7 +2,8 @@
 
 Plain: megatron-core's, in fp32. Native: its compiled functions, which take the layers' precision, reduce over the
 shards once instead of twice and round the gradient to bf16, so they are for bf16. TE: Transformer Engine's kernel,
-which keeps logits as they are instead of fp32 probabilities. The others spoil the logits.
+which keeps logits as they are instead of fp32 probabilities. The others spoil the logits. `likeliest` is the token that
+a model finds, over the same shards.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from torch import distributed
 
 CrossEntropy = Literal["plain", "native", "te"]
 
@@ -28,3 +30,18 @@ def token_cross_entropy(logits_SBV: torch.Tensor, labels_SB: torch.Tensor, kind:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     return fused_vocab_parallel_cross_entropy(logits_SBV, labels_SB, group)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """[…, V/TP] of every tensor-parallel process -> the likeliest of V; of equals the first, as argmax takes it."""
+    group = get_tensor_model_parallel_group()
+    size = group.size()
+    if size == 1:
+        return logits.argmax(dim=-1)
+    value, index = logits.float().max(dim=-1)
+    index = index + group.rank() * logits.shape[-1]
+    values, indices = ([torch.empty_like(own) for _ in range(size)] for own in (value, index))
+    distributed.all_gather(values, value.contiguous(), group=group)
+    distributed.all_gather(indices, index.contiguous(), group=group)
+    best = torch.stack(values).argmax(dim=0, keepdim=True)
+    return torch.stack(indices).gather(0, best)[0]

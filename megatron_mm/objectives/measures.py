@@ -3,12 +3,13 @@
     Retrieval      recall@K in both directions, over all rows that have both sides
     TokenAccuracy  share of the tokens that are found
     Matching       balanced accuracy over own pairs and the hard negatives of each microbatch
-    MaskedPatches  mean squared error of the hidden patches, beside that of predicting every patch's mean
+    MaskedPatches  the loss of predicting every patch's mean, to compare the mean of the loss with
     MeanLoss       the loss alone
 
 A loss names its measure (`models.graph.Loss.measure`), as one of a user's own does. Each process adds what it has of
 the microbatches; what they counted is merged (`counts`, `merge`) before any figure is made of it, so that the figures
 are the same in every layout. Scores (evaluation/objectives.py) and validation (training/validation.py) read the same.
+Scoring imports this before the platform is set up, so what needs megatron-core is imported where it is used.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
-from megatron_mm.models.layers.sharding import local_text
 from megatron_mm.objectives.retrieval import score_both_directions
 
 Streams = dict[str, torch.Tensor]
@@ -103,6 +102,8 @@ class MeanLoss(Sums):
 
 def _share_of_count(loss: Loss, context: ForwardContext) -> float:
     """The loss's count of a microbatch, or this context-parallel process's share where the loss is in parts."""
+    from megatron.core import parallel_state
+
     return loss.counted(context.batch) / (parallel_state.get_context_parallel_world_size() if loss.sharded else 1)
 
 
@@ -121,6 +122,9 @@ class TokenAccuracy(Measure):
 
     def add(self, streams: Streams, context: ForwardContext) -> None:
         """Takes a microbatch."""
+        from megatron_mm.models.layers.sharding import local_text
+        from megatron_mm.objectives.cross_entropy import likeliest
+
         batch = context.batch
         masked = "masked_labels_RT" in self.loss.fields
         labels_RT = batch.masked_labels_RT if masked else batch.labels_RT
@@ -128,7 +132,7 @@ class TokenAccuracy(Measure):
         if self.loss.sharded:
             labels_RT, counted_RT = local_text(labels_RT), local_text(counted_RT)
         logits = streams[self.loss.reads[0]]
-        found = _likeliest_of_all(logits) if self.vocabulary_parallel else logits.argmax(dim=-1)
+        found = likeliest(logits) if self.vocabulary_parallel else logits.argmax(dim=-1)
         self.right += int((found.reshape(labels_RT.shape) == labels_RT)[counted_RT].sum())
         self.truth.update(labels_RT[counted_RT].tolist())
 
@@ -148,21 +152,6 @@ class TokenAccuracy(Measure):
             return {}
         majority = max(self.truth.values()) / tokens
         return {"accuracy": self.right / tokens, "majority": majority, "tokens": tokens}
-
-
-def _likeliest_of_all(logits: torch.Tensor) -> torch.Tensor:
-    """[…, V/TP] of every tensor-parallel process -> the likeliest of V; of equals the first, as argmax takes it."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    size = group.size()
-    if size == 1:
-        return logits.argmax(dim=-1)
-    value, index = logits.float().max(dim=-1)
-    index = index + parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    values, indices = ([torch.empty_like(own) for _ in range(size)] for own in (value, index))
-    torch.distributed.all_gather(values, value.contiguous(), group=group)
-    torch.distributed.all_gather(indices, index.contiguous(), group=group)
-    best = torch.stack(values).argmax(dim=0, keepdim=True)
-    return torch.stack(indices).gather(0, best)[0]
 
 
 class Retrieval(Measure):
