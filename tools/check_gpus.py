@@ -37,9 +37,9 @@ class Arguments:
     steps: int = 20
     """Steps of each run, at least 4."""
     gpus: int | None = None
-    """GPUs of a node; null: those that are there, or 4 processes on a CPU."""
-    nodes: int = 2
-    """Nodes of `two-nodes`."""
+    """GPUs of a node; null: those that are there, or 4 processes on a CPU. `one` takes 1."""
+    nodes: int | None = None
+    """Nodes of `two-nodes`; null: 2."""
     node_rank: int = 0
     """Number of this node."""
     master_addr: str = "localhost"
@@ -47,7 +47,8 @@ class Arguments:
     master_port: int = 29500
     """A port of it, and the next ten."""
     second: list[str] = field(default_factory=list)
-    """Options for the second run of each comparison, to see it fail: --second optimizer.lr=4e-3 training.seed=2."""
+    """Options for the second run of each comparison, to see it fail: --second optimizer.lr=4e-3 training.seed=2. The
+    layouts are those of the checks."""
     json: Path | None = None
     """Also write the checks to this file."""
 
@@ -61,18 +62,24 @@ def main() -> None:
     gpus = arguments.gpus or (torch.cuda.device_count() if cuda else 4)
     if arguments.what == "node" and gpus < 4:
         fail(f"--gpus is {gpus}; `node` needs at least 4 (`one` checks a single GPU)", status=2)
+    if arguments.what == "one" and arguments.gpus not in (None, 1):
+        fail(f"--gpus is {arguments.gpus}; `one` checks a single GPU (`node` those of a node)", status=2)
+    if arguments.what != "two-nodes" and arguments.nodes not in (None, 1):
+        fail(f"--nodes is {arguments.nodes}; `{arguments.what}` checks one node (`two-nodes` several)", status=2)
+    second = [f"--{option}" for option in arguments.second]
     try:
+        gpu_checks.check_second(arguments.what, second, arguments.steps)
         check_place(arguments.output, "--output")  # before it becomes absolute
         check_file(arguments.json, "--json", figures("check", "passed"))
         machines = gpu_checks.Machines(
             arguments.output.resolve(),
             cuda,
             gpus,
-            arguments.nodes if arguments.what == "two-nodes" else 1,
+            (2 if arguments.nodes is None else arguments.nodes) if arguments.what == "two-nodes" else 1,
             arguments.node_rank,
             arguments.master_addr,
             arguments.master_port,
-            [f"--{option}" for option in arguments.second],
+            second,
         )
     except (ValueError, torch.distributed.DistError) as error:  # the latter: the first node is not to be reached
         fail(str(error), status=2)
