@@ -25,7 +25,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, exit_status, figures, records, write_figures, write_whole
+from megatron_mm.config.outputs import check_file, figures, records, write_figures, write_whole
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -126,16 +127,10 @@ def _wide(heading: str) -> int:
     return max(len(heading), len("0.000")) + 2
 
 
-def main() -> int:
-    """0; 1 with the reason on stderr; 2 for usage."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        print_table(run(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+def main() -> None:
+    """Evaluates and prints the table."""
+    print_table(run(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main, left="")

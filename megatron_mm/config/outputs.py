@@ -22,13 +22,17 @@ _STREAMS = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/self/fd/\d+")
 _LARGEST_FIGURES = 1 << 26  # bytes; what is longer are no figures of ours
 
 
-class OutputError(ValueError):
-    """An output that is not written or replaced: a mistake in the command, which ends with status 2."""
+class UsageError(ValueError):
+    """A mistake in the command, which ends with status 2."""
+
+
+class OutputError(UsageError):
+    """An output that is not written or replaced."""
 
 
 def exit_status(error: Exception) -> int:
     """Status that a program ends with after an error that its user can mend: 2 for a mistake in the command, else 1."""
-    return 2 if isinstance(error, OutputError) else 1
+    return 2 if isinstance(error, UsageError) else 1
 
 
 @dataclass(frozen=True)
