@@ -22,7 +22,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.checks import gpu_checks
-from megatron_mm.config.outputs import UsageError, check_file, check_place, figures, write_figures
+from megatron_mm.config.outputs import UsageError, check_file, check_place, figures
+from megatron_mm.platform.atomic_files import write_figures
 from megatron_mm.platform.tool import run_tool
 
 

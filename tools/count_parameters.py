@@ -19,7 +19,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.config.load import RECIPES, load_config
-from megatron_mm.config.outputs import Kind, check_file, read_figures, write_figures
+from megatron_mm.config.outputs import Kind, check_file, read_figures
+from megatron_mm.platform.atomic_files import write_figures
 from megatron_mm.platform.tool import run_tool
 
 

@@ -25,7 +25,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, figures, records, write_figures, write_whole
+from megatron_mm.config.outputs import check_file, figures, records
+from megatron_mm.platform.atomic_files import write_figures, write_whole
 from megatron_mm.platform.tool import run_tool
 
 

@@ -21,6 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.config.outputs import check_file, is_stream, records
+from megatron_mm.platform.atomic_files import give_name
 from megatron_mm.platform.tool import run_tool
 
 
@@ -146,7 +147,7 @@ class _Output:
             if self.part == self.path:
                 return
             if kind is None:
-                self.part.replace(self.path)
+                give_name(self.part, self.path)
             elif self.part.stat().st_size:
                 print(f"answers so far are in {self.part}", file=sys.stderr)
             else:

@@ -18,7 +18,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, figures, write_figures
+from megatron_mm.config.outputs import check_file, figures
+from megatron_mm.platform.atomic_files import write_figures
 from megatron_mm.platform.tool import run_tool
 
 

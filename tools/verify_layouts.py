@@ -29,7 +29,8 @@ from megatron_mm.checks.layouts import (
     to_json,
 )
 from megatron_mm.config.load import load_config
-from megatron_mm.config.outputs import UsageError, check_file, figures, write_figures
+from megatron_mm.config.outputs import UsageError, check_file, figures
+from megatron_mm.platform.atomic_files import write_figures
 from megatron_mm.platform.tool import run_tool
 
 
