@@ -39,8 +39,8 @@ class Arguments:
     """Steps of each run, at least 4."""
     gpus: int | None = None
     """GPUs of a node; null: those that are there, or 4 processes on a CPU. `one` takes 1."""
-    nodes: int | None = None
-    """Nodes of `two-nodes`; null: 2."""
+    nodes: int = 2
+    """Nodes of `two-nodes`."""
     node_rank: int = 0
     """Number of this node."""
     master_addr: str = "localhost"
@@ -65,7 +65,7 @@ def main() -> int:
         raise UsageError(f"--gpus is {gpus}; `node` needs at least 4 (`one` checks a single GPU)")
     if arguments.what == "one" and arguments.gpus not in (None, 1):
         raise UsageError(f"--gpus is {arguments.gpus}; `one` checks a single GPU (`node` those of a node)")
-    if arguments.what != "two-nodes" and arguments.nodes not in (None, 1):
+    if arguments.what != "two-nodes" and arguments.nodes not in (1, Arguments.nodes):
         raise UsageError(f"--nodes is {arguments.nodes}; `{arguments.what}` checks one node (`two-nodes` several)")
     second = [f"--{option}" for option in arguments.second]
     try:
@@ -76,7 +76,7 @@ def main() -> int:
             arguments.output.resolve(),
             cuda,
             gpus,
-            (2 if arguments.nodes is None else arguments.nodes) if arguments.what == "two-nodes" else 1,
+            arguments.nodes if arguments.what == "two-nodes" else 1,
             arguments.node_rank,
             arguments.master_addr,
             arguments.master_port,

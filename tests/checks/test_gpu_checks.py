@@ -254,8 +254,8 @@ def test_usage_is_refused_by_name():
     assert run("one", "--steps", 3).returncode == 2
     done = run("one", "--gpus", 2)
     assert done.returncode == 2 and "error: --gpus is 2; `one` checks a single GPU" in done.stderr
-    done = run("node", "--nodes", 2)
-    assert done.returncode == 2 and "error: --nodes is 2; `node` checks one node" in done.stderr
+    done = run("node", "--nodes", 3)
+    assert done.returncode == 2 and "error: --nodes is 3; `node` checks one node" in done.stderr
     done = run("two-nodes", "--second", "context-parallel-size=2")
     assert done.returncode == 2 and "error: --second: parallel.context_parallel_size is what `two-nodes`" in done.stderr
     with socket.create_server(("", 0)) as taken:
