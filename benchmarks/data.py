@@ -76,6 +76,7 @@ def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     from benchmarks.data_cases import corpora
     from megatron_mm.config import outputs
+    from megatron_mm.platform.atomic_files import write_figures
 
     unknown = set(arguments.cases) - set(CASES)
     if unknown:
@@ -95,7 +96,7 @@ def main() -> int:
             state = {None: "", True: "reached", False: "NOT REACHED"}[figure.reached]
             value = f"{figure.value:,.3g}" if figure.value < 1000 else f"{figure.value:,.0f}"
             print(f"{figure.what:78} {value:>10} {figure.unit:12} {figure.wanted:8} {state}", flush=True)
-    outputs.write_figures(arguments.json, [asdict(figure) for figure in figures])
+    write_figures(arguments.json, [asdict(figure) for figure in figures])
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import tyro
 
 from megatron_mm.config import outputs
+from megatron_mm.platform.atomic_files import write_figures
 
 LIMIT = 1.2
 
@@ -146,7 +147,7 @@ def main() -> int:
         row = figures[-1]
         print(f"  {name:<12} ours {row['ours_ms']:8.1f} ms  theirs {row['theirs_ms']:8.1f} ms  "
               f"ratio {row['ratio']:6.3f} (limit {LIMIT})  {row['what']}")  # fmt: skip
-    outputs.write_figures(arguments.json, {"limit": LIMIT, "threads": arguments.threads, "cases": figures})
+    write_figures(arguments.json, {"limit": LIMIT, "threads": arguments.threads, "cases": figures})
     slow = [row["case"] for row in figures if row["ratio"] > LIMIT]
     if slow and not arguments.smoke:
         print(f"above the limit: {', '.join(slow)}", file=sys.stderr)

@@ -1,8 +1,14 @@
-# What the examples that run from nothing share (quickstart/run.sh, */tiny.sh): options, headings, environment, output
-# folder. Sourced, not run; everything after it happens in the root of the repository.
+# What the examples that run from nothing share (quickstart/run.sh, */tiny.sh): options and their help, headings,
+# environment, output folder, and the steps that are the same in all. Sourced, not run; everything after it happens in
+# the root of the repository.
 #
-#   read_options SCRIPT SYSTEM OUTPUT RECIPE "$@"    SCRIPT below examples/, whose comment is the help; the defaults
+#   read_options SCRIPT SYSTEM OUTPUT RECIPE "$@"    SCRIPT below examples/, whose comment begins the help; the defaults
 #   begin ITEM...                                    the environment; the output folder without an earlier run's ITEMs
+#   train_tokenizer TEXTS SIZE                       of a file of the data, with SIZE pieces: tokenizer.model
+#   build_shards SAMPLES SHARDS [options]            of a JSONL of the data (without its ending), in that folder
+#   pretrain FOLDER PROCESSES [options]              a run of the recipe, with --data-path among the options
+#   recipe_iterations                                training.train_iters of the recipe
+#   report MODULE LIMIT                              the table of held-out figures that ends a tiny run
 #
 # Sets output, recipe, cache, smoke (1 or empty) and seed (options for pretrain_multimodal.py, or none).
 #
@@ -18,7 +24,7 @@ usage() { echo "${script##*/}: $1 (see --help)" >&2 && exit 2; }
 finished() { printf '\nDone in %d:%02d; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"; }
 
 read_options() {
-    local number=''
+    local number='' defaults=("$3" "$4")
     script=$1 system=$2 output=$3 recipe=$4 cache='' smoke='' seed=()
     shift 4
     while [ $# -gt 0 ]; do
@@ -36,7 +42,7 @@ read_options() {
             esac
             shift
             ;;
-        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "examples/$script" && exit 0 ;;
+        -h | --help) options_help "${defaults[@]}" && exit 0 ;;
         *) usage "unknown option $1" ;;
         esac
         shift
@@ -51,6 +57,21 @@ read_options() {
     cache=${cache:-$output/data/packages}
     [ "$(place_of "$cache")" != / ] || usage "--cache $cache: the root is no place for packages"
     [ -d "$cache" ] || [ ! -e "$cache" ] || usage "--cache $cache: it is no folder"
+}
+
+options_help() { # OUTPUT RECIPE: the script's own comment, and what all scripts take
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "examples/$script"
+    cat <<END
+
+  --output DIR     default $1
+  --cache DIR      downloaded packages; default DIR/data/packages of the output
+  --recipe FILE    default $2
+  --seed N         of training; default: the recipe's
+  --smoke          see above
+
+Needs Python 3.10 or later and npm. Data are kept in DIR/data of the output: with them, and the environment, it runs
+offline. Everything else there is made again on each run.
+END
 }
 
 without_slash() { # PATH: without slashes at its end, which would make a file look like nothing; the root stays
@@ -104,4 +125,30 @@ begin() { # ITEM...: see above
     check_output # again: only now there is a folder if there was none, which a/.. may be
     [ -s "$output/$MARKER" ] || echo "examples/$script" >"$output/$MARKER"
     for item in "$@"; do rm -rf "${output:?}/$item"; done
+}
+
+train_tokenizer() { # TEXTS SIZE: see above
+    heading "Tokenizer"
+    python tools/train_tokenizer.py --input "$output/data/$1" --vocab-size "$2" --model-type bpe \
+        --output "$output/tokenizer.model"
+}
+
+build_shards() { # SAMPLES SHARDS [options]: see above
+    python tools/preprocess_multimodal.py --input "$output/data/$1.jsonl" --output "$output/$2" \
+        --tokenizer-model "$output/tokenizer.model" --overwrite "${@:3}"
+}
+
+pretrain() { # FOLDER PROCESSES [options]: see above
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node "$2" pretrain_multimodal.py --config "$recipe" \
+        --logging.output "$output/$1" --data.tokenizer "$output/tokenizer.model" "${seed[@]}" "${@:3}"
+}
+
+recipe_iterations() {
+    python -c 'import sys; from megatron_mm.config.load import load_config
+print(load_config(sys.argv[1]).training.train_iters)' "$recipe"
+}
+
+report() { # MODULE LIMIT: see above
+    python -m "$1" --folder "$output" --limit "$2" --seconds $SECONDS ${smoke:+--no-require}
+    finished
 }

@@ -20,32 +20,19 @@ two_phases() {
     heading "Data: emoji art with names (npm), shapes with captions and questions (PyPI)"
     python -m examples.data.image_text --output "$output/data" --cache "$cache" "${prepare[@]}"
 
-    heading "Tokenizer"
-    python tools/train_tokenizer.py --input "$output/data/texts.txt" --vocab-size 1024 --model-type bpe \
-        --output "$output/tokenizer.model"
+    train_tokenizer texts.txt 1024
 
     heading "Shards"
     local kind
-    for kind in pairs shapes questions; do
-        python tools/preprocess_multimodal.py --input "$output/data/$kind.jsonl" --output "$output/shards/$kind" \
-            --tokenizer-model "$output/tokenizer.model" --no-check --overwrite
-    done
-
-    pretrain() { # FOLDER [options]: two processes on the run's data
-        local folder=$1
-        shift
-        OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" \
-            --logging.output "$output/$folder" --data.tokenizer "$output/tokenizer.model" --data-path \
-            0.2 "$output/shards/pairs" 0.43 "$output/shards/shapes" 0.37 "$output/shards/questions" "${seed[@]}" "$@"
-    }
+    for kind in pairs shapes questions; do build_shards $kind shards/$kind --no-check; done
+    local data=(--data-path 0.2 "$output/shards/pairs" 0.43 "$output/shards/shapes" 0.37 "$output/shards/questions")
 
     heading "Phase 1: masked autoencoding of the vision tower, data parallel 2"
-    pretrain mae --model.phase mae "${training[@]}" --train-iters $mae_iterations
+    pretrain mae 2 "${data[@]}" --model.phase mae "${training[@]}" --train-iters $mae_iterations
 
     heading "Phase 2: everything, from that tower, data parallel 2"
-    pretrain run --init-from "$output/mae/checkpoints" --init-nodes 'vision.*' "${training[@]}"
+    pretrain run 2 "${data[@]}" --init-from "$output/mae/checkpoints" --init-nodes 'vision.*' "${training[@]}"
 
     heading "Report on an unseen vendor's art and on questions about unseen pictures"
-    python -m examples.two_phases --folder "$output" --limit $limit --seconds $SECONDS ${smoke:+--no-require}
-    finished
+    report examples.two_phases $limit
 }

@@ -22,8 +22,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.checks import gpu_checks
-from megatron_mm.config.load import fail
-from megatron_mm.config.outputs import check_file, check_place, figures, write_figures
+from megatron_mm.config.outputs import UsageError, check_file, check_place, figures
+from megatron_mm.platform.atomic_files import write_figures
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Arguments:
     steps: int = 20
     """Steps of each run, at least 4."""
     gpus: int | None = None
-    """GPUs of a node; null: those that are there, or 4 processes on a CPU."""
+    """GPUs of a node; null: those that are there, or 4 processes on a CPU. `one` takes 1."""
     nodes: int = 2
     """Nodes of `two-nodes`."""
     node_rank: int = 0
@@ -47,21 +48,28 @@ class Arguments:
     master_port: int = 29500
     """A port of it, and the next ten."""
     second: list[str] = field(default_factory=list)
-    """Options for the second run of each comparison, to see it fail: --second optimizer.lr=4e-3 training.seed=2."""
+    """Options for the second run of each comparison, to see it fail: --second optimizer.lr=4e-3 training.seed=2. The
+    layouts are those of the checks."""
     json: Path | None = None
     """Also write the checks to this file."""
 
 
-def main() -> None:
-    """Prints a line for each check, and exits with 1 if one failed."""
+def main() -> int:
+    """Prints a line for each check; 1 if one failed."""
     arguments = tyro.cli(Arguments, description=__doc__)
     if arguments.steps < 4:
-        fail(f"--steps is {arguments.steps}; a run needs at least 4 to be compared", status=2)
+        raise UsageError(f"--steps is {arguments.steps}; a run needs at least 4 to be compared")
     cuda = torch.cuda.is_available()
     gpus = arguments.gpus or (torch.cuda.device_count() if cuda else 4)
     if arguments.what == "node" and gpus < 4:
-        fail(f"--gpus is {gpus}; `node` needs at least 4 (`one` checks a single GPU)", status=2)
+        raise UsageError(f"--gpus is {gpus}; `node` needs at least 4 (`one` checks a single GPU)")
+    if arguments.what == "one" and arguments.gpus not in (None, 1):
+        raise UsageError(f"--gpus is {arguments.gpus}; `one` checks a single GPU (`node` those of a node)")
+    if arguments.what != "two-nodes" and arguments.nodes not in (1, Arguments.nodes):
+        raise UsageError(f"--nodes is {arguments.nodes}; `{arguments.what}` checks one node (`two-nodes` several)")
+    second = [f"--{option}" for option in arguments.second]
     try:
+        gpu_checks.check_second(arguments.what, second, arguments.steps)
         check_place(arguments.output, "--output")  # before it becomes absolute
         check_file(arguments.json, "--json", figures("check", "passed"))
         machines = gpu_checks.Machines(
@@ -72,10 +80,10 @@ def main() -> None:
             arguments.node_rank,
             arguments.master_addr,
             arguments.master_port,
-            [f"--{option}" for option in arguments.second],
+            second,
         )
     except (ValueError, torch.distributed.DistError) as error:  # the latter: the first node is not to be reached
-        fail(str(error), status=2)
+        raise UsageError(str(error)) from error
     first = arguments.node_rank == 0
     if first:
         where = torch.cuda.get_device_name() if cuda else "no CUDA: local backend, gloo; this says nothing about a GPU"
@@ -92,8 +100,8 @@ def main() -> None:
         unmeasured = sum(verdict.passed is None for verdict in verdicts)
         word = "FAILED" if failed else "passed"
         print(f"{word}: {failed} of {len(verdicts)} checks failed, {unmeasured} not measured")
-    raise SystemExit(1 if failed else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, left="")

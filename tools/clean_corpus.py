@@ -33,7 +33,7 @@ from megatron_mm.data.cleaning.report import markdown
 from megatron_mm.data.cleaning.scan import Rules
 from megatron_mm.data.cleaning.text_rules import TextRules
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.tool import run_tool
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass

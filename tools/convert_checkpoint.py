@@ -22,6 +22,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
+from megatron_mm.platform.tool import run_tool
+
 
 @dataclass
 class Export:
@@ -146,16 +148,10 @@ Command = (
 )
 
 
-def main() -> int:
-    """Run one subcommand; 0, or 1 with the reason on stderr."""
-    command = tyro.cli(Command, description=__doc__)
-    try:
-        print(command.run())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    """Runs one subcommand and says what it made."""
+    print(tyro.cli(Command, description=__doc__).run())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main, left="")

@@ -18,8 +18,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.load import RECIPES, fail, load_config
-from megatron_mm.config.outputs import Kind, check_file, read_figures, write_figures
+from megatron_mm.config.load import RECIPES, load_config
+from megatron_mm.config.outputs import Kind, check_file, read_figures
+from megatron_mm.platform.atomic_files import write_figures
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -51,30 +53,22 @@ def _holds_counts(path: str) -> bool:
     return all(isinstance(n, int) for parts in read_figures(path).values() for n in parts.values())
 
 
-def main() -> int:
-    """0; 1 with the reason on stderr; 2 for usage."""
+def main() -> None:
+    """Prints the parameters of each recipe."""
     arguments = tyro.cli(Arguments, description=__doc__)
     from megatron_mm.platform.setup import apply_platform
 
-    try:
-        check_file(arguments.json, "--json", Kind("parameters of recipes as JSON", _holds_counts))
-    except ValueError as error:
-        fail(str(error), status=2)
+    check_file(arguments.json, "--json", Kind("parameters of recipes as JSON", _holds_counts))
     apply_platform()
     figures = {}
-    try:
-        for recipe in arguments.config or sorted(RECIPES.glob("*.yaml")):
-            parts = figures[recipe.stem] = count(recipe)
-            print(f"{recipe.stem}: {sum(parts.values()):,}")
-            for name, number in parts.items():
-                if number:
-                    print(f"  {name:<28}{number:>16,}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for recipe in arguments.config or sorted(RECIPES.glob("*.yaml")):
+        parts = figures[recipe.stem] = count(recipe)
+        print(f"{recipe.stem}: {sum(parts.values()):,}")
+        for name, number in parts.items():
+            if number:
+                print(f"  {name:<28}{number:>16,}")
     write_figures(arguments.json, figures)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main, left="")

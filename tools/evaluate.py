@@ -1,9 +1,16 @@
-"""Scores a model on held-out samples: exact match, CIDEr and token loss, with true and with swapped media.
+"""Scores a model on held-out samples: of captions and of classes, and token loss, with true and with swapped media.
 
     python tools/evaluate.py --model exported --input heldout_image.jsonl heldout_sound.jsonl --swap-media
 
 `--model` is a folder that tools/convert_checkpoint.py exported, or a training checkpoint or run. A line of the JSONL is
-a sample as tools/preprocess_multimodal.py reads it; its "text" is the reference.
+a sample as tools/preprocess_multimodal.py reads it; its "text" is the reference. Scores:
+
+    exact match, CIDEr-D   of texts as captions
+    word F1                of the words that text and reference share
+    WAR, UAR, macro F1     of texts as names of classes, such as emotions: recall weighted by how often each is true,
+                           which is exact match, mean recall and mean F1 of the classes; "commonest" is the WAR of
+                           always answering the commonest
+    token loss             of the true text
 """
 
 from __future__ import annotations
@@ -18,7 +25,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, exit_status, figures, records, write_figures, write_whole
+from megatron_mm.config.outputs import check_file, figures, records
+from megatron_mm.platform.atomic_files import write_figures, write_whole
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -61,6 +70,7 @@ def run(arguments: Arguments) -> list[dict]:
     check_file(arguments.captions, "--captions", records("generated"))
     import torch
 
+    from megatron_mm.evaluation.classification import score_class_names, word_f1
     from megatron_mm.evaluation.evaluate import check_references, evaluate, swap_media
     from megatron_mm.generation.generate import Decoding, Generator
     from megatron_mm.generation.prompts import read_prompts
@@ -81,7 +91,12 @@ def run(arguments: Arguments) -> list[dict]:
     rows, lines = [], []
     for path, media, samples in sets:
         result = evaluate(generator, samples, decoding, arguments.batch_size, progress=True)
-        rows.append({"input": path.name, "media": media, **asdict(result.scores), "token_loss": result.token_loss})
+        truth = [sample["text"] for sample in samples]
+        scores = {
+            **asdict(score_class_names(result.captions, truth)), **asdict(result.scores),
+            "word_f1": word_f1(result.captions, [[text] for text in truth]), "token_loss": result.token_loss,
+        }  # fmt: skip
+        rows.append({"input": path.name, "media": media, **scores})
         lines += [
             {"input": path.name, "media": media, "id": sample["id"], "generated": caption, "reference": sample["text"]}
             for sample, caption in zip(samples, result.captions)
@@ -92,27 +107,31 @@ def run(arguments: Arguments) -> list[dict]:
     return rows
 
 
+#: Heading of each score in the table, and its key in the figures.
+COLUMNS = {
+    "exact match": "exact_match", "CIDEr-D": "cider", "word F1": "word_f1", "WAR": "weighted_recall",
+    "UAR": "unweighted_recall", "macro F1": "macro_f1", "commonest": "majority", "token loss": "token_loss",
+}  # fmt: skip
+
+
 def print_table(rows: list[dict]) -> None:
     """One line a file and kind of media."""
     width = max(len("samples of"), *(len(row["input"]) for row in rows))
-    print(f"{'samples of':<{width}}  {'media':<8}{'count':>7}{'exact match':>13}{'CIDEr-D':>9}{'token loss':>12}")
+    headings = [f"{heading:>{_wide(heading)}}" for heading in COLUMNS]
+    print(f"{'samples of':<{width}}  {'media':<8}{'count':>7}{'classes':>9}" + "".join(headings))
     for row in rows:
-        print(
-            f"{row['input']:<{width}}  {row['media']:<8}{row['samples']:>7}{row['exact_match']:>13.3f}"
-            f"{row['cider']:>9.3f}{row['token_loss']:>12.3f}"
-        )
+        scores = "".join(f"{row[key]:>{_wide(heading)}.3f}" for heading, key in COLUMNS.items())
+        print(f"{row['input']:<{width}}  {row['media']:<8}{row['samples']:>7}{row['classes']:>9}{scores}")
 
 
-def main() -> int:
-    """0; 1 with the reason on stderr; 2 for usage."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        print_table(run(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+def _wide(heading: str) -> int:
+    return max(len(heading), len("0.000")) + 2
+
+
+def main() -> None:
+    """Evaluates and prints the table."""
+    print_table(run(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main, left="")

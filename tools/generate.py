@@ -20,7 +20,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, exit_status, is_stream, records
+from megatron_mm.config.outputs import check_file, is_stream, records
+from megatron_mm.platform.atomic_files import give_name
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -145,23 +147,17 @@ class _Output:
             if self.part == self.path:
                 return
             if kind is None:
-                self.part.replace(self.path)
+                give_name(self.part, self.path)
             elif self.part.stat().st_size:
                 print(f"answers so far are in {self.part}", file=sys.stderr)
             else:
                 self.part.unlink()
 
 
-def main() -> int:
-    """0; 1 with the reason on stderr; 2 for usage."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+def main() -> None:
+    """Answers every prompt."""
+    run(tyro.cli(Arguments, description=__doc__))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main, left="")

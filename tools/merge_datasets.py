@@ -14,7 +14,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.data.build.merge import merge_datasets
-from megatron_mm.data.tool import run_tool
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass

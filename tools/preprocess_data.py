@@ -23,7 +23,7 @@ from megatron_mm.data.build.text import Sentences, build_text
 from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.jobs.skipped import OnError
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS
-from megatron_mm.data.tool import load_plugins, run_tool
+from megatron_mm.platform.tool import load_plugins, run_tool
 
 
 @dataclass

@@ -18,7 +18,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, exit_status, figures, write_figures
+from megatron_mm.config.outputs import check_file, figures
+from megatron_mm.platform.atomic_files import write_figures
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -83,16 +85,10 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
         print(f"{name:<{width}}" + "".join(f"{figures[name]:>12.4g}" for figures in results.values()))
 
 
-def main() -> int:
-    """0; 1 with the reason on stderr; 2 for usage."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        print_table(run(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+def main() -> None:
+    """Scores and prints the table."""
+    print_table(run(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main, left="")

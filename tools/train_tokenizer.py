@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from megatron_mm.data.corpus.text_input import expand_inputs
-from megatron_mm.data.tool import run_tool
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass

@@ -28,8 +28,10 @@ from megatron_mm.checks.layouts import (
     parse_layout,
     to_json,
 )
-from megatron_mm.config.load import fail, load_config
-from megatron_mm.config.outputs import check_file, figures, write_figures
+from megatron_mm.config.load import load_config
+from megatron_mm.config.outputs import UsageError, check_file, figures
+from megatron_mm.platform.atomic_files import write_figures
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass
@@ -50,8 +52,8 @@ class Arguments:
     """Also write the table to this file."""
 
 
-def main() -> None:
-    """Prints a table, and exits with 1 if a layout fails."""
+def main() -> int:
+    """Prints a table; 1 if a layout fails."""
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
         check_file(arguments.json, "--json", figures("layout", "passed"))
@@ -62,8 +64,8 @@ def main() -> None:
         one = parse_layout("DP1")
         began = time.monotonic()
         reference = launch(for_layout(config, one, *sizes), one)
-    except ValueError as error:
-        fail(str(error), status=2)
+    except ValueError as error:  # before there is anything to compare, what was asked for is wrong
+        raise UsageError(str(error)) from error
     print(f"one process: loss {reference['losses'][0]:.6f} → {reference['losses'][-1]:.6f} in {sizes[0]} steps, "
           f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     print(f"{'layout':34} {'processes':>9} {'loss':>9} {'gradient':>9}  worst parameter", flush=True)
@@ -84,8 +86,8 @@ def main() -> None:
     failed = [result.layout for result in comparisons if not result.passed]
     print(f"{len(comparisons) - len(failed)} of {len(comparisons)} layouts agree with one process "
           f"({time.monotonic() - began:.0f} s)")  # fmt: skip
-    raise SystemExit(1 if failed else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, left="")

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from examples.data.packages import Package, fetch
+from megatron_mm.platform.atomic_files import give_name, written_whole
 
 TEXTS = (
     Package("apt", "dict-gcide", "", r"usr/share/dictd/gcide\.dict\.dz|usr/share/doc/.*/copyright", "GPL-3"),
@@ -53,14 +54,12 @@ def text(folder: Path, smoke: bool) -> Path:
     """The documents as JSONL: 85 MB, or a hundred of them."""
     path = folder / ("text-smoke.jsonl" if smoke else "text.jsonl")
     if not path.exists():
-        making = path.with_suffix(".making")
-        with making.open("w", encoding="utf-8") as stream:
+        with written_whole(path, partial=path.with_suffix(".making"), encoding="utf-8") as stream:
             for number, document in enumerate(documents(folder)):
                 if smoke and number == 100:
                     break
                 if document.strip():
                     stream.write(json.dumps({"text": document}) + "\n")
-        making.rename(path)
     return path
 
 
@@ -92,7 +91,7 @@ def photos(folder: Path, smoke: bool) -> Path:
                 member = tarfile.TarInfo(f"{number:06}.{ending}")
                 member.size = len(data)
                 tars[number % _TARS].addfile(member, io.BytesIO(data))
-    making.rename(path)
+    give_name(making, path)
     return path
 
 

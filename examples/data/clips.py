@@ -10,6 +10,7 @@ from PIL import Image, ImageSequence
 from examples.data import packages
 from examples.data.emoji_art import open_art, place, recolour
 from examples.data.packages import Package
+from megatron_mm.platform.atomic_files import written_whole
 
 CLIP_SIZE, CLIP_FRAMES = 48, 8
 LICENCE = "Fluent Emoji animated art by Microsoft, MIT"
@@ -72,7 +73,5 @@ def move_drawing(source: Path, target: Path, variant: int) -> None:
 def _write(frames: list[Image.Image], background: tuple[int, ...], target: Path) -> None:
     canvas = Image.new("RGBA", frames[0].size, (*background, 255))
     pictures = [Image.alpha_composite(canvas, frame).convert("RGB") for frame in frames]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    pictures[0].save(partial, format="WEBP", save_all=True, append_images=pictures[1:], lossless=True, duration=100)
-    partial.rename(target)
+    with written_whole(target, "xb", partial=target.with_suffix(".partial")) as stream:
+        pictures[0].save(stream, format="WEBP", save_all=True, append_images=pictures[1:], lossless=True, duration=100)

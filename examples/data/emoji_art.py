@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from examples.data import packages
 from examples.data.packages import Package
+from megatron_mm.platform.atomic_files import give_name
 
 PICTURE_SIZE = 64
 #: Categories of emoji-datasource that are things one can see and name; flags, signs and letters are left out.
@@ -129,7 +130,7 @@ def _write_drawings(icons: Path, codes: Path, target: Path) -> None:
         if name in drawings:
             svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{drawings[name]}</svg>'
             (partial / f"{code}.svg").write_text(svg, encoding="utf-8")
-    partial.rename(target)
+    give_name(partial, target)
 
 
 def pictures_of(vendor: str, package: Path) -> dict[str, Path]:

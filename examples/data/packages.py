@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 from examples.data.clients import run_client
+from megatron_mm.platform.atomic_files import give_name
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def fetch(package: Package, target: Path) -> Path:
             raise ValueError(f"{package} came damaged: {error}") from error
         if not count:
             raise ValueError(f"{package} holds no file like {package.wanted}; is it another version's?")
-        unpacked.rename(target)
+        give_name(unpacked, target)
     return target
 
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_mm.config.outputs import begin_folder, write_whole
+from megatron_mm.config.outputs import begin_folder
+from megatron_mm.platform.atomic_files import write_whole
 
 #: Names the packages that a preparation is made of, by which its folder is known.
 LICENCES = "LICENCES.txt"

@@ -19,6 +19,7 @@ import soxr
 from tqdm import tqdm
 
 from examples.data import programs
+from megatron_mm.platform.atomic_files import written_whole
 
 SAMPLE_RATE = 16000
 LICENCE = "speech synthesised by espeak-ng, GPL-3.0-or-later (the program; its output is yours)"
@@ -66,10 +67,8 @@ def record(text: str, voice: str, words_per_minute: int, target: Path) -> float:
         The recording's seconds.
     """
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        soundfile.write(partial, speak(text, voice, words_per_minute), SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        partial.rename(target)
+        with written_whole(target, "xb", partial=target.with_suffix(".partial")) as stream:
+            soundfile.write(stream, speak(text, voice, words_per_minute), SAMPLE_RATE, subtype="PCM_16", format="WAV")
     return soundfile.info(target).duration
 
 

@@ -4,10 +4,7 @@
 #   examples/dual_encoder/tiny.sh            at most 8 minutes on two cores, downloads included
 #   examples/dual_encoder/tiny.sh --smoke    the same steps on a few samples, to see that they work
 #
-# Options: --output DIR (default outputs/dual-encoder-tiny), --cache DIR (downloaded packages; default DIR/data/packages),
-# --recipe FILE (default megatron_mm/recipes/dual-encoder-tiny.yaml), --seed N (of both phases; default: the recipe's).
-# Needs Python 3.10 or later and npm. Data are kept in DIR/data: with them, and the environment, it runs offline.
-# Everything else in DIR is made again on each run. Ends with a table of held-out figures (results.json); fails if one
-# is not far above its baseline, but not with --smoke.
+# Other options: --help. Ends with a table of held-out figures (results.json); fails if one is not far above its
+# baseline, but not with --smoke.
 . "$(dirname "$0")/../two_phases.sh"
 two_phases dual_encoder/tiny.sh dual_encoder dual-encoder-tiny "$@"

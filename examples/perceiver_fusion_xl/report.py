@@ -11,20 +11,15 @@ on wrong pairs at random, which is the demand, and on hard ones. Writes results.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 import tyro
 
 from examples.data.samples import sample
 from examples.held_out import Row, report, required
-from megatron_mm.evaluation.objectives import score_objectives
-from megatron_mm.evaluation.streams import GraphReader, reading_samples
+from examples.scorer import Arguments, Scorer
+from megatron_mm.evaluation.streams import GraphReader
 
 RECALL = {"image_to_text": "R@1, image to text", "text_to_image": "R@1, text to image"}
 GIVEN = {"pairs": "unseen vendor's emoji", "shapes": "unseen coloured shapes"}
@@ -33,49 +28,32 @@ HARD_BATCH = 64  # samples among which wrong pairs are chosen; of two, it is the
 RANDOM_PAIRS = 128  # samples of each kind that are scored two at a time
 
 
-@dataclass
-class Arguments:
-    """Scores a run."""
-
-    folder: Path
-    """Output folder of tiny.sh."""
-    seconds: float
-    """Wall time so far."""
-    limit: int = 0
-    """At most this many held-out samples of each kind; 0 takes all."""
-    require: bool = True
-    """Fail if a figure is lower than it must be."""
-
-
-class Scorer:
-    """Figures of the objectives of two models on the held-out samples of a folder.
+class Figures:
+    """Rows of the table for a run's two models.
 
     Args:
-        folder: output folder of tiny.sh.
-        limit: at most this many samples of each kind; 0 takes all.
+        arguments: which run, and at most how many samples of each kind.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.data, self.tokenizer = folder / "data", folder / "tokenizer.model"
-        self.trained, self.untrained = (GraphReader.from_path(folder / "run", kind) for kind in (True, False))
-        self.samples = {kind: self._read(kind)[: limit or None] for kind in GIVEN}
+    def __init__(self, arguments: Arguments) -> None:
+        self.scorer = Scorer(arguments.folder)
+        self.trained, self.untrained = self.scorer.models("run")
+        self.samples = {kind: self._read(kind)[: arguments.limit or None] for kind in GIVEN}
 
     def _read(self, kind: str) -> list[dict]:
-        lines = (self.data / f"heldout_{kind}.jsonl").read_text(encoding="utf-8").splitlines()
-        samples = [json.loads(line) for line in lines]
+        samples = self.scorer.read(f"heldout_{kind}")
         random.Random(0).shuffle(samples)  # in order of code points, neighbours are of one kind
         return samples
 
-    def figures(self, reader: GraphReader, samples: list[dict], batch_size: int = HARD_BATCH) -> dict[str, float]:
+    def of(self, reader: GraphReader, samples: list[dict], batch_size: int = HARD_BATCH) -> dict[str, float]:
         """Figures by `objective/figure` of one model."""
-        with reading_samples(reader.config, samples, self.tokenizer, self.data) as config:
-            return score_objectives(reader, config, batch_size)
+        return self.scorer.objectives(reader, samples, batch_size)
 
     def rows(self, kind: str) -> list[Row]:
         """Lines of the table for one kind of samples."""
         samples, given = self.samples[kind], GIVEN[kind]
-        trained, untrained = (self.figures(reader, samples) for reader in (self.trained, self.untrained))
-        blind = self.figures(self.trained, [sample(line["id"], line["text"]) for line in samples])["masked_lm/accuracy"]
+        trained, untrained = (self.of(reader, samples) for reader in (self.trained, self.untrained))
+        blind = self.of(self.trained, [sample(line["id"], line["text"]) for line in samples])["masked_lm/accuracy"]
 
         def row(figure: str, key: str, baseline: float, promised: bool = True) -> Row:
             least = required(baseline, len(samples)) if promised else None
@@ -92,18 +70,16 @@ class Scorer:
     def matching(self) -> Row:
         """Matching of pairs of which the wrong ones are random, of both kinds of samples."""
         samples = [line for kind in GIVEN for line in self.samples[kind][:RANDOM_PAIRS]]
-        scores = [self.figures(reader, samples, 2)["matching/accuracy"] for reader in (self.trained, self.untrained)]
+        scores = [self.of(reader, samples, 2)["matching/accuracy"] for reader in (self.trained, self.untrained)]
         return Row(BOTH, "matching, random", *scores, 0.5, required(0.5, len(samples)))
 
 
 def main(arguments: Arguments) -> int:
     """Prints the table, writes results.json; 1 if a figure is too low and `require`."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    scorer = Scorer(arguments.folder, arguments.limit)
-    rows = [*(row for kind in GIVEN for row in scorer.rows(kind)), scorer.matching()]
-    counts = {GIVEN[kind]: len(samples) for kind, samples in scorer.samples.items()}
-    path = arguments.folder / "results.json"
-    return report(rows, path, arguments.require, seconds=arguments.seconds, samples=counts)
+    figures = Figures(arguments)
+    rows = [*(row for kind in GIVEN for row in figures.rows(kind)), figures.matching()]
+    counts = {GIVEN[kind]: len(samples) for kind, samples in figures.samples.items()}
+    return report(rows, arguments.results, arguments.require, seconds=arguments.seconds, samples=counts)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,7 @@
 #   examples/vlm_14b/tiny.sh            at most 8 minutes on two cores, downloads included
 #   examples/vlm_14b/tiny.sh --smoke    the same steps on a few samples, to see that they work
 #
-# Options: --output DIR (default outputs/vlm-tiny), --cache DIR (downloaded packages; default DIR/data/packages),
-# --recipe FILE (default megatron_mm/recipes/vlm-tiny.yaml), --seed N (of both phases; default: the recipe's).
-# Needs Python 3.10 or later and npm. Data are kept in DIR/data: with them, and the environment, it runs offline.
-# Everything else in DIR is made again on each run. Ends with a table of held-out figures (results.json); fails if one
-# is not far above its baseline, but not with --smoke.
+# Other options: --help. Ends with a table of held-out figures (results.json); fails if one is not far above its
+# baseline, but not with --smoke.
 . "$(dirname "$0")/../two_phases.sh"
 two_phases vlm_14b/tiny.sh vlm vlm-tiny "$@"

@@ -15,8 +15,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_mm.config.outputs import write_whole
 from megatron_mm.data.tokens.tokenizer import tokenizer_kinds
+from megatron_mm.platform.atomic_files import give_name, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +78,13 @@ def finish(part: Path, facts: dict | None = None) -> Path:
     files = {str(path.relative_to(part)): path.stat().st_size for path in sorted(part.rglob("*")) if path.is_file()}
     (part / MANIFEST).write_text(json.dumps({**(facts or {}), "files": files}, indent=1))
     folder = part.with_suffix("")
-    if folder.exists():  # an abandoned branch's: set aside until the new one stands
-        aside = folder.with_suffix(".old")
+    aside = folder.with_suffix(".old")
+    if replaces := folder.exists():  # an abandoned branch's: set aside until the new one stands
         _check_removable(folder)
         remove(aside)
-        folder.rename(aside)
-        part.rename(folder)
+    give_name(part, folder, aside)
+    if replaces:
         remove(aside)
-    else:
-        part.rename(folder)
     write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
     return folder
 

@@ -29,8 +29,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from megatron_mm.checks.layouts import (
 from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
 from megatron_mm.config.outputs import begin_folder
 from megatron_mm.config.schema import Config
+from megatron_mm.config.validate import parallel_sizes
 
 #: What trains, of this checkout.
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_multimodal.py"
@@ -60,6 +62,8 @@ GRADIENT_NORM = {"fp32": 1e-3, "bf16": 5e-2}
 LEARNS = 3.0
 MFU = 0.17
 MEMORY = (0.75, 1.25)
+#: A layout of four processes with every kind of process group but that of contexts.
+SPLIT = "TP2xPP2+SP+distopt"
 #: Transformer Engine multiplies fp32 matrices as TF32, of ten bits, unless NVIDIA's libraries are told otherwise.
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -104,7 +108,7 @@ class Machines:
     port: int = 29500
     """Of the first node: the nodes agree over it, and runs take one of the next ten."""
     second: list[str] = field(default_factory=list)
-    """Options of pretrain_multimodal.py for the second run of each comparison, which must then fail."""
+    """Options of pretrain_multimodal.py for the second run of each comparison, which must then fail (check_second)."""
 
     def __post_init__(self) -> None:
         begin_folder(self.output, "tools/check_gpus.py", "--output", _is_earlier)
@@ -163,11 +167,72 @@ class Machines:
             return []
         return [json.loads(line) for line in metrics.read_text().splitlines()]
 
-    def changed(self, config: Config) -> Config:
-        """A recipe with the options of second runs."""
-        recipe = self.output / "second.yaml"
+
+def with_options(config: Config, options: Sequence[str]) -> Config:
+    """A recipe with options of pretrain_multimodal.py.
+
+    Raises:
+        ValueError: an option asks for something else than training.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron_mm-") as folder:
+        recipe = Path(folder, "recipe.yaml")
         dump_config(config, recipe)
-        return parse_command_line(["--config", str(recipe), *self.second]).config
+        read = parse_command_line(["--config", str(recipe), *options])
+    for verb in fields(read.verbs):
+        if getattr(read.verbs, verb.name) != verb.default:
+            raise ValueError(f"--{verb.name.replace('_', '-')} is no setting of a run")
+    return read.config
+
+
+def check_second(what: str, options: Sequence[str], steps: int) -> None:
+    """Refuses options of second runs on which a check would not act: sizes that one process has not, and what the
+    comparisons of layouts set themselves.
+
+    Args:
+        what: `one`, `node` or `two-nodes`.
+
+    Raises:
+        ValueError: an option says nothing that this check compares; its field is named.
+    """
+    if not options:
+        return
+    recipes = [prepared(SYNAPSE, steps, "fp32", "local")]
+    if what != "one":  # an option that says what one process has as well differs from a layout's
+        recipes.append(in_layout(recipes[0], SPLIT, 4))
+    try:
+        pairs = [(recipe, with_options(recipe, options)) for recipe in recipes]
+        if what == "one":
+            parallel_sizes(pairs[0][1], 1)
+    except ValueError as error:
+        raise ValueError(f"--second: `{what}`: {error}") from None
+    named = set().union(*(_differing(*pair) for pair in pairs))
+    lost = {name for name in named if name.startswith("parallel.") and what != "one"}
+    if what == "node":
+        sizes = {"iterations": steps, "pool": 4, "global_batch": 16}
+        seen = (_differing(*(for_layout(side, parse_layout("DP1"), **sizes) for side in pair)) for pair in pairs)
+        lost |= named - set().union(*seen)
+    if lost:
+        verb = "is what" if len(lost) == 1 else "are what"
+        raise ValueError(
+            f"--second: {', '.join(sorted(lost))} {verb} `{what}` sets itself in the runs that it compares; name what "
+            "is learned, such as optimizer.lr=4e-3 or training.seed=2"
+        )
+    if not named:
+        raise ValueError(f"--second {' '.join(options)}: the second run would be the first again; name another value")
+
+
+def _differing(one: Config, other: Config) -> set[str]:
+    """Paths of the fields in which two recipes of one system differ."""
+
+    def leaves(tree: dict, prefix: str) -> Iterator[tuple[str, object]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    first, second = (dict(leaves(asdict(config), "")) for config in (one, other))
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
 def _is_earlier(output: Path) -> bool:
@@ -294,7 +359,7 @@ def layouts(machines: Machines, names: Sequence[str], steps: int, backend: str, 
     def run(config: Config, layout: Layout) -> dict:
         return launch(for_layout(config, layout, **sizes, backend=backend), layout, environment=NO_TF32)
 
-    reference, config = run(config, parse_layout("DP1")), machines.changed(config)
+    reference, config = run(config, parse_layout("DP1")), with_options(config, machines.second)
     for layout in map(parse_layout, names):
         check = f"{layout.name} against one process, {backend}, {recipe.stem}"
         try:
@@ -369,7 +434,7 @@ def one(machines: Machines, steps: int) -> Verdicts:
 
 def node(machines: Machines, steps: int) -> Verdicts:
     """The checks of the GPUs of one node, four or more."""
-    split, gpus = "TP2xPP2+SP+distopt", machines.gpus
+    split, gpus = SPLIT, machines.gpus
     names = ["TP2xPP2+SP", "TP2xDP2+SP+distopt", "PP4", *["TP2xPP2xDP2+SP+distopt+full"] * (gpus >= 8)]
     yield from attempted("pre-flight", lambda: healthy(machines, split, gpus))
     for backend, recipe in (("local", SYNAPSE), ("transformer_engine", VISION))[: 2 if machines.cuda else 1]:

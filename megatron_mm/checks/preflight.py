@@ -23,13 +23,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.models.phases import LAST_PHASE
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.planner.memory import checkpoint_bytes
+from megatron_mm.platform.atomic_files import write_figures
 from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, gathered, located, shortened, told
 from megatron_mm.training.start import start

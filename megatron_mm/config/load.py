@@ -122,6 +122,8 @@ def config_type(model: type[SystemConfig]) -> type[Config]:
 def _say(item: dict) -> str:
     if item["type"] == "unexpected_keyword_argument":
         return "there is no such field (see pretrain_multimodal.py --help)"
+    if item["type"] == "value_error":  # a section's own check, which quotes the value
+        return str(item["ctx"]["error"])
     return f"{item['msg']}, not {item['input']!r}"
 
 

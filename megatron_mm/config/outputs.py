@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 #: Of a folder of results: the program that makes it, which replaces what it wrote there before.
 MARKER = ".megatron_mm-output"
@@ -22,13 +20,17 @@ _STREAMS = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/self/fd/\d+")
 _LARGEST_FIGURES = 1 << 26  # bytes; what is longer are no figures of ours
 
 
-class OutputError(ValueError):
-    """An output that is not written or replaced: a mistake in the command, which ends with status 2."""
+class UsageError(ValueError):
+    """A mistake in the command, which ends with status 2."""
+
+
+class OutputError(UsageError):
+    """An output that is not written or replaced."""
 
 
 def exit_status(error: Exception) -> int:
     """Status that a program ends with after an error that its user can mend: 2 for a mistake in the command, else 1."""
-    return 2 if isinstance(error, OutputError) else 1
+    return 2 if isinstance(error, UsageError) else 1
 
 
 @dataclass(frozen=True)
@@ -146,44 +148,4 @@ def begin_folder(path: Path, maker: str, option: str, is_earlier: Callable[[Path
                 "name another folder"
             )
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(marker, f"{maker}\n")
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike[str], mode: str = "x", **how: str) -> Iterator[IO]:
-    """A file to write, which gets its name, and replaces what has it, once it is whole.
-
-    Links are followed; a device or a pipe, such as /dev/stdout, is written as it is.
-
-    Args:
-        mode: "x" or "xb".
-        how: encoding and the like.
-    """
-    if is_stream(os.fspath(path)):
-        with open(path, mode.replace("x", "w"), **how) as stream:
-            yield stream
-        return
-    target = os.path.realpath(path)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    partial = f"{target}.{os.getpid()}.partial"
-    with open(partial, mode, **how) as stream:  # a file that is there already is another's
-        try:
-            yield stream
-            stream.close()
-            os.replace(partial, target)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.remove(partial)
-            raise
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes text, whole or not at all."""
-    with written_whole(path, encoding="utf-8") as stream:
-        stream.write(text)
-
-
-def write_figures(path: str | os.PathLike[str] | None, value: object, indent: int = 2) -> None:
-    """Writes figures as JSON, if the user named a file for them."""
-    if path is not None:
-        write_whole(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        marker.write_text(f"{maker}\n", encoding="utf-8")  # if it is cut off, the folder is as new

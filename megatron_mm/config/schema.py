@@ -7,11 +7,13 @@ one. The docstring under a field is its `--help`. `model` is the section of a sy
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from megatron_mm.config.performance import PerformanceConfig
+from megatron_mm.config.proportions import parse_split
 from megatron_mm.config.section import megatron, section
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import DEFAULT_SYSTEM, section_of
@@ -61,14 +63,39 @@ class ParallelConfig:
     """Minutes after which a hung collective ends the run with every rank's stacks."""
 
 
+def _prefix(path: str) -> str:
+    if path.endswith((".bin", ".idx")) and "://" not in path and not os.path.isdir(path):
+        raise ValueError(f"give the prefix, {path[:-4]}, not the file {path}")
+    return path
+
+
+def _proportions(split: str) -> str:
+    parse_split(split)
+    return split
+
+
+def _function(name: str) -> str:
+    module, _, function = name.rpartition(":")
+    if not module or not function.isidentifier():
+        raise ValueError(f"{name!r} must be module:function or file.py:function")
+    return name
+
+
+#: A value of some kind, never an empty text: as an unset variable of a script leaves one.
+_Text = Annotated[str, Field(min_length=1)]
+_Chance = Annotated[float, Field(ge=0.0, le=1.0)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
 @section
 class DatasetConfig:
     """One dataset of a blend."""
 
-    path: str
+    path: Annotated[_Text, AfterValidator(_prefix)]
     """Prefix of a text shard (without .bin) or folder that tools/preprocess_multimodal.py wrote; or a URL that fsspec
     knows, such as s3://bucket/emoji."""
-    weight: float = 1.0
+    weight: _Positive = 1.0
     """Share of the samples, relative to the other datasets."""
 
 
@@ -78,40 +105,40 @@ class DataConfig:
 
     datasets: list[DatasetConfig] = Field(default_factory=list)
     """The blend."""
-    tokenizer: str | None = None
+    tokenizer: _Text | None = None
     """Tokenizer that made the shards: a SentencePiece model, or a file of another kind (docs/data.md)."""
-    split: str = "969,30,1"
+    split: Annotated[str, AfterValidator(_proportions)] = "969,30,1"
     """Proportions of train, validation and test documents."""
-    seq_length: Annotated[int, megatron("seq-length")] = 4096
+    seq_length: Annotated[int, Field(ge=2), megatron("seq-length")] = 4096
     """Tokens of one sample: a row of packed documents, or one document, padded or truncated, as the system asks."""
-    max_images_per_sample: int = 8
+    max_images_per_sample: Annotated[int, Field(ge=0)] = 8
     """Most images and video frames in one row; a system of one document a row takes one image or one video."""
-    max_sounds_per_sample: int = 2
+    max_sounds_per_sample: Annotated[int, Field(ge=0)] = 2
     """Most sounds in one row; a system of one document a row takes one."""
-    frames_per_video: int = 8
+    frames_per_video: Annotated[int, Field(ge=0)] = 8
     """Frames taken from a video, evenly spaced; a video with fewer repeats them evenly."""
     random_crop: bool = True
     """Random crop of training images (scale 0.5–1 of the area); false: resize and centre crop, as in validation."""
-    horizontal_flip: float = 0.0
+    horizontal_flip: _Chance = 0.0
     """Chance that a training image is mirrored; one whose text says left or right never is."""
-    color_jitter: float = 0.0
+    color_jitter: _Chance = 0.0
     """Largest relative change of brightness, contrast and saturation of training images, and a quarter of it in hue."""
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_mean: tuple[_Finite, _Finite, _Finite] = (0.48145466, 0.4578275, 0.40821073)
     """Channel means of image normalisation (CLIP's)."""
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_std: tuple[_Positive, _Positive, _Positive] = (0.26862954, 0.26130258, 0.27577711)
     """Channel deviations of image normalisation (CLIP's)."""
-    num_workers: Annotated[int, megatron("num-workers")] = 2
+    num_workers: Annotated[int, Field(ge=0), megatron("num-workers")] = 2
     """Reader processes a rank; 0 reads in the training process."""
-    cache_folder: str | None = None
+    cache_folder: _Text | None = None
     """Folder into which datasets named by URLs are copied; null: ~/.cache/megatron_mm/datasets."""
-    plan_folder: str | None = None
+    plan_folder: _Text | None = None
     """Folder in which the packing plans of large datasets are kept; null: PATH.plans beside each."""
     log_sample_ids: bool = False
     """Write the document ids of every step to metrics.jsonl."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """What an image, sound or video does that does not decode while training: end the run with its name, or be read as
     grey or as silence, counted and named once (data/reading/records.py)."""
-    builder: str | None = None
+    builder: Annotated[str, AfterValidator(_function)] | None = None
     """`module:function` or `file.py:function` of a user's own that makes the datasets (contract:
     data/reading/dataset.py); null: shards."""
 

@@ -6,6 +6,7 @@ Each check names the fields, their values and what would be right. All problems 
 from __future__ import annotations
 
 from megatron_mm.config import performance
+from megatron_mm.config.proportions import parse_split
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import divides
 from megatron_mm.config.sizes import ParallelSizes
@@ -36,8 +37,16 @@ def parallel_sizes(config: Config, world_size: int) -> ParallelSizes:
 def check(config: Config, sizes: ParallelSizes) -> None:
     """Raises ValueError with every contradiction found."""
     layout = (*_batch(config, sizes), *_attention(config, sizes))
-    problems = [*layout, *config.model.problems(config, sizes), *_values(config)]
+    problems = [*layout, *config.model.problems(config, sizes), *_values(config), *_training(config)]
     problems += performance.problems(config, sizes)
+    problems += _data(config) if not problems else ()  # a system that contradicts itself cannot say what it reads
+    if problems:
+        raise ValueError("\n  ".join(["the configuration contradicts itself:", *problems]))
+
+
+def check_data(config: Config) -> None:
+    """Raises ValueError with every reason for which no rows could be read, whatever the data."""
+    problems = list(_data(config))
     if problems:
         raise ValueError("\n  ".join(["the configuration contradicts itself:", *problems]))
 
@@ -110,7 +119,22 @@ def _values(config: Config):
             yield f"{name}.lr_scale is {group.lr_scale}; it must be positive (frozen_iters: -1 freezes nodes for good)"
         if group.frozen_iters < -1:
             yield f"{name}.frozen_iters is {group.frozen_iters}; it must be a number of steps, or -1 for always"
-    if not any(dataset.weight > 0 for dataset in config.data.datasets) and config.data.datasets:
-        yield "data.datasets: every weight is zero"
     if training.train_iters < 1:
         yield f"training.train_iters is {training.train_iters}; it must be at least 1"
+
+
+def _data(config: Config):
+    data, inputs, system = config.data, config.model.inputs, config.model.system
+    if inputs.video != "none" and data.frames_per_video < 1:
+        yield f"data.frames_per_video is {data.frames_per_video}; it must be at least 1, as {system} reads videos"
+    if inputs.mask_ratio and data.datasets and not (data.builder or data.tokenizer):
+        yield (
+            "data.tokenizer is not set; masked language modelling hides tokens behind the <mask> of the model that "
+            "made the shards"
+        )
+
+
+def _training(config: Config):
+    """What training alone asks of data: scoring reads them whole."""
+    if not config.data.builder and not parse_split(config.data.split)[0]:
+        yield f'data.split is "{config.data.split}"; its first proportion, of training documents, must be positive'

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_mm.config.schema import Config
+from megatron_mm.hf.modeling_synapse import sinusoids
+from megatron_mm.hf.vit import sine_cosine_positions
 
 #: The kind of each part of a system.
 PARTS = {
@@ -64,7 +66,7 @@ class Stored:
         return tensor.chunk(count)[which][self.skipped :]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
     """One kind of pretrained checkpoint."""
 
@@ -96,6 +98,9 @@ class Family:
     """Our names of tensors with a row a token."""
     positions: str = ""
     """Our name of the table of positions, of which the first rows are taken."""
+    computed: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    """Tables that the source may store and our model computes: the source's name, without prefix -> what a tensor
+    [positions, width] of that name must hold."""
 
 
 # ------------------------------------------------------------------------------------------------------- Synapse's own
@@ -112,11 +117,17 @@ def _clip_expected(config: Config, filled: list[str]) -> dict[str, object]:
 
 
 CLIP = Family(
-    "CLIP", "clip", "image", "clip", ("clip", "clip_vision_model"), ("model.vision_tower.",),
-    ("vision_model.", "", "model.vision_model."), _clip_expected,
-    lambda name: (Stored(name.removeprefix("model.vision_tower.")),),
-    lambda fields: fields.get("vision_config") or fields,
-    {
+    name="CLIP",
+    option="clip",
+    part="image",
+    kind="clip",
+    model_types=("clip", "clip_vision_model"),
+    ours=("model.vision_tower.",),
+    prefixes=("vision_model.", "", "model.vision_model."),
+    expected=_clip_expected,
+    locate=lambda name: (Stored(name.removeprefix("model.vision_tower.")),),
+    fields=lambda fields: fields.get("vision_config") or fields,
+    defaults={
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
         "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
     },
@@ -134,13 +145,20 @@ def _whisper_expected(config: Config, filled: list[str]) -> dict[str, object]:
 
 
 WHISPER = Family(
-    "Whisper", "whisper", "audio", "whisper", ("whisper",), ("model.audio_tower.",),
-    ("model.encoder.", "encoder.", ""), _whisper_expected,
-    lambda name: (Stored(name.removeprefix("model.audio_tower.")),),
+    name="Whisper",
+    option="whisper",
+    part="audio",
+    kind="whisper",
+    model_types=("whisper",),
+    ours=("model.audio_tower.",),
+    prefixes=("model.encoder.", "encoder.", ""),
+    expected=_whisper_expected,
+    locate=lambda name: (Stored(name.removeprefix("model.audio_tower.")),),
     defaults={
         "d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
         "num_mel_bins": 80, "activation_function": "gelu", "scale_embedding": False,
     },
+    computed={"embed_positions.weight": lambda stored: sinusoids(*stored.shape, "cpu")},
 )  # fmt: skip
 
 
@@ -171,12 +189,20 @@ def _llama_expected(config: Config, filled: list[str]) -> dict[str, object]:
 
 
 LLAMA = Family(
-    "Llama", "llama", "text", "decoder", ("llama",),
-    ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."), ("", "language_model."), _llama_expected,
-    lambda name: (Stored(name),), _llama_fields,
-    {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rms_norm_eps": 1e-6},
-    lacks=(".cross_attn",), vocabulary=("model.embed_tokens.weight", "lm_head.weight"),
-)  # fmt: skip
+    name="Llama",
+    option="llama",
+    part="text",
+    kind="decoder",
+    model_types=("llama",),
+    ours=("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
+    prefixes=("", "language_model."),
+    expected=_llama_expected,
+    locate=lambda name: (Stored(name),),
+    fields=_llama_fields,
+    defaults={"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rms_norm_eps": 1e-6},
+    lacks=(".cross_attn",),
+    vocabulary=("model.embed_tokens.weight", "lm_head.weight"),
+)
 
 _GPT2_LAYER = {
     "self_attn_layer_norm": "ln_1",
@@ -223,9 +249,17 @@ def _gpt2_expected(config: Config, filled: list[str]) -> dict[str, object]:
 
 
 GPT2 = Family(
-    "GPT-2", "gpt2", "text", "gpt", ("gpt2",), (_ENCODER,), ("transformer.", ""), _gpt2_expected, _gpt2_locate,
-    _gpt2_fields,
-    {
+    name="GPT-2",
+    option="gpt2",
+    part="text",
+    kind="gpt",
+    model_types=("gpt2",),
+    ours=(_ENCODER,),
+    prefixes=("transformer.", ""),
+    expected=_gpt2_expected,
+    locate=_gpt2_locate,
+    fields=_gpt2_fields,
+    defaults={
         "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
     },
@@ -256,9 +290,17 @@ def _opt_expected(config: Config, filled: list[str]) -> dict[str, object]:
 
 
 OPT = Family(
-    "OPT", "opt", "text", "gpt", ("opt",), (_ENCODER,), ("model.decoder.", "decoder.", ""), _opt_expected,
-    _opt_locate, _opt_fields,
-    {
+    name="OPT",
+    option="opt",
+    part="text",
+    kind="gpt",
+    model_types=("opt",),
+    ours=(_ENCODER,),
+    prefixes=("model.decoder.", "decoder.", ""),
+    expected=_opt_expected,
+    locate=_opt_locate,
+    fields=_opt_fields,
+    defaults={
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072,
         "layer_norm_eps": 1e-5,  # torch's own; OPT's configuration does not name it
         "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True,
@@ -313,9 +355,20 @@ def _vit_mae_expected(config: Config, filled: list[str]) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _vit_positions(stored: torch.Tensor) -> torch.Tensor:
+    return sine_cosine_positions(round((len(stored) - 1) ** 0.5), stored.shape[1], stored)
+
+
 VIT_MAE = Family(
-    "ViT-MAE", "vit_mae", "image", "vit", ("vit_mae",), ("vision_tower.", "mae_decoder."), ("",), _vit_mae_expected,
-    _vit_mae_locate,
+    name="ViT-MAE",
+    option="vit_mae",
+    part="image",
+    kind="vit",
+    model_types=("vit_mae",),
+    ours=("vision_tower.", "mae_decoder."),
+    prefixes=("",),
+    expected=_vit_mae_expected,
+    locate=_vit_mae_locate,
     defaults={
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
         "patch_size": 16, "image_size": 224, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True,
@@ -323,6 +376,10 @@ VIT_MAE = Family(
         "decoder_num_attention_heads": 16, "decoder_intermediate_size": 2048,
     },
     optional="mae_decoder.",
+    computed=dict.fromkeys(
+        ("vit.embeddings.position_embeddings", "embeddings.position_embeddings", "decoder.decoder_pos_embed"),
+        _vit_positions,
+    ),
 )  # fmt: skip
 
 FAMILIES = {family.option: family for family in (CLIP, WHISPER, LLAMA, GPT2, OPT, VIT_MAE)}

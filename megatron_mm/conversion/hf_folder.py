@@ -25,6 +25,7 @@ from megatron_mm.config.systems import exported
 from megatron_mm.conversion.safetensors_stream import INDEX
 from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import give_name
 from megatron_mm.systems.export import MEDIA, Adapter, adapter_of
 
 #: Source of each code file that export writes. transformers copies flat files only, so those of media get a prefix.
@@ -136,13 +137,9 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            aside = path.parent / f".{path.name}.replaced-{os.getpid()}"
-            path.rename(aside)
-            temporary.rename(path)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.rename(path)
+        aside = path.parent / f".{path.name}.replaced-{os.getpid()}"
+        give_name(temporary, path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -257,7 +254,7 @@ def renew(
             if name in code and (folder / name).exists():
                 (folder / REPLACED).mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, _unused(folder / REPLACED / name))
-            os.replace(made / name, folder / name)
+            give_name(made / name, folder / name)
     except OSError as error:
         raise ValueError(f"{folder}: not renewed: {error.strerror or error}") from error
     finally:

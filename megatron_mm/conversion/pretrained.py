@@ -8,6 +8,7 @@ tensor is read: a family that does not fit the system, and a function that would
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,11 +16,9 @@ import torch
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.conversion.convert import DTYPES, merge, write_training_checkpoint
-from megatron_mm.conversion.families import FAMILIES, VIT_MAE, WHISPER, Family, Stored, check_fits
+from megatron_mm.conversion.families import FAMILIES, Family, Stored, check_fits
 from megatron_mm.conversion.hf_folder import read_json
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
-from megatron_mm.hf.modeling_synapse import sinusoids
-from megatron_mm.hf.vit import sine_cosine_positions
 from megatron_mm.models.names import Entry, Part
 from megatron_mm.systems.export import model_entries
 
@@ -94,12 +93,8 @@ class _Weights:
                     self._check_part(entry, part)
         if self.config_problem:
             raise ValueError(self.config_problem)
-        if self.family is WHISPER:
-            self._check_positions("embed_positions.weight", lambda stored: sinusoids(*stored.shape, "cpu"))
-        if self.family is VIT_MAE:
-            for name in ("vit.embeddings.position_embeddings", "embeddings.position_embeddings",
-                         "decoder.decoder_pos_embed"):  # fmt: skip
-                self._check_positions(name, _vit_positions)
+        for name, table in self.family.computed.items():
+            self._check_positions(self.prefix + name, table)
 
     def _check_part(self, entry: Entry, part: Part) -> None:
         name, stored = self.locate(part)
@@ -120,9 +115,8 @@ class _Weights:
         else:
             entry.check_part(part, shape, f"{self.folder}: {name}")
 
-    def _check_positions(self, name, table) -> None:
+    def _check_positions(self, name: str, table: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Our positions are computed; the source stores the same numbers, and another model may not."""
-        name = self.prefix + name
         if name in self.files:
             stored = self.files.read(name).float().squeeze(0)
             if not torch.allclose(stored, table(stored), atol=2e-2):
@@ -135,10 +129,6 @@ class _Weights:
         if part.name in self.family.vocabulary or part.name == self.family.positions:
             return resize_rows(tensor, rows)
         return tensor
-
-
-def _vit_positions(stored: torch.Tensor) -> torch.Tensor:
-    return sine_cosine_positions(round((len(stored) - 1) ** 0.5), stored.shape[1], stored)
 
 
 def resize_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -53,6 +53,15 @@ def score_classes(predicted: Sequence[Hashable], truth: Sequence[Hashable]) -> C
     )
 
 
+def score_class_names(texts: Sequence[str], truth: Sequence[str]) -> ClassScores:
+    """Scores of texts that name a class, as generated of a sample and as it is: equal after `captions.normalise`.
+
+    Raises:
+        ValueError: as `score_classes`.
+    """
+    return score_classes([normalise(text) for text in texts], [normalise(text) for text in truth])
+
+
 def word_f1(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean over samples of the best F1 between the words of a text and of one of its references (SQuAD's F1).
 

@@ -6,9 +6,6 @@ node that gradients pass through twice; a frozen node that none reaches once. Fu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import Graph, Node
 
@@ -48,9 +45,3 @@ def model_flops(graph: Graph, plan: MicrobatchPlan) -> float:
 def total_parameters(graph: Graph, plan: MicrobatchPlan) -> int:
     """Parameters of the whole model, frozen ones included."""
     return sum(node.cost(plan).parameters for node in graph.nodes)
-
-
-def imbalance(times: Sequence[float], cuts: Sequence[int]) -> tuple[list[float], float]:
-    """Time of each chunk, and the slowest over the mean."""
-    loads = [sum(times[low:high]) for low, high in pairwise(cuts)]
-    return loads, max(loads) * len(loads) / sum(loads)

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from megatron_mm.config.outputs import write_figures
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import check, parallel_sizes
@@ -31,6 +30,7 @@ from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import node_times
 from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes
 from megatron_mm.platform import cpu, setup
+from megatron_mm.platform.atomic_files import write_figures
 
 if TYPE_CHECKING:
     from megatron_mm.planner.assembly import Assembly

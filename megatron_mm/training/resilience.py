@@ -18,6 +18,7 @@ from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.pipeline.schedule import BatchResult, Pipeline, run_batch
 from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.platform import setup
+from megatron_mm.platform.atomic_files import written_whole
 
 
 class StopSignal:
@@ -88,18 +89,17 @@ class Watchdog:
         rank = setup.rank()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._stacks_of(rank)
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
+        with written_whole(path, partial=path.with_suffix(".partial")) as file:
             file.write(path.read_text() if path.exists() else "")  # after those of an earlier run
             print(f"rank {rank} made no progress for {self.seconds:.0f} s in {self._where}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
-        print(
-            f"error: rank {rank} made no progress for {self.seconds:.0f} s in {self._where}; stacks are in {path}",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        partial.replace(path)  # last: where it is, its rank has said everything
+            print(
+                f"error: rank {rank} made no progress for {self.seconds:.0f} s in {self._where}; stacks are in {path}",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            # The file gets its name last: where it is, its rank has said everything.
         until = time.monotonic() + _STACKS_WITHIN_SECONDS
         while time.monotonic() < until and not all(map(self._has_given_up, range(setup.world_size()))):
             time.sleep(0.1)

@@ -10,8 +10,8 @@ import json
 import time
 from pathlib import Path
 
-from megatron_mm.config.outputs import write_whole
 from megatron_mm.config.schema import Config
+from megatron_mm.platform.atomic_files import write_whole
 
 #: Peak dense BF16 TFLOP/s of devices, from their data sheets.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0}

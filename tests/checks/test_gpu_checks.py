@@ -108,6 +108,33 @@ def test_layouts_take_the_options_of_second_runs(second, passed, tmp_path, monke
     assert [verdict.passed for verdict in verdicts] == [passed] * 2
 
 
+@pytest.mark.parametrize(
+    ("what", "options", "message"),
+    [
+        ("node", ["--tensor-model-parallel-size=2"], "parallel.tensor_model_parallel_size is what `node` sets itself"),
+        ("node", ["--parallel.tensor-model-parallel-size=1", "--lr=4e-3"], "parallel.tensor_model_parallel_size is"),
+        ("node", ["--train-iters=3", "--model.hidden-dropout=0.1"],
+         "model.hidden_dropout, training.train_iters are what `node` sets itself"),
+        ("two-nodes", ["--pipeline-model-parallel-size=1"], "parallel.pipeline_model_parallel_size is what `two"),
+        ("two-nodes", ["--recompute-granularity=full"], "parallel.recompute_granularity is what `two-nodes` sets"),
+        ("one", ["--pipeline-model-parallel-size=2"], "`one`: 1 processes do not divide by tensor 1 x pipeline 2"),
+        ("one", ["--training.seed=1234"], "the second run would be the first again"),
+        ("one", ["--dry-run"], "--dry-run is no setting of a run"),
+    ],
+)  # fmt: skip
+def test_options_of_second_runs_that_no_comparison_would_see_are_refused(what, options, message):
+    """Options of a layout above all: the layouts that are compared are the checks' own."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gpu_checks.check_second(what, options, 4)
+
+
+def test_options_of_second_runs_that_are_acted_upon_are_taken():
+    for what in ("one", "node", "two-nodes"):
+        gpu_checks.check_second(what, [], 4)
+        gpu_checks.check_second(what, ["--lr=4e-3", "--training.seed=2"], 4)
+    gpu_checks.check_second("one", ["--recompute-granularity=full"], 4)  # one process can
+
+
 def test_a_run_that_fails_is_a_check_that_fails_and_the_others_go_on():
     def broken():
         raise ValueError("no such module transformer_engine")
@@ -225,6 +252,12 @@ def test_usage_is_refused_by_name():
     done = run("node", "--gpus", 2)
     assert done.returncode == 2 and "error: --gpus is 2; `node` needs at least 4" in done.stderr
     assert run("one", "--steps", 3).returncode == 2
+    done = run("one", "--gpus", 2)
+    assert done.returncode == 2 and "error: --gpus is 2; `one` checks a single GPU" in done.stderr
+    done = run("node", "--nodes", 3)
+    assert done.returncode == 2 and "error: --nodes is 3; `node` checks one node" in done.stderr
+    done = run("two-nodes", "--second", "context-parallel-size=2")
+    assert done.returncode == 2 and "error: --second: parallel.context_parallel_size is what `two-nodes`" in done.stderr
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         done = run("two-nodes", "--master-port", port)

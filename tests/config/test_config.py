@@ -1,6 +1,7 @@
 """Recipes, overrides, and what is refused by name before anything is built."""
 
 import pkgutil
+import re
 import subprocess
 
 import pytest
@@ -94,6 +95,51 @@ def test_mistakes_in_a_recipe_are_named_by_path(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"seq_length": 1}, "data.seq_length: Input should be greater than or equal to 2, not 1"),
+        ({"horizontal_flip": 1.5}, "data.horizontal_flip: Input should be less than or equal to 1, not 1.5"),
+        ({"color_jitter": -0.1}, "data.color_jitter: Input should be greater than or equal to 0, not -0.1"),
+        ({"max_sounds_per_sample": -1}, "data.max_sounds_per_sample: Input should be greater than or equal to 0"),
+        ({"num_workers": -2}, "data.num_workers: Input should be greater than or equal to 0"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "data.image_std.1: Input should be greater than 0"),
+        ({"image_mean": [0.2, float("nan"), 0.2]}, "data.image_mean.1: Input should be a finite number"),
+        ({"tokenizer": ""}, "data.tokenizer: String should have at least 1 character"),
+        ({"split": "9,1,0,1"}, 'data.split: "9,1,0,1" must be up to three proportions, such as "969,30,1"'),
+        ({"builder": "squares"}, "data.builder: 'squares' must be module:function or file.py:function"),
+        ({"builder": ":build"}, "data.builder: ':build' must be module:function"),
+        ({"on_corrupt": "ignore"}, "data.on_corrupt: Input should be 'stop' or 'skip', not 'ignore'"),
+        ({"datasets": [{"path": "a"}, {"path": "b", "weight": 0}]}, "data.datasets.1.weight: Input should be greater"),
+        ({"datasets": [{"path": "a", "weight": float("inf")}]}, "data.datasets.0.weight: Input should be a finite"),
+        ({"datasets": [{"path": "a/text.bin"}]}, "data.datasets.0.path: give the prefix, a/text, not the file a/text"),
+    ],
+)  # fmt: skip
+def test_values_by_which_no_data_could_be_read_are_refused_with_the_recipe(data, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_from_tree({"data": data}, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "message"),
+    [
+        ("avt-tiny", {"tokenizer": None}, "data.tokenizer is not set; masked language modelling"),
+        ("vlm-tiny", {"split": "0,1"}, 'data.split is "0,1"; its first proportion, of training documents, must be'),
+        ("synapse-tiny", {"frames_per_video": 0}, "data.frames_per_video is 0; it must be at least 1, as synapse"),
+    ],
+)
+def test_data_that_could_not_be_trained_on_are_refused_before_they_are_there(recipe, data, message):
+    config = load_config(RECIPES / f"{recipe}.yaml")
+    check(config, parallel_sizes(config, 1))
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(config, parallel_sizes(config, 1))
+    if "split" not in data and "frames_per_video" not in data:
+        config.data.builder = "module:of_my_own"  # which reads no shards
+        check(config, parallel_sizes(config, 1))
+
+
 def across(config, comm: str, **parallel) -> None:
     """Context parallelism of two processes."""
     for name, value in {"context_parallel_size": 2, "cp_comm_type": comm, **parallel}.items():
@@ -163,5 +209,9 @@ def test_usage_errors_exit_with_2_and_help_with_0():
     assert run().returncode == 2
     wrong = run("--config", str(RECIPES / "synapse-tiny.yaml"), "--trainn-iters", "3")
     assert wrong.returncode == 2 and "train-iters" in wrong.stdout + wrong.stderr
+    given = ["--config", str(RECIPES / "synapse-tiny.yaml"), "--dry-run", "--data.horizontal-flip", "1.5"]
+    wrong = run(*given)
+    assert wrong.returncode == 2 and "horizontal_flip" in wrong.stdout + wrong.stderr
+    assert "less than or equal to 1" in " ".join((wrong.stdout + wrong.stderr).split())
     shown = run("--help")
     assert shown.returncode == 0 and "--tensor-model-parallel-size" in shown.stdout

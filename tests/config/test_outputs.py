@@ -1,4 +1,4 @@
-"""Outputs that a user names: places that are refused, files and folders that are not replaced, files that are whole.
+"""Outputs that a user names: places that are refused, files and folders that are not replaced.
 
 Truth: what is there stays as it was, byte for byte, after a refusal or a failure.
 """
@@ -21,10 +21,8 @@ from megatron_mm.config.outputs import (
     check_place,
     figures,
     records,
-    write_figures,
-    write_whole,
-    written_whole,
 )
+from megatron_mm.platform.atomic_files import write_figures, write_whole
 from tests.support.programs import PYTHON
 from tests.support.waiting import HANG_SECONDS
 
@@ -99,37 +97,12 @@ def test_devices_and_pipes_are_written_not_replaced(tmp_path):
     check_file(fifo, "--json", KIND)
     write_whole(fifo, "figures\n")
     assert reader.communicate(timeout=HANG_SECONDS)[0] == "figures\n" and fifo.is_fifo()
-    code = "from megatron_mm.config.outputs import *; check_file('/dev/stdout', '-', figures('a')); "
-    code += "print('before', flush=True); write_figures('/dev/stdout', 1)"
+    code = "from megatron_mm.config.outputs import *; from megatron_mm.platform.atomic_files import *; "
+    code += "check_file('/dev/stdout', '-', figures('a')); print('before', flush=True); write_figures('/dev/stdout', 1)"
     out = tmp_path / "out"
     with out.open("w") as stream:
         subprocess.run([PYTHON, "-c", code], stdout=stream, check=True, cwd=ROOT)
         assert os.fstat(stream.fileno()).st_ino == out.stat().st_ino and "1" in out.read_text()
-
-
-def test_a_failure_leaves_what_was_there(tmp_path):
-    path = tmp_path / "new" / "a.txt"
-    write_whole(path, "before")
-    with pytest.raises(KeyError), written_whole(path) as stream:
-        stream.write("half")
-        raise KeyError
-    assert path.read_text() == "before" and os.listdir(path.parent) == ["a.txt"]
-    with written_whole(path, "xb") as stream:
-        stream.write(b"after")
-    assert path.read_bytes() == b"after" and os.listdir(path.parent) == ["a.txt"]
-
-
-def test_links_are_followed_and_no_other_file_is_used(tmp_path):
-    target, link = tmp_path / "target", tmp_path / "link"
-    link.symlink_to(target)
-    mine = tmp_path / f"target.{os.getpid()}.partial"
-    mine.write_text("mine")
-    with pytest.raises(FileExistsError):
-        write_whole(link, "x")
-    assert mine.read_text() == "mine" and not target.exists()
-    mine.unlink()
-    write_whole(link, "x")
-    assert link.is_symlink() and target.read_text() == "x"
 
 
 def never(_folder: Path) -> bool:

@@ -490,6 +490,9 @@ def test_what_does_not_fit_is_refused_by_name(recipe_file, tmp_path):
     wide.hidden_act = "gelu"
     refuse("clip", CLIPVisionModel(wide), "hidden_act is 'gelu' in the checkpoint, 'quick_gelu' in the recipe")
     refuse("whisper", llama_model(recipe), "no Whisper checkpoint, its config.json says model_type 'llama'")
+    learned = whisper_model(recipe)
+    learned.model.encoder.embed_positions.weight.data += 0.1
+    refuse("whisper", learned, "embed_positions.weight is not Whisper's table of sines and cosines")
     with pytest.raises(ValueError, match="nothing to import"):
         import_pretrained(recipe_file, tmp_path / "out")
 

@@ -281,7 +281,7 @@ FILL = """
 import sys
 from megatron_mm.data.jobs import unfinished
 from megatron_mm.data.build.multimodal import build_multimodal
-from megatron_mm.data.tool import run_tool
+from megatron_mm.platform.tool import run_tool
 unfinished.JOURNAL_SECONDS = -1
 run_tool(lambda: build_multimodal([sys.argv[1]], sys.argv[2], sys.argv[3], workers=1, progress=False) and 0)
 """

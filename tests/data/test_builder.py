@@ -101,8 +101,6 @@ def test_a_builder_beside_its_recipe_is_found(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("squares", r"data\.builder: 'squares' must be module:function or file\.py:function"),
-        (":build", r"must be module:function"),
         ("{folder}/none.py:build", r"data\.builder: there is no file .*none\.py"),
         ("no_such_module_here:build", r"data\.builder: there is no module 'no_such_module_here'"),
         ("{folder}/own_squares.py:make", r"data\.builder: .*own_squares\.py has no function make"),

@@ -315,8 +315,6 @@ def test_configuration_errors_name_the_field(config, tmp_path, folder):
     refused(r"data\.tokenizer: not set")
     config.data.datasets = []
     refused(r"data\.datasets: empty")
-    config.data.datasets = [DatasetConfig(path=folder + "/text.bin")]
-    refused("give the prefix")
     with pytest.raises(ValueError, match="must be a multiple of micro_batch_size"):
         MicrobatchLoader(None, 0, 3, 0, 2, 8, set())
 

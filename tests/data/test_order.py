@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_mm.data.reading.order import Blend, Permutation, TaskSchedule, parse_split, split_documents
+from megatron_mm.config.proportions import parse_split
+from megatron_mm.data.reading.order import Blend, Permutation, TaskSchedule, split_documents
 
 pytestmark = pytest.mark.interface
 
@@ -84,8 +85,8 @@ def test_split_is_megatrons(split, documents):
 
 @pytest.mark.parametrize("split", ["", "a,b", "-1,2", "1,2,3,4", "0,0,0"])
 def test_bad_split(split):
-    with pytest.raises(ValueError, match=r"data\.split"):
-        parse_split(split)
+    with pytest.raises(ValueError, match=r"--split: .* must be up to three proportions"):
+        parse_split(split, "--split")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mm.evaluation.classification import score_classes, word_f1
+from megatron_mm.evaluation.classification import score_class_names, score_classes, word_f1
 
 
 def test_scores_of_a_confusion_matrix():
@@ -23,6 +23,13 @@ def test_one_class_predicted_for_all_has_the_majoritys_recall():
     scores = score_classes([1] * 4, [1, 1, 2, 3])
     assert scores.weighted_recall == scores.majority == 0.5
     assert scores.unweighted_recall == pytest.approx(1 / 3)
+
+
+def test_a_class_is_named_whatever_its_case_and_stops():
+    scores = score_class_names(["Happy!", "sad", "happy", ""], ["happy", "Sad.", "angry", "angry"])
+    assert (scores.classes, scores.weighted_recall) == (3, 0.5)
+    assert scores.unweighted_recall == pytest.approx(2 / 3)
+    assert scores.macro_f1 == pytest.approx((2 / 3 + 1 + 0) / 3)  # happy is said twice
 
 
 def test_word_f1_counts_shared_words_with_repetition_and_takes_the_best_reference():

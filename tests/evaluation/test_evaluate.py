@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
+from megatron_mm.evaluation.classification import word_f1
 from megatron_mm.evaluation.evaluate import swap_media, token_loss
 from megatron_mm.generation.generate import Generator
 from megatron_mm.hf.processing_mm import MultimodalProcessor
@@ -103,7 +104,22 @@ def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
     assert rows[0]["token_loss"] == pytest.approx(token_loss(generator, samples), rel=1e-4)
     assert rows[1]["token_loss"] == pytest.approx(token_loss(generator, swap_media(samples)), rel=1e-4)
     assert abs(rows[0]["token_loss"] - rows[1]["token_loss"]) > 1e-4
-    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 8
+    captions = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert len(captions) == 8
+    for row in rows:
+        said = [line for line in captions if line["media"] == row["media"]]
+        pairs = [(line["generated"], line["reference"]) for line in said]
+        assert row["word_f1"] == pytest.approx(sum(word_f1([text], [[truth]]) for text, truth in pairs) / 4)
+        # Every text is another class: all recalls have the same weight.
+        assert row["classes"] == 4 and row["majority"] == 0.25
+        assert row["weighted_recall"] == row["unweighted_recall"] == row["exact_match"]
+    header, *lines = done.stdout.splitlines()[-3:]
+    headings = "samples of media count classes exact match CIDEr-D word F1 WAR UAR macro F1 commonest token loss"
+    assert " ".join(header.split()) == headings
+    for line, row in zip(lines, rows):
+        shown = [row[key] for key in ("exact_match", "cider", "word_f1", "weighted_recall", "unweighted_recall")]
+        shown += [row[key] for key in ("macro_f1", "majority", "token_loss")]
+        assert line.split() == ["held.jsonl", row["media"], "4", "4", *(f"{value:.3f}" for value in shown)]
 
     done = subprocess.run([*map(str, command), "--limit", "1", "--swap-media"], capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and "cannot be swapped" in done.stderr and "Traceback" not in done.stderr

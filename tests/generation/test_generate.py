@@ -21,6 +21,7 @@ from megatron_mm.generation.prompts import read_prompts
 from megatron_mm.hf.processing_mm import MultimodalProcessor
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, resample
 from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram
+from megatron_mm.platform.tool import status_of
 from tests.conversion.export_case import (
     draw,
     draw_animation,
@@ -213,7 +214,7 @@ def run_tool(monkeypatch, capsys, *arguments):
     spec.loader.exec_module(tool)
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
     try:
-        status = tool.main()
+        status = status_of(tool.main)
     except SystemExit as stop:
         status = stop.code
     return status, *capsys.readouterr()

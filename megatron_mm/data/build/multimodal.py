@@ -29,6 +29,7 @@ from megatron_mm.data.store.manifest import MANIFEST, describe_sources, differs_
 from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm.media.encoding import KEEP, Encoding
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import sync
 
 _ROWS = "samples.rows"  # the table while it grows
 _FILES = re.compile(r"(text|images|sounds|videos|ids)\.(bin|idx|crc)|samples\.npy|skipped\.jsonl")
@@ -124,8 +125,7 @@ class FolderWriter:
 
     def state(self) -> dict:
         """How far the files are; all of it is on the disk."""
-        self._table.flush()
-        os.fsync(self._table.fileno())
+        sync(self._table)
         shards = {name: writer.state() for name, writer in self._writers.items()}
         return {"rows": self._rows, "shards": shards, "skipped": self.skipped.state()}
 

@@ -10,8 +10,9 @@ import os
 
 from tqdm import tqdm
 
+from megatron_mm.config.proportions import parse_split
 from megatron_mm.data.build.copying import Selection, Target, copy_datasets
-from megatron_mm.data.reading.order import Permutation, Purpose, parse_split, split_documents
+from megatron_mm.data.reading.order import Permutation, Purpose, split_documents
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
 

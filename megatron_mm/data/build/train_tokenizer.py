@@ -13,12 +13,13 @@ from typing import Literal
 
 import sentencepiece
 
-from megatron_mm.config.outputs import Kind, check_file, written_whole
+from megatron_mm.config.outputs import Kind, check_file
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES, read_line
 from megatron_mm.data.corpus.samples import parse_line
 from megatron_mm.data.corpus.text_input import holds_records, open_lines
 from megatron_mm.data.tokens.tokenizer import AUDIO, BOS, EOS, IMAGE, MASK, PAD, UNK, VIDEO
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import written_whole
 
 _SPECIAL = re.compile("|".join(map(re.escape, (PAD, UNK, BOS, EOS, IMAGE, AUDIO, VIDEO, MASK))))
 _MODEL = Kind("a SentencePiece model", lambda path: bool(sentencepiece.SentencePieceProcessor(model_file=path)))

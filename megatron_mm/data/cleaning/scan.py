@@ -42,6 +42,7 @@ from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.indexed import open_at
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import sync
 
 #: Bytes of a record's text that reports show.
 EXCERPT_BYTES = 160
@@ -253,8 +254,7 @@ class RowWriter:
     def state(self) -> dict:
         """How far the files are; all of it is on the disk."""
         for stream in self._files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
         sizes = {name: stream.tell() for name, stream in self._files.items()}
         return {"records": self.records, "rejected": self.rejected, "sizes": sizes}
 

@@ -17,6 +17,7 @@ from typing import BinaryIO, Literal
 from megatron_mm.config.outputs import records
 from megatron_mm.data.store.indexed import open_at
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import sync
 
 #: What becomes of a line that cannot be used: the build ends with its name, or goes on without it.
 OnError = Literal["stop", "skip"]
@@ -71,8 +72,7 @@ class SkippedLines:
 
     def state(self) -> dict[str, int]:
         """How far the list is; all of it is on the disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        sync(self._stream)
         return {"count": self.count, "bytes": self._bytes}
 
     def finish(self, used: int) -> dict[str, int]:

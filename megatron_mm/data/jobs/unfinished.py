@@ -36,6 +36,7 @@ from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.corpus.text_input import open_lines
 from megatron_mm.data.jobs.parallel import LineBlock, Result, line_blocks, ordered_map
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import give_name, written_whole
 
 JOURNAL_SECONDS = 5.0
 _CHUNK = 1 << 20
@@ -312,9 +313,7 @@ class UnfinishedBuild:
             made = os.path.join(self.data, name) if name else self.data
             if not os.path.exists(made):  # it has its name
                 continue
-            if os.path.isdir(final):
-                os.rename(final, os.path.join(self.folder, f"old-{number}"))
-            os.replace(made, final)
+            give_name(made, final, os.path.join(self.folder, f"old-{number}"))
         self._remove()
 
     def complete(self) -> None:
@@ -354,11 +353,8 @@ class UnfinishedBuild:
 
 def _write(path: str, value: object) -> None:
     """Writes JSON that is whole or as it was before, whatever happens."""
-    with open(path + ".new", "w", encoding="utf-8") as stream:
+    with written_whole(path, partial=f"{path}.new", durable=True, encoding="utf-8") as stream:
         json.dump(value, stream, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stream.name, path)
 
 
 def check_output(output: str, paths: Sequence[str], replacing: Replacing) -> None:

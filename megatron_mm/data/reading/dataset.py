@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 from megatron_mm.config.inputs import Limits
 from megatron_mm.config.schema import Config
+from megatron_mm.config.validate import check_data
 from megatron_mm.data.reading.augmentation import Augmentation
 from megatron_mm.data.reading.blend import BlendedDataset, Source
 from megatron_mm.data.reading.builder import CheckedSplit, call_builder
@@ -65,7 +66,7 @@ def build_datasets(config: Config) -> Datasets:
     Raises:
         ValueError: a field of `config.data` cannot be used, or a dataset is damaged; field or file are named.
     """
-    _check_fields(config)
+    check_data(config)
     return _own(config) if config.data.builder else _shards(config)
 
 
@@ -92,7 +93,7 @@ def whole_dataset(config: Config) -> BlendedDataset:
     Raises:
         ValueError: as `build_datasets`.
     """
-    _check_fields(config)
+    check_data(config)
     whole = _shards(replace(config, data=replace(config.data, split="0,1,0", on_corrupt="stop")), trains=False).valid
     if whole is None:
         raise ValueError("data.datasets: no document has the two tokens of a row")
@@ -108,16 +109,11 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
         raise ValueError("data.datasets: empty; name at least one dataset, such as {path: data/emoji}")
     tokenizer = open_tokenizer(data.tokenizer, require_media=False) if data.tokenizer else None
     shards = [Shard(localize(entry.path, data.cache_folder), tokenizer) for entry in data.datasets]
-    needs = "multimodal datasets need" if any(shard.is_multimodal for shard in shards) else None
-    if inputs.mask_ratio:
-        needs = "masked language modelling hides tokens behind the <mask> of"
-    if needs:
+    if inputs.mask_ratio or any(shard.is_multimodal for shard in shards):
         if tokenizer is None:
-            raise ValueError(f"data.tokenizer: not set; {needs} the model that made the shards")
+            raise ValueError("data.tokenizer: not set; multimodal datasets need the model that made the shards")
         tokenizer = open_tokenizer(data.tokenizer)
     for entry, shard in zip(data.datasets, shards):
-        if not 0 < entry.weight < float("inf"):
-            raise ValueError(f"data.datasets: weight {entry.weight} of {entry.path} must be positive")
         if inputs.video == "frames" and "videos" in shard.media:
             _check_frames(config, entry.path)
     limits = Limits.of(data, inputs)
@@ -150,18 +146,6 @@ def _shards(config: Config, trains: bool = True) -> Datasets:
             args = (split, sources, tokenizer, inputs, limits, media, masking, seed)
             splits[split] = BlendedDataset(*args, shuffle=train)
     return Datasets(splits.get("train"), splits.get("valid"), splits.get("test"), tokenizer)
-
-
-def _check_fields(config: Config) -> None:
-    """Refuses values that no data could be read by."""
-    data = config.data
-    if data.seq_length < 2:
-        raise ValueError(f"data.seq_length: {data.seq_length}; at least 2")
-    for name in ("horizontal_flip", "color_jitter"):
-        if not 0.0 <= getattr(data, name) <= 1.0:
-            raise ValueError(f"data.{name}: {getattr(data, name)}; it must lie between 0 and 1")
-    if config.model.inputs.video != "none" and data.frames_per_video < 1:
-        raise ValueError(f"data.frames_per_video: {data.frames_per_video}; at least 1")
 
 
 def _check_frames(config: Config, path: str) -> None:

@@ -15,6 +15,8 @@ from math import lcm
 
 import numpy as np
 
+from megatron_mm.config.proportions import parse_split
+
 _ROUNDS = 8
 _MAX_DENOMINATOR = 1 << 20
 _LONGEST_BLOCK = 64
@@ -176,26 +178,6 @@ class TaskSchedule:
 def epoch_and_place(within: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Epoch of a dataset's n-th sample, and its place within the epoch."""
     return np.divmod(np.asarray(within, dtype=np.int64), num_rows)
-
-
-def parse_split(split: str, field: str = "data.split") -> tuple[float, float, float]:
-    """Normalised shares of train, validation and test documents from Megatron's "969,30,1".
-
-    Args:
-        field: names it in messages.
-
-    Raises:
-        ValueError: not one to three non-negative numbers with a positive sum.
-    """
-    try:
-        parts = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
-    except ValueError:
-        parts = []
-    if not 1 <= len(parts) <= 3 or any(not 0 <= part < float("inf") for part in parts) or sum(parts) <= 0:
-        raise ValueError(f'{field}: "{split}" must be up to three proportions, such as "969,30,1"')
-    parts += [0.0] * (3 - len(parts))
-    total = sum(parts)
-    return parts[0] / total, parts[1] / total, parts[2] / total
 
 
 def split_documents(split: str, num_documents: int) -> list[range]:

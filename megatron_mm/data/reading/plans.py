@@ -25,6 +25,7 @@ from megatron_mm.data.reading.packing import PIECE_DTYPE, Packing, pack
 from megatron_mm.data.store.manifest import CHECKSUM
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import give_name, sync
 
 #: Documents from which on a plan is kept; fewer are packed at every start (0.1 s).
 KEPT_FROM = 1 << 16
@@ -107,9 +108,8 @@ def _make(
         os.remove(os.path.join(making, f"{name}.npy"))
     with open(os.path.join(making, "plan.json"), "w", encoding="utf-8") as stream:
         json.dump({"report": packing.report, **made_of}, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.rename(making, path)
+        sync(stream)
+    give_name(making, path)
 
 
 def open_plan(folder: str) -> StoredPacking:

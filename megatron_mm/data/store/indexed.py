@@ -28,6 +28,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import sync
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")
@@ -143,8 +144,7 @@ class IndexedWriter:
     def state(self) -> dict[str, int]:
         """How far this writer is; all of it is on the disk."""
         for stream in self._files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
         return {"items": self.num_items, "sequences": self._sequences, "documents": self._documents}
 
     def close(self) -> None:
@@ -175,8 +175,7 @@ class IndexedWriter:
                 end = int(ends[-1])
             stream.write(struct.pack("<q", 0))
             stream.writelines(_blocks_of(self.prefix + DOCUMENTS, np.int64))
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
 
     def tidy(self) -> None:
         """Removes what only a continued writer would need; to be called when all is finished."""

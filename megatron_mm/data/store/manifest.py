@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import sync
 
 MANIFEST, CHECKSUM = "manifest.json", "checksum"
 _CHUNK = 1 << 20
@@ -47,8 +48,7 @@ def write_manifest(path: str, manifest: dict, base: str, names: Sequence[str]) -
     with open(path, "w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream)
 
 
 def _digest(manifest: dict) -> str:

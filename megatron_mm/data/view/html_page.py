@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from megatron_mm.config.outputs import Kind, check_file, written_whole
+from megatron_mm.config.outputs import Kind, check_file
 from megatron_mm.data.corpus.samples import KINDS
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from megatron_mm.data.view.inspection import summary
 from megatron_mm.data.view.preview import Preview, preview
 from megatron_mm.data.view.readable import readable_size
 from megatron_mm.media.errors import DataError
+from megatron_mm.platform.atomic_files import written_whole
 
 #: Most tokens of a sample that are shown, as text and as chips.
 MAX_TOKENS = 400

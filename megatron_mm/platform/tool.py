@@ -41,22 +41,36 @@ def load_plugins(names: Sequence[str]) -> None:
         load_plugin(name, Path(), "--plugins")
 
 
-def run_tool(main: Callable[[], int | None]) -> None:
-    """Runs a tool's `main` and ends the process: 0, 1 after an error a user can cause, 2 if an output is no place for
-    one or another's, 130 when interrupted or terminated, so that unfinished output is removed then too, or the
-    interruption says where it is."""
+def status_of(main: Callable[[], int | None], left: str = "") -> int:
+    """Runs a tool's `main` and says on stderr why it did not end well.
+
+    Args:
+        left: what there is to say after an interruption that says nothing of its own.
+
+    Returns:
+        What `main` returned, 0 for None; 1 after an error that a user can cause, 2 after one of the command itself
+        (config/outputs.py); 130 when interrupted.
+    """
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
+    except KeyboardInterrupt as interruption:
+        print(": ".join(filter(None, ("interrupted", str(interruption) or left))), file=sys.stderr)
+        return 130
+
+
+def run_tool(main: Callable[[], int | None], left: str = "nothing was left behind") -> None:
+    """Runs a tool's `main` and ends the process with its status (`status_of`).
+
+    A termination is an interruption, so that unfinished output is removed then too, or the interruption says where it
+    is.
+    """
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
     _keep_from_forks(signal.SIGTERM)
-    try:
-        status = main() or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = exit_status(error)
-    except KeyboardInterrupt as interruption:
-        print(f"interrupted: {str(interruption) or 'nothing was left behind'}", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+    sys.exit(status_of(main, left))

@@ -1,4 +1,4 @@
-"""How a command line tool ends: what it prints and leaves when it, or a pool of its own, is terminated."""
+"""How a command line tool ends: its status, what it says, and what happens when it, or its pool, is terminated."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import signal
 import subprocess
 import textwrap
 
+import pytest
+
+from megatron_mm.config.outputs import OutputError, UsageError
+from megatron_mm.platform.tool import status_of
 from tests.support.programs import PYTHON
 
 SCRIPT = """
     import multiprocessing, os, signal, sys, time
-    from megatron_mm.data.tool import run_tool
+    from megatron_mm.platform.tool import run_tool
 
     def work(number):
         time.sleep(0.002)
@@ -47,3 +51,27 @@ def test_a_terminated_tool_says_so(tmp_path):
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "interrupted: nothing was left behind\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "only the tool's own process has the handler"
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        (ValueError("no such field"), 1, "error: no such field\n"),
+        (FileNotFoundError(2, "No such file", "a.json"), 1, "error: [Errno 2] No such file: 'a.json'\n"),
+        (UsageError("--steps is 1"), 2, "error: --steps is 1\n"),
+        (OutputError("--json /: the root"), 2, "error: --json /: the root\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("x keeps it"), 130, "interrupted: x keeps it\n"),
+    ],
+)
+def test_a_status_for_each_way_to_end(ends, status, said, capsys):
+    def main():
+        if isinstance(ends, BaseException):
+            raise ends
+        return ends
+
+    assert status_of(main) == status and capsys.readouterr() == ("", said)
+    with pytest.raises(RuntimeError):  # nothing that a user can mend: the traceback is for us
+        status_of(lambda: (_ for _ in ()).throw(RuntimeError()))
