@@ -11,6 +11,7 @@ tools/verify_layouts.py work as for any other system; the layer is whole on ever
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from torch.nn import functional
 from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import section
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import System, register
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
@@ -33,6 +35,7 @@ from megatron_mm.data.reading.rows import Document, collate
 from megatron_mm.models.graph import ForwardContext, Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.work import MatrixProduct, Moved
 from megatron_mm.objectives.measures import TokenAccuracy
 
 BYTES = 256
@@ -127,8 +130,12 @@ def smoothed_loss(label_smoothing: float) -> Loss:
     def count(batch: Microbatch) -> torch.Tensor:
         return batch.loss_mask_RT.sum()
 
+    def work(shapes: Sequence[tuple[int, ...]], sizes: ParallelSizes) -> tuple[Moved, ...]:
+        return (Moved(8 * math.prod(shapes[0]), 4, "cross-entropy"),)  # fp32
+
     fields = frozenset({"labels_RT"})
-    return Loss("next_byte", compute, count, ("logits",), sharded=False, fields=fields, measure=TokenAccuracy)
+    options = {"measure": TokenAccuracy, "work": work}
+    return Loss("next_byte", compute, count, ("logits",), sharded=False, fields=fields, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- graph
@@ -136,32 +143,37 @@ def smoothed_loss(label_smoothing: float) -> Loss:
 
 def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
     """Embedding, convolutions, head: each layer a node, so that a pipeline can be cut between any two."""
-    width, matrix = config.hidden_size, 2 * config.hidden_size**2 * config.kernel_size
+    width, inputs = config.hidden_size, config.hidden_size * config.kernel_size
+    matrix = 2 * width * inputs
     hidden = Stream("hidden", lambda plan: (plan.num_rows, plan.row_length, width))
     logits = Stream("logits", lambda plan: (plan.num_rows, plan.row_length, BYTES))
 
     def make(kind: type[nn.Module]) -> nn.Module:
         return describe(kind(config, settings), init_std=config.init_std)
 
-    def cost(parameters: int, products: int):
+    def cost(parameters: int, outputs: int = 0, inputs: int = 0, kernels: int = 1):
+        """Every process does all of the work: a product of all positions, kernels that read and write states."""
+
         def of_plan(plan: MicrobatchPlan) -> NodeCost:
-            positions = plan.num_rows * plan.row_length * settings.sizes.tp * settings.sizes.cp
-            return NodeCost(parameters, 2.0 * positions * products, 4.0 * positions * width)
+            positions, everywhere = plan.num_rows * plan.row_length, settings.sizes.tp_cp
+            moved = Moved(2 * positions * width * settings.dtype.itemsize, kernels)
+            work = (moved, MatrixProduct(positions, outputs, inputs)) if outputs else (moved,)
+            return NodeCost(parameters, work, 4.0 * positions * width * everywhere, everywhere)
 
         return of_plan
 
     table = BYTES * width
     nodes = [Node(
         "embedding",
-        Kind(partial(make, ByteEmbedding), cost(table, 0)),
+        Kind(partial(make, ByteEmbedding), cost(table)),
         (),
         (hidden,),
         fields=frozenset({"tokens_RT"}),
     )]
     for index in range(config.num_layers):
-        layer, figures = partial(make, GatedConvolution), cost(matrix + 2 * width, matrix)
+        layer, figures = partial(make, GatedConvolution), cost(matrix + 2 * width, 2 * width, inputs, kernels=4)
         nodes.append(Node(f"layers.{index}", Kind(layer, figures), ("hidden",), (hidden,), recomputable=True))
-    nodes.append(Node("output", Kind(partial(make, ByteHead), cost(table, table)), ("hidden",), (logits,)))
+    nodes.append(Node("output", Kind(partial(make, ByteHead), cost(table, BYTES, width)), ("hidden",), (logits,)))
     return Graph(nodes, [smoothed_loss(config.label_smoothing)])
 
 

@@ -22,6 +22,11 @@ class ParallelSizes:
         return self.pp * self.vpp
 
     @property
+    def tp_cp(self) -> int:
+        """Tensor- and context-parallel processes, which share each microbatch of a pipeline stage."""
+        return self.tp * self.cp
+
+    @property
     def world(self) -> int:
         """Processes in all."""
         return self.tp * self.pp * self.cp * self.dp

@@ -20,6 +20,7 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.declared import DeclaredBatch
 from megatron_mm.models.names import Entry, plain_name
+from megatron_mm.models.work import Work
 
 
 @dataclass(frozen=True)
@@ -55,29 +56,50 @@ class Stream:
 
 @dataclass(frozen=True)
 class NodeCost:
-    """What one application of a node costs for one microbatch, over all tensor- and context-parallel processes."""
+    """What one application of a node costs for one microbatch.
+
+    Attributes:
+        parameters: of the whole node.
+        work: records of one process's forward pass; or a plain number, the floating-point operations of all processes
+            together, where a kind says no more: the pipeline is cut by it, and no time can be planned of it.
+        activation_bytes: kept for the backward pass at two bytes a value, without recomputation, over all tensor- and
+            context-parallel processes.
+        processes: tensor- and context-parallel processes, each of which does `work`.
+    """
 
     parameters: int
-    """Parameters of the whole node."""
-    forward_flops: float = 0.0
-    """Floating-point operations of the forward pass (a multiply-add is two)."""
+    work: tuple[Work, ...] | float = ()
     activation_bytes: float = 0.0
-    """Bytes kept for the backward pass at two bytes a value, without recomputation."""
+    processes: int = 1
+
+    @property
+    def records(self) -> tuple[Work, ...] | None:
+        """The work of one process; None where a plain number stands for it."""
+        return self.work if isinstance(self.work, tuple) else None
+
+    @property
+    def forward_flops(self) -> float:
+        """Floating-point operations of the forward pass over all these processes (a multiply-add is two)."""
+        if isinstance(self.work, tuple):
+            return float(self.processes * sum(record.flops for record in self.work))
+        return float(self.work)
 
     def __add__(self, other: NodeCost) -> NodeCost:
-        """Of two parts of one node."""
+        """Of two parts of one node.
+
+        Raises:
+            ValueError: only one has records, or they are of other numbers of processes.
+        """
+        if isinstance(self.work, tuple) != isinstance(other.work, tuple) or self.processes != other.processes:
+            raise ValueError(
+                f"costs of two parts of a node count work alike, both in records or both in a number, of equally many "
+                f"processes ({self.processes} and {other.processes} here)"
+            )
         return NodeCost(
             self.parameters + other.parameters,
-            self.forward_flops + other.forward_flops,
+            self.work + other.work,
             self.activation_bytes + other.activation_bytes,
-        )
-
-    def __sub__(self, other: NodeCost) -> NodeCost:
-        """Of a node without a part of it."""
-        return NodeCost(
-            self.parameters - other.parameters,
-            self.forward_flops - other.forward_flops,
-            self.activation_bytes - other.activation_bytes,
+            self.processes,
         )
 
 
@@ -238,6 +260,8 @@ class Loss:
         whole_batch: the term compares samples of the whole global batch: `compute` is called once a step, with each
             stream as the list of its values in all microbatches (see pipeline/whole_batch.py).
         measure: makes of this loss what measures it on held-out rows (objectives/measures.py); None: its mean.
+        work: records of its forward pass on one process, from the full shapes of the streams that it reads (those of
+            all microbatches of a step as one, where it is of the whole batch) and the layout; None: it states none.
     """
 
     name: str
@@ -250,6 +274,7 @@ class Loss:
     tasks: frozenset[str] | None = None
     whole_batch: bool = False
     measure: Callable[[Loss], Any] | None = None
+    work: Callable[[Sequence[tuple[int, ...]], ParallelSizes], Iterable[Work]] | None = None
 
     @property
     def reader(self) -> str:

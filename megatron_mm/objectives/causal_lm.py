@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
 from megatron_mm.models.layers.sharding import local_text
-from megatron_mm.objectives.cross_entropy import CrossEntropy, token_cross_entropy
+from megatron_mm.models.work import Work, share
+from megatron_mm.objectives.cross_entropy import CrossEntropy, cross_entropy_work, token_cross_entropy
 from megatron_mm.objectives.measures import TokenAccuracy
 
 _MEASURE = partial(TokenAccuracy, vocabulary_parallel=True)
@@ -47,7 +49,13 @@ def token_loss(
     def count(batch: Microbatch) -> torch.Tensor:
         return mask(batch).sum()
 
-    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks, measure=_MEASURE)
+    def work(shapes: Sequence[tuple[int, ...]], sizes: ParallelSizes) -> Sequence[Work]:
+        ((positions, _, vocab_size),) = shapes
+        local = share(positions, sizes.cp, "positions") if sharded else positions
+        return tuple(cross_entropy_work(local, vocab_size, sizes, kind))
+
+    options = {"measure": _MEASURE, "work": work}
+    return Loss(name, compute, count, (logits,), weight, sharded, fields, tasks, **options)
 
 
 def causal_lm_loss(

@@ -12,14 +12,16 @@ Shape suffixes: R rows of this process, P rows of all, E width of the shared spa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state
 from torch.nn import functional
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.models.work import Collective, MatrixProduct, Moved, Work
 from megatron_mm.objectives.measures import Retrieval
 from megatron_mm.parts.contrastive.section import ContrastiveConfig
 from megatron_mm.parts.vit.rows import rows_with_image
@@ -73,6 +75,19 @@ def info_nce(
     return total
 
 
+def info_nce_work(shapes: Sequence[tuple[int, ...]], sizes: ParallelSizes) -> Iterator[Work]:
+    """Of `info_nce` of two embeddings [R, E], all in fp32."""
+    rows, width = shapes[0]
+    pool = rows * sizes.dp
+    yield Moved(8 * rows * width, 2, "norm of embeddings")
+    if sizes.dp > 1:
+        yield Collective("all_gather", "dp", 4 * pool * width, 2, what="embeddings")
+        yield Collective("reduce_scatter", "dp", 4 * pool * width, 2, "dgrad", what="embeddings")
+        yield Collective("all_gather", "dp", 4 * pool, what="rows that count")
+    yield MatrixProduct(rows, pool, width, count=2, what="similarities")
+    yield Moved(8 * rows * pool, 2 * 3, "cross-entropy of similarities")  # scale, mask, softmax
+
+
 def contrastive_loss(
     name: str,
     reads: tuple[str, str, str],
@@ -114,6 +129,7 @@ def contrastive_loss(
         sharded=False,
         whole_batch=whole_batch,
         measure=Retrieval,
+        work=info_nce_work,
     )
 
 

@@ -8,12 +8,16 @@ a model finds, over the same shards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import distributed
+
+from megatron_mm.config.sizes import ParallelSizes
+from megatron_mm.models.work import Collective, Moved, Work, share
 
 CrossEntropy = Literal["plain", "native", "te"]
 
@@ -45,3 +49,23 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     distributed.all_gather(indices, index.contiguous(), group=group)
     best = torch.stack(values).argmax(dim=0, keepdim=True)
     return torch.stack(indices).gather(0, best)[0]
+
+
+def cross_entropy_work(positions: int, vocab_size: int, sizes: ParallelSizes, kind: CrossEntropy) -> Iterator[Work]:
+    """Of `positions` tokens of a process: kernels on its part of the vocabulary, and sums over tensor parallelism."""
+    values = positions * share(vocab_size, sizes.tp, "vocabulary")
+    if kind == "plain":  # conversion, subtraction of the maximum, exponential and division write; maximum and sum read
+        yield Moved(8 * values, 4, "cross-entropy")
+        yield Moved(4 * values, 2, "cross-entropy")
+    else:  # fused, of bf16 logits
+        yield Moved(4 * values, 2 if kind == "native" else 1, "cross-entropy")
+    if sizes.tp > 1:  # in fp32: the maximum, the label's logit, the sum of exponentials
+        of_kind = {
+            "plain": (Collective("all_reduce", "tp", 4 * positions, 3, what="cross-entropy"),),
+            "native": (
+                Collective("all_reduce", "tp", 4 * positions, what="cross-entropy"),
+                Collective("all_reduce", "tp", 8 * positions, what="cross-entropy"),
+            ),
+            "te": (Collective("all_gather", "tp", 12 * positions * sizes.tp, what="cross-entropy"),),
+        }
+        yield from of_kind[kind]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.models.work import Moved
 from megatron_mm.objectives.measures import MaskedPatches
 from megatron_mm.parts.vit.nodes import patchify, shuffled_patches
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
@@ -39,6 +44,12 @@ def mae_loss(tower: ViTConfig, mae: MAEConfig, weight: float = 1.0) -> Loss:
     def count(batch: Microbatch) -> torch.Tensor:
         return real_images(batch).float() * hidden
 
+    def work(shapes: Sequence[tuple[int, ...]], sizes: ParallelSizes) -> tuple[Moved, ...]:
+        values = math.prod(shapes[0])
+        # In fp32: patches in their order; mean, variance and two operations; error and its square, then its mean.
+        kernels = 4 + (4 if mae.normalize_pixels else 0)
+        return (Moved(8 * values, kernels, "errors of pixels"),)
+
     return Loss(
         "mae",
         compute,
@@ -48,4 +59,5 @@ def mae_loss(tower: ViTConfig, mae: MAEConfig, weight: float = 1.0) -> Loss:
         sharded=False,
         fields=frozenset({"images_ICHW", "patch_noise_IP"}),
         measure=MaskedPatches,
+        work=work,
     )

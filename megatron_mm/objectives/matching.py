@@ -10,12 +10,17 @@ Shape suffixes: R rows, P rows of the pool, M image positions, T text positions,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from megatron.core import parallel_state
 from torch.nn import functional
 
+from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.models.graph import ForwardContext, Loss
+from megatron_mm.models.work import Moved
 from megatron_mm.objectives.contrastive import gather_rows
 from megatron_mm.objectives.measures import Matching
 from megatron_mm.parts.vit.rows import rows_with_image
@@ -108,4 +113,7 @@ def matching_loss(reads: tuple[str, str] = ("match_logits", "match_valid"), weig
     def count(batch: Microbatch) -> torch.Tensor:
         return 3 * rows_with_image(batch).sum()
 
-    return Loss("matching", compute, count, reads, weight, sharded=False, measure=Matching)
+    def work(shapes: Sequence[tuple[int, ...]], sizes: ParallelSizes) -> tuple[Moved, ...]:
+        return (Moved(8 * math.prod(shapes[0]), what="cross-entropy of pairs"),)  # fp32
+
+    return Loss("matching", compute, count, reads, weight, sharded=False, measure=Matching, work=work)

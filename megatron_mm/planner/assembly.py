@@ -54,13 +54,17 @@ class Assembly:
         graph = phase_graph(build_graph(config.model, settings), config.optimizer.groups, iteration)
         return cls(config, sizes, settings, graph, full_plan(config))
 
+    @property
+    def caches_streams(self) -> bool:
+        """Whether a step has several microbatches, so that losses over the whole batch have a first pass."""
+        training = self.config.training
+        return training.global_batch_size > training.micro_batch_size * self.sizes.dp
+
     @cached_property
     def times(self) -> list[float]:
         """FLOPs of each node for one microbatch of this run: with its recomputation, and with the first pass of losses
         over the whole batch where a step has several microbatches."""
-        training = self.config.training
-        several = training.global_batch_size > training.micro_batch_size * self.sizes.dp
-        return node_times(self.graph, self.plan, self.settings.recompute == "full", cached=several)
+        return node_times(self.graph, self.plan, self.settings.recompute == "full", cached=self.caches_streams)
 
     @cached_property
     def cuts(self) -> list[int]:

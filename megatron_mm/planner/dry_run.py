@@ -26,8 +26,9 @@ from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan, field_shapes
+from megatron_mm.models.work import Attention, Collective, MatrixProduct, Moved, merged
 from megatron_mm.pipeline.partition import bottleneck
-from megatron_mm.planner.costs import node_times
+from megatron_mm.planner.costs import chunk_work, node_times
 from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes
 from megatron_mm.platform import cpu, setup
 from megatron_mm.platform.atomic_files import write_figures
@@ -58,6 +59,10 @@ class StageReport:
     """Bytes that one microbatch sends through each kind of collective, and gradients once a step."""
     seconds: float
     """Time the dry run took for this stage."""
+    work: dict[str, list]
+    """What its nodes and losses say that one microbatch gives a process, forward and backward, with recomputation and
+    the first pass of losses over the whole batch: records by kind (models/work.py), and names of those that say
+    nothing (`not_stated`). Unlike the other figures, it was not counted while running."""
 
     @property
     def memory_bytes(self) -> int:
@@ -142,6 +147,24 @@ def meta_microbatch(config: Config, plan: MicrobatchPlan) -> Microbatch:
     return Microbatch.of(plan, tensors)
 
 
+def _stage_work(assembly: Assembly, stage: int) -> dict[str, list]:
+    graph, sizes, cuts = assembly.graph, assembly.sizes, assembly.cuts
+    records, silent = [], []
+    for chunk in range(stage, sizes.chunks, sizes.pp):
+        of_chunk, without = chunk_work(
+            graph, *cuts[chunk : chunk + 2], assembly.plan, sizes, assembly.settings.recompute == "full",
+            assembly.caches_streams,
+        )  # fmt: skip
+        records += of_chunk
+        silent += without
+    kinds = {"matrix_products": MatrixProduct, "attention": Attention, "moved": Moved, "collectives": Collective}
+    whole = merged(records)
+    work = {name: [asdict(one) for one in whole if isinstance(one, kind)] for name, kind in kinds.items()}
+    for collective in work["collectives"]:
+        del collective["runs"]  # it has become part of the count
+    return {**work, "not_stated": silent}
+
+
 def _run_stage(assembly: Assembly, stage: int) -> StageReport:
     from megatron_mm.pipeline.payload import PAYLOAD_WIDTH, payload_layout, payload_rows
     from megatron_mm.pipeline.schedule import pipeline_config
@@ -200,6 +223,7 @@ def _run_stage(assembly: Assembly, stage: int) -> StageReport:
         flops=executed.flops,
         communicated=dict(executed.communicated),
         seconds=time.perf_counter() - began,
+        work=_stage_work(assembly, stage),
     )
 
 

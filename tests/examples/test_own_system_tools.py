@@ -38,7 +38,7 @@ def own_recipe(folder: Path, source: str, lines: str = "") -> Path:
 
 
 def test_a_cost_that_counts_other_parameters_is_refused_with_its_node(tmp_path):
-    wrong = SOURCE.read_text().replace("cost(matrix + 2 * width, matrix)", "cost(7, matrix)")
+    wrong = SOURCE.read_text().replace("cost(matrix + 2 * width, ", "cost(7, ")
     assert wrong != SOURCE.read_text()
     done = call("pretrain_multimodal.py", "--config", own_recipe(tmp_path, wrong), "--dry-run", "--world-size", 1)
     assert done.returncode == 1

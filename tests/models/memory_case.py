@@ -58,7 +58,7 @@ def memory_node(settings: LayerSettings, shape: StackShape, stream: Stream, name
     def cost(plan: MicrobatchPlan):
         return memory_layer_cost(
             shape,
-            settings.sizes,
+            settings,
             rows=plan.num_rows,
             length=plan.row_length,
             memories=plan.num_images,

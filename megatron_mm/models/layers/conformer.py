@@ -31,10 +31,11 @@ from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.channels import ChannelNorm, DepthwiseConvolution, ShardedModule
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter, shard
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.names import Entry, linear, norm, plain, query_key_value
+from megatron_mm.models.work import Collective, MatrixProduct, Work
 
 
 def relative_sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
@@ -253,8 +254,6 @@ def conformer_cost(
     biases = 2 * (ffn + hidden) + 4 * hidden + 2 * hidden  # u and v are the last
     norms = 2 * 6 * hidden
     positions = sounds * length * sizes.cp
-    flops = 2.0 * positions * products + 2.0 * sizes.cp * distances * hidden**2
-    flops += 2.0 * positions * hidden * (2 * length + distances)
     # Inputs of five norms, and of the linears after four of them.
     whole = 9 * hidden * (copies(sizes, sharded=False) // sizes.cp)
     # Before and after swish, twice; q with either bias, k, v, attention output; in the convolution module: value and
@@ -262,7 +261,44 @@ def conformer_cost(
     divided = 4 * ffn + 5 * hidden + 6 * hidden
     probabilities = 0 if settings.recompute == "selective" else heads * length
     stored = 2.0 * (positions * (whole + divided + probabilities) + sizes.cp * distances * hidden)
-    return NodeCost(products + hidden**2 + biases + norms, flops, stored)
+    work = tuple(_conformer_work(shape, kernel_size, sounds, length, settings))
+    return NodeCost(products + hidden**2 + biases + norms, work, stored, sizes.tp_cp)
+
+
+def _conformer_work(
+    shape: StackShape, kernel_size: int, sounds: int, length: int, settings: LayerSettings
+) -> Iterator[Work]:
+    make, hidden, ffn, width = StackWork(settings), shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+    local, distances = sounds * length, 2 * length - 1
+    heads, channels = make.split(shape.num_attention_heads, "heads"), make.split(hidden, "channels")
+    for name in ("ffn1", "ffn2"):
+        yield make.norm(local, hidden)
+        yield from make.column(local, hidden, ffn, f"{name} fc1")
+        yield make.moved(2 * local * make.split(ffn, "inner width"), "activation")
+        yield from make.row(local, ffn, hidden, f"{name} fc2")
+        yield make.outside(local, hidden, 3, "residual")
+    yield make.norm(local, hidden)
+    yield from make.column(local, hidden, 3 * hidden, "queries, keys, values")
+    yield make.moved(2 * local * 3 * channels, "queries, keys, values")
+    yield MatrixProduct(distances, channels, hidden, what="relative positions")  # of a constant, which has no gradient
+    yield MatrixProduct(local, distances, width, heads, "scores of distances")
+    yield MatrixProduct(length, length, width, sounds * heads, "scores of keys")
+    yield make.moved(2 * sounds * heads * length * length, "softmax")
+    yield MatrixProduct(length, width, length, sounds * heads, "probabilities times values")
+    yield from make.row(local, hidden, hidden, "attention output")
+    yield make.outside(local, hidden, 3, "residual")
+    yield make.norm(local, hidden)
+    yield from make.column(local, hidden, 2 * hidden, "pointwise convolution 1")
+    yield make.moved(3 * local * channels, "gate")
+    yield MatrixProduct(local, 1, kernel_size, channels, "depthwise convolution")
+    yield make.moved(2 * local * channels, "norm")
+    if settings.sizes.tp > 1:  # means and variances of each process's channels, in fp32 (layers/channels.py)
+        yield Collective("all_gather", "tp", 4 * 2 * local * settings.sizes.tp, what="norm of channels")
+        yield Collective("all_reduce", "tp", 4 * 2 * local, runs="dgrad", what="norm of channels")
+    yield make.moved(2 * local * channels, "activation")
+    yield from make.row(local, hidden, hidden, "pointwise convolution 2")
+    yield make.outside(local, hidden, 3, "residual")
+    yield make.norm(local, hidden)
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class GatedCrossAttentionKind:
         )
         return cross_cost(
             self.shape,
-            self.settings.sizes,
+            self.settings,
             rows=plan.num_rows,
             length=plan.row_length,
             memories=memories,

@@ -11,7 +11,7 @@ from torch import nn
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import Sequences
@@ -53,7 +53,8 @@ class FinalNormKind:
         """No products; its input is kept."""
         positions = sum(sequences * length for sequences, length in self.sequences(plan))
         width, everywhere = self.shape.hidden_size, copies(self.settings.sizes, sharded=False)
-        return NodeCost(2 * width, 0.0, 2.0 * positions * width * everywhere)
+        work = (StackWork(self.settings).norm(positions, width),)
+        return NodeCost(2 * width, work, 2.0 * positions * width * everywhere, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """Weight and bias."""

@@ -27,17 +27,22 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 from torch.nn import functional
 
-from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies, layer_cost
+from megatron_mm.models.layers.costs import StackWork, copies, mlp_cost, self_attention_cost
 from megatron_mm.models.layers.cross_attention import HeadNorm
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.sharding import sequence_parallel_slice, sum_gradient_over_tp
-from megatron_mm.models.layers.transformer import Sequences, attention_entries, dropout_region, mlp_entries
+from megatron_mm.models.layers.transformer import (
+    Sequences,
+    attention_entries,
+    bidirectional,
+    dropout_region,
+    mlp_entries,
+)
 from megatron_mm.models.names import Entry, LayerNames, memory_attention_names, norm, plain
 
 
@@ -264,7 +269,7 @@ def memory_layer(
 
 def memory_layer_cost(
     shape: StackShape,
-    sizes: ParallelSizes,
+    settings: LayerSettings,
     *,
     rows: int,
     length: int,
@@ -275,44 +280,45 @@ def memory_layer_cost(
     cross_query_groups: int | None = None,
     qk_layernorm: bool = False,
     gated: bool = False,
+    **seen: bool,
 ) -> NodeCost:
     """A layer as `memory_layer` makes it.
 
     Args:
         rows: sequences of `length` queries.
         memories: memories of the microbatch, each projected once, on every context-parallel process.
+        seen: as of self_attention_cost; of no use in a gated layer.
     """
-    hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-    key_value = 2 * (cross_query_groups or shape.num_query_groups) * shape.head_dim
+    sizes, hidden, query = settings.sizes, shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    groups = cross_query_groups or shape.num_query_groups
+    key_value = 2 * groups * shape.head_dim
     norm = hidden * (2 if shape.normalization == "LayerNorm" else 1)
-    positions = rows * length * (1 if sharded else sizes.cp)
-    whole = layer_cost(shape, rows, length, sizes, sharded=sharded)
     parameters = 2 * hidden * query + memory_width * key_value + norm + (2 * shape.head_dim if qk_layernorm else 0)
-    flops = 2.0 * positions * 2 * hidden * query + 4.0 * positions * memory_length * query
-    flops += 2.0 * sizes.cp * memories * memory_length * memory_width * key_value
+    make, whole = StackWork(settings, sharded), StackWork(settings)
+    local, own = rows * make.local(length), make.split(key_value, "key-value heads")
+    work = [
+        make.norm(local, hidden),
+        *make.column(local, hidden, query, "queries"),
+        *whole.column(memories * memory_length, memory_width, key_value, "keys, values of the memory"),
+    ]
+    if qk_layernorm:
+        work.append(make.moved(2 * local * make.split(query, "heads"), "norm"))
+        work.append(make.moved(memories * memory_length * own, "norm"))  # of keys alone
+        work += make.summed_gradient(shape.head_dim, "norm") * 2
+    work += [
+        make.attention(rows, length, memory_length, shape, "cross-attention", groups=groups),
+        *make.row(local, query, hidden, "attention output"),
+        make.outside(local, hidden, 3, "residual"),
+    ]
+    positions = rows * length * (1 if sharded else sizes.cp)
     kept = copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp)
     values = positions * (3 * hidden * kept + 3 * query) + sizes.cp * (memories + rows) * memory_length * key_value
     stored = 2.0 * values + 4.0 * positions * shape.num_attention_heads
+    across = NodeCost(parameters + (2 if gated else 0), tuple(work), stored, sizes.tp_cp)
+    mlp = mlp_cost(shape, rows, length, settings, sharded=sharded)
     if gated:
-        self_attention = attention_only_cost(shape, rows, length, sizes, sharded=sharded)
-        whole = whole - self_attention
-        parameters += 2
-    return whole + NodeCost(parameters, flops, stored)
-
-
-def attention_only_cost(
-    shape: StackShape, sequences: int, length: int, sizes: ParallelSizes, *, sharded: bool
-) -> NodeCost:
-    """The self-attention of a layer, with its norm: what `layer_cost` counts beyond the MLP."""
-    hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-    key_value = 2 * shape.num_query_groups * shape.head_dim
-    matrices = hidden * (query + key_value) + query * hidden
-    biases = query + key_value + hidden if shape.bias else 0
-    norm = hidden * (2 if shape.normalization == "LayerNorm" else 1)
-    positions = sequences * length * (1 if sharded else sizes.cp)
-    kept = copies(sizes, sharded=sharded) // (1 if sharded else sizes.cp)
-    stored = positions * (2.0 * (2 * hidden * kept + 2 * query + key_value) + 4.0 * shape.num_attention_heads)
-    return NodeCost(matrices + biases + norm, 2.0 * positions * matrices + 4.0 * positions * length * query, stored)
+        return across + mlp
+    return self_attention_cost(shape, rows, length, settings, sharded=sharded, **seen) + across + mlp
 
 
 @dataclass(frozen=True)
@@ -333,6 +339,7 @@ class MemoryLayerKind:
         sequences: of the one stream that the layer rewrites.
         memories: likewise: how many there are in a microbatch, and positions of one.
         self_plan: how the tokens of the stream see one another.
+        is_causal: whether tokens of a microbatch see earlier ones only, as `self_plan` has it.
         gate_init: makes a gated layer, whose gates begin with this.
     """
 
@@ -350,6 +357,7 @@ class MemoryLayerKind:
     cross_query_groups: int | None = None
     qk_layernorm: bool = False
     gate_init: float | None = None
+    is_causal: Callable[[MicrobatchPlan], bool] = bidirectional
 
     def build(self) -> MemoryLayer:
         """The layer."""
@@ -372,7 +380,7 @@ class MemoryLayerKind:
         ((memories, memory_length),) = self.memories(plan)
         return memory_layer_cost(
             self.shape,
-            self.settings.sizes,
+            self.settings,
             rows=rows,
             length=length,
             memories=memories,
@@ -382,6 +390,8 @@ class MemoryLayerKind:
             cross_query_groups=self.cross_query_groups,
             qk_layernorm=self.qk_layernorm,
             gated=self.gate_init is not None,
+            causal=self.is_causal(plan),
+            one_document=plan.one_document_per_row,
         )
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:

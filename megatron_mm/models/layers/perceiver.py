@@ -24,12 +24,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.layers.attention import AttentionPlan, CoreAttention
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import mlp_entries
@@ -163,7 +162,7 @@ def _describe(module: MegatronModule, shape: StackShape) -> MegatronModule:
 
 def latent_layer_cost(
     shape: StackShape,
-    sizes: ParallelSizes,
+    settings: LayerSettings,
     *,
     pairs: int,
     queries: int,
@@ -171,16 +170,31 @@ def latent_layer_cost(
     memory_width: int,
 ) -> NodeCost:
     """A layer on `pairs` × `queries` positions, each pair with a memory of its own."""
-    size, ffn = shape.hidden_size, shape.ffn_hidden_size
+    sizes, size, ffn = settings.sizes, shape.hidden_size, shape.ffn_hidden_size
     position, memory = 2 * size * size + 2 * size * ffn, 2 * memory_width * size
     parameters = position + memory + (2 * size + 2 * size + ffn + size) + 4 * size + 2 * memory_width
     positions, keys = pairs * queries * sizes.cp, pairs * memory_length * sizes.cp
-    flops = 2.0 * positions * position + 2.0 * keys * memory + 4.0 * positions * memory_length * size
+    make, local = StackWork(settings), pairs * queries
+    work = (
+        make.norm(local, size),
+        *make.column(local, size, size, "queries"),
+        make.norm(pairs * memory_length, memory_width),
+        *make.column(pairs * memory_length, memory_width, 2 * size, "keys, values of the memory"),
+        make.attention(pairs, queries, memory_length, shape, "cross-attention"),
+        *make.row(local, size, size, "attention output"),
+        make.outside(local, size, 3, "residual"),
+        make.norm(local, size),
+        *make.column(local, size, ffn, "fc1"),
+        make.moved(2 * local * make.split(ffn, "inner width"), "activation"),
+        *make.row(local, ffn, size, "fc2"),
+        make.outside(local, size, 3, "residual"),
+    )
     # Inputs of both norms and of the linears after them, and the normed memory; then, sharded by TP: queries, attention
     # output before and after rows without memory are zeroed, with its log-sum-exp, MLP; keys and values.
     whole = copies(sizes, sharded=False) // sizes.cp
     values = positions * (4.0 * size * whole + 3 * size + 2 * ffn) + keys * (memory_width * whole + 2.0 * size)
-    return NodeCost(parameters, flops, 2.0 * values + 4.0 * positions * shape.num_attention_heads)
+    stored = 2.0 * values + 4.0 * positions * shape.num_attention_heads
+    return NodeCost(parameters, work, stored, sizes.tp_cp)
 
 
 def latent_layer_names(node: str, exported: str, shape: StackShape, memory_width: int) -> Iterator[Entry]:
@@ -221,8 +235,9 @@ class LatentLayerKind:
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """Of all pairs."""
         lengths = {"memory_length": self.memory_length(plan), "memory_width": self.memory_width}
-        sizes, pairs = self.settings.sizes, self.pairs(plan)
-        return latent_layer_cost(self.shape, sizes, pairs=pairs, queries=self.queries, **lengths)
+        return latent_layer_cost(
+            self.shape, self.settings, pairs=self.pairs(plan), queries=self.queries, **lengths
+        )
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """See latent_layer_names."""
@@ -251,9 +266,10 @@ class QueryBlockKind:
         """A layer on the queries, and their table."""
         width = self.shape.hidden_size
         lengths = {"memory_length": self.num_latents, "memory_width": width}
-        sizes, rows = self.settings.sizes, self.rows(plan)
-        layer = latent_layer_cost(self.shape, sizes, pairs=rows, queries=self.num_queries, **lengths)
-        return layer + NodeCost(self.num_queries * width)
+        rows, table = self.rows(plan), self.num_queries * width
+        layer = latent_layer_cost(self.shape, self.settings, pairs=rows, queries=self.num_queries, **lengths)
+        repeated = (StackWork(self.settings).moved((1 + rows) * table, "queries"),)
+        return layer + NodeCost(table, repeated, processes=self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """The table, and those of latent_layer_names."""

@@ -155,6 +155,7 @@ class PooledHeadKind:
         pool: the stream -> [vectors, width].
         vectors: of a microbatch.
         norm: the stack whose kind of norm the pooled state passes first.
+        sharded: `pool` reads a shard of the text, and sums over processes.
     """
 
     settings: LayerSettings
@@ -164,6 +165,7 @@ class PooledHeadKind:
     vectors: Callable[[MicrobatchPlan], int]
     head_names: PooledHeadNames
     norm: StackShape | None = None
+    sharded: bool = False
 
     def build(self) -> EmbeddingHead:
         """The head."""
@@ -171,7 +173,8 @@ class PooledHeadKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """One product of all vectors."""
-        return pooled_head_cost(self.width, self.outputs, self.vectors(plan), self.settings.sizes, norm=self.norm)
+        vectors, kind = self.vectors(plan), {"norm": self.norm, "sharded": self.sharded}
+        return pooled_head_cost(self.width, self.outputs, vectors, self.settings, **kind)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """Those of `head_names`."""
@@ -195,7 +198,7 @@ class LogitScaleKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """Nothing."""
-        return NodeCost(1)
+        return NodeCost(1, processes=self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """One number."""

@@ -31,15 +31,15 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import distributed
 from torch.nn import functional
 
-from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.graph import ForwardContext, NodeCost
 from megatron_mm.models.initialization import Init
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies, mlp_cost
 from megatron_mm.models.layers.linear import ColumnParallelLinear
 from megatron_mm.models.layers.parameters import describe, empty_parameter, shard
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import StackLayer
+from megatron_mm.models.work import MatrixProduct
 
 
 @dataclass(frozen=True)
@@ -276,20 +276,35 @@ def relative_layer(
 
 
 def relative_layer_cost(
-    shape: StackShape, rows: int, segments: int, length: int, sizes: ParallelSizes, *, own_biases: bool
+    shape: StackShape, rows: int, segments: int, length: int, settings: LayerSettings, *, own_biases: bool
 ) -> NodeCost:
     """A layer on `rows` × `segments` segments of `length` tokens.
 
     Args:
         own_biases: u and v count here; they are other layers' too.
     """
-    size, ffn, heads = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads
+    sizes, size, ffn, heads = settings.sizes, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads
     token = 4 * size * size + 2 * size * ffn
     parameters = token + size * size + ffn + size + 4 * size + (2 * size if own_biases else 0)
     positions = rows * segments * length * sizes.cp  # towers are whole on every context-parallel process
-    flops = 2.0 * positions * (token + (2 + 3 + 2) * length * size) + 2.0 * sizes.cp * 3 * length * size * size
+    make, local, batch = StackWork(settings), rows * segments * length, rows * segments
+    own, width = make.split(heads, "heads"), shape.head_dim
+    attention = (
+        make.norm(local, size),
+        *make.column(local, size, 3 * size, "queries, keys, values"),
+        make.moved(2 * local * 5 * own * width, "queries, keys, values"),  # keys and values again as memory
+        *make.column(3 * length, size, size, "relative positions"),
+        MatrixProduct(batch * length, 3 * length, width, own, "scores of distances"),
+        MatrixProduct(length, 2 * length, width, batch * own, "scores of keys"),
+        make.moved(2 * batch * own * length * 2 * length, "softmax"),
+        MatrixProduct(length, width, 2 * length, batch * own, "probabilities times values"),
+        *make.row(local, size, size, "attention output"),
+        make.outside(local, size, 3, "residual"),
+    )
+    work = attention + mlp_cost(shape, rows, segments * length, settings, sharded=False).work
     # Inputs of both norms and of the linears after them; then, sharded by TP: queries, keys and values with their
     # memory, probabilities, attention output, what the activation reads and gives.
     whole = 4 * size * (copies(sizes, sharded=False) // sizes.cp)
     divided = (1 + 2 + 2 + 1) * size + 2 * length * heads + 2 * ffn
-    return NodeCost(parameters, flops, 2.0 * (positions * (whole + divided) + sizes.cp * 3 * length * size))
+    stored = 2.0 * (positions * (whole + divided) + sizes.cp * 3 * length * size)
+    return NodeCost(parameters, work, stored, sizes.tp_cp)

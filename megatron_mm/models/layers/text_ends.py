@@ -126,7 +126,7 @@ class TokenEmbeddingKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """A look-up."""
-        return embedding_cost(self.shape, self.vocab_size, plan.num_rows * plan.row_length, self.settings.sizes)
+        return embedding_cost(self.shape, self.vocab_size, plan.num_rows, plan.row_length, self.settings)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """The table."""
@@ -145,7 +145,7 @@ class HeadNames:
 
 @dataclass(frozen=True)
 class LanguageHeadKind:
-    """Final norm and head, with the softmax of the loss.
+    """Final norm and head, with what the softmax of the loss keeps.
 
     Attributes:
         output_width: width of the vocabulary's vectors, where states are projected to it first.
@@ -168,8 +168,9 @@ class LanguageHeadKind:
         return head_cost(
             self.shape,
             self.vocab_size,
-            plan.num_rows * plan.row_length,
-            self.settings.sizes,
+            plan.num_rows,
+            plan.row_length,
+            self.settings,
             sharded=self.sharded,
             output_width=self.output_width,
             tied=not self.head_names.head,

@@ -67,6 +67,16 @@ def rows_of_text(plan: MicrobatchPlan) -> list[tuple[int, int]]:
     return [(plan.num_rows, plan.row_length)]
 
 
+def causal(plan: MicrobatchPlan) -> bool:
+    """Tokens of every microbatch see earlier ones only."""
+    return True
+
+
+def bidirectional(plan: MicrobatchPlan) -> bool:
+    """Tokens of every microbatch see both sides."""
+    return False
+
+
 @dataclass(frozen=True)
 class StackLayerKind:
     """A pre-norm layer of self-attention and MLP.
@@ -77,6 +87,7 @@ class StackLayerKind:
         sequences: (sequences, length) of each stream that the layer rewrites, in a microbatch.
         layer_names: what its parts are called in the exported model.
         sharded: positions are divided over context parallelism and sequence parallelism.
+        is_causal: whether tokens of a microbatch see earlier ones only, as `plan` has it.
     """
 
     settings: LayerSettings
@@ -86,6 +97,7 @@ class StackLayerKind:
     sequences: Sequences
     layer_names: LayerNames
     sharded: bool = False
+    is_causal: Callable[[MicrobatchPlan], bool] = bidirectional
 
     def build(self) -> StackLayer:
         """The layer."""
@@ -93,9 +105,9 @@ class StackLayerKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """Of all streams, by the same weights."""
-        sizes, total = self.settings.sizes, None
+        total, seen = None, {"causal": self.is_causal(plan), "one_document": plan.one_document_per_row}
         for sequences, length in self.sequences(plan):
-            cost = layer_cost(self.shape, sequences, length, sizes, sharded=self.sharded)
+            cost = layer_cost(self.shape, sequences, length, self.settings, sharded=self.sharded, **seen)
             total = cost if total is None else replace(total + cost, parameters=cost.parameters)
         return total
 

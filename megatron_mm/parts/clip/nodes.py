@@ -17,12 +17,13 @@ from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import whole_plan
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.elementwise import quick_gelu
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import StackLayerKind
 from megatron_mm.models.names import CLIP, Entry, norm, plain
+from megatron_mm.models.work import MatrixProduct
 from megatron_mm.parts.clip.section import VisionTowerConfig
 
 
@@ -86,7 +87,14 @@ class EmbeddingsKind:
         parameters = patch + width + tokens * width + 2 * width
         images = plan.num_images * copies(self.settings.sizes, sharded=False)
         stored = 2.0 * images * (3 * tower.image_size**2 + 2 * tokens * width)
-        return NodeCost(parameters, 2.0 * images * (tokens - 1) * patch, stored)
+        make, positions = StackWork(self.settings), plan.num_images * tokens
+        work = (
+            MatrixProduct(plan.num_images * (tokens - 1), width, 3 * tower.patch_size**2, what="patches"),
+            make.moved(2 * positions * width, "class token"),
+            make.moved(2 * positions * width, "positions"),
+            make.norm(positions, width),
+        )
+        return NodeCost(parameters, work, stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """CLIP's."""
@@ -113,8 +121,10 @@ class TemporalKind:
         return describe(module, init_std=self.init_std, constants={"position_embedding": 0.0})
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
-        """A look-up."""
-        return NodeCost(self.tower.max_frames * self.tower.hidden_size, 0.0, 0.0)
+        """One addition; a row of the table an image."""
+        tower, make = self.tower, StackWork(self.settings)
+        added = make.outside(plan.num_images * tower.tokens_per_image, tower.hidden_size, 2, "temporal positions")
+        return NodeCost(tower.max_frames * tower.hidden_size, (added,), processes=self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """A name beside CLIP's."""

@@ -21,11 +21,12 @@ from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.initialization import Init
 from megatron_mm.models.layers.backends import backend_of
 from megatron_mm.models.layers.conformer import ConformerLayerKind
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.names import Entry, linear, norm, plain
+from megatron_mm.models.work import MatrixProduct
 from megatron_mm.parts.conformer.section import ConformerConfig
 
 
@@ -103,18 +104,22 @@ class FrontKind:
         """Convolutions and projection."""
         tower = self.tower
         width, hidden, length = tower.front_channels, tower.hidden_size, tower.num_samples
-        parameters, products, stored, inputs = 0, 0, length, 1
+        make, work = StackWork(self.settings), []
+        parameters, stored, inputs = 0, length, 1
         for kernel, stride in zip(tower.front_kernels, tower.front_strides):
             length = (length - kernel) // stride + 1
             parameters += kernel * inputs * width + 3 * width
-            products += length * kernel * inputs * width
+            positions = plan.num_sounds * length
+            work.append(MatrixProduct(positions, width, kernel * inputs, what="convolution"))
+            work += [make.norm(positions, width), make.moved(2 * positions * width, "activation")]
             stored += 3 * length * width  # inputs of the norm, of GELU, and of the next convolution or norm
             inputs = width
         parameters += 2 * width + width * hidden + hidden
-        products += length * width * hidden
+        positions = plan.num_sounds * length
+        work += [make.norm(positions, width), MatrixProduct(positions, hidden, width, what="projection")]
         stored += length * width  # input of the projection
         sounds = plan.num_sounds * copies(self.settings.sizes, sharded=False)
-        return NodeCost(parameters, 2.0 * sounds * products, 2.0 * sounds * stored)
+        return NodeCost(parameters, tuple(work), 2.0 * sounds * stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """Wav2Vec2-Conformer's."""

@@ -26,15 +26,17 @@ def embedding_node(
     contrastive: ContrastiveConfig,
     pool: Callable[[torch.Tensor, ForwardContext], torch.Tensor],
     norm: StackShape | None = None,
+    sharded: bool = False,
 ) -> Node:
     """`contrastive.NAME`: pools a stream of a width and projects it into the shared space, fp32 [R, E] (EmbeddingHead).
 
-    In the exported model it is `NAME_projection`, and its norm, if it has one, `NAME_norm`.
+    In the exported model it is `NAME_projection`, and its norm, if it has one, `NAME_norm`. `sharded`: the stream is a
+    shard of the text, and `pool` sums over processes.
     """
     size = contrastive.embedding_size
     stream = Stream(writes, lambda plan: (plan.num_rows, size), dtype=torch.float32)
     names = PooledHeadNames(f"{name}_projection.weight", f"{name}_norm")
-    kind = PooledHeadKind(settings, width, size, pool, rows_of, names, norm)
+    kind = PooledHeadKind(settings, width, size, pool, rows_of, names, norm, sharded)
     return Node(f"contrastive.{name}", kind, (reads,), (stream,))
 
 

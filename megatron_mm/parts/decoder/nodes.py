@@ -21,17 +21,12 @@ from megatron_mm.models.layers.text_ends import (
     LanguageHeadKind,
     TokenEmbeddingKind,
 )
-from megatron_mm.models.layers.transformer import StackLayerKind, rows_of_text
+from megatron_mm.models.layers.transformer import StackLayerKind, causal, rows_of_text
 from megatron_mm.models.names import LLAMA
 from megatron_mm.parts.decoder.section import DecoderConfig
 
 #: The name of Llama's embedding.
 EMBEDDING = "model.embed_tokens.weight"
-
-
-def causal(plan: MicrobatchPlan) -> bool:
-    """Every microbatch is causal."""
-    return True
 
 
 def clean_tokens(batch: Microbatch) -> torch.Tensor:
@@ -97,7 +92,7 @@ class DecoderNodes:
 
     def layer(self, index: int) -> Node:
         """`decoder.layers.INDEX`: self-attention and MLP."""
-        options = {"sequences": rows_of_text, "layer_names": LLAMA, "sharded": True}
+        options = {"sequences": rows_of_text, "layer_names": LLAMA, "sharded": True, "is_causal": self.is_causal}
         kind = StackLayerKind(self.settings, self.shape, index + 1, self.plan, **options)
         place = f"model.layers.{index}"
         return Node(f"decoder.layers.{index}", kind, ("text",), (self.text,), place, recomputable=True)

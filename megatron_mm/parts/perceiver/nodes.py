@@ -19,6 +19,7 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import whole_plan
+from megatron_mm.models.layers.costs import StackWork
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.perceiver import (
     LatentLayerKind,
@@ -72,7 +73,9 @@ class LatentsKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """No products."""
-        return NodeCost(self.config.num_latents * self.config.hidden_size)
+        table = self.config.num_latents * self.config.hidden_size
+        repeated = StackWork(self.settings).moved((1 + self.pairs(plan)) * table, "latents")
+        return NodeCost(table, (repeated,), processes=self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """The table."""

@@ -25,13 +25,14 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.window_attention import WindowAttention
 from megatron_mm.models.layers.windows import POSITION_WIDTH, WindowGrid, Windows
 from megatron_mm.models.names import Entry, Part, linear, norm, plain
+from megatron_mm.models.work import Attention, MatrixProduct
 from megatron_mm.parts.swin.section import SwinConfig
 
 
@@ -168,17 +169,36 @@ def block_cost(tower: SwinConfig, settings: LayerSettings, stage: int, block: in
     matrices, position = 4 * width**2 + 2 * width * ffn, POSITION_WIDTH * heads
     # Biases of q, v and proj, of the MLP, two norms; one scale a head; the position MLP.
     parameters = matrices + 3 * width + ffn + width + 4 * width + heads + 4 * POSITION_WIDTH + position
-    flops = values = 0.0
+    make, work, values = StackWork(settings), [], 0.0
+    own, channels = make.split(heads, "heads"), make.split(width, "channels")
+    places_of_all = tokens_of_all = 0
     for grid, clips in stage_grids(tower, stage, block % 2 == 1, plan):
         tokens, places, pairs = clips * grid.num_tokens, clips * grid.num_places, heads * grid.length**2
-        flops += 2.0 * (places * 4 * width**2 + tokens * 2 * width * ffn) + 4.0 * places * grid.length * width
-        flops += 2.0 * grid.num_offsets * (3 * POSITION_WIDTH * sizes.tp + position)
+        places_of_all, tokens_of_all = places_of_all + places, tokens_of_all + tokens
+        windows = places // grid.length
+        work += [
+            MatrixProduct(grid.num_offsets, POSITION_WIDTH, 3, what="position bias"),
+            MatrixProduct(grid.num_offsets, own, POSITION_WIDTH, what="position bias"),
+            make.moved(2 * own * grid.length**2, "position bias"),
+            *make.summed_gradient(4 * POSITION_WIDTH, "position bias"),
+            Attention(windows, grid.length, grid.length, own, own, shape.head_dim, what="attention in windows"),
+        ]
         # Whole: what the linears read of tokens, and what both norms read. Sharded: q, k, v and attention output with
         # its log-sum-exp; what GELU and fc2 read; the bias of each kind of window.
         values += (places + 3 * tokens) * width * sizes.tp + 4 * places * width + 2 * places * heads
         values += 2 * tokens * ffn + pairs * len(list(grid.kinds()))
         values += grid.num_offsets * (2 * POSITION_WIDTH * sizes.tp + 2 * heads)
-    return NodeCost(parameters, flops * sizes.cp, 2.0 * values * sizes.cp)
+    work += [
+        make.moved((places_of_all + tokens_of_all) * width, "order of windows", count=2),
+        *make.column(places_of_all, width, 3 * width, "queries, keys, values"),
+        make.moved(2 * 3 * places_of_all * channels, "cosine of queries and keys"),
+        *make.row(places_of_all, width, width, "attention output"),
+        *make.column(tokens_of_all, width, ffn, "fc1"),
+        make.moved(2 * tokens_of_all * make.split(ffn, "inner width"), "activation"),
+        *make.row(tokens_of_all, ffn, width, "fc2"),
+        *(make.norm(tokens_of_all, width), make.outside(tokens_of_all, width, 3, "residual")) * 2,
+    ]
+    return NodeCost(parameters, tuple(work), 2.0 * values * sizes.cp, sizes.tp_cp)
 
 
 def merge_cost(tower: SwinConfig, settings: LayerSettings, stage: int, plan: MicrobatchPlan) -> NodeCost:
@@ -186,7 +206,14 @@ def merge_cost(tower: SwinConfig, settings: LayerSettings, stage: int, plan: Mic
     width, sizes = tower.embed_dim * 2**stage, settings.sizes
     tokens = total_frames(tower, plan) * (tower.image_size // tower.patch_size // 2 ** (stage + 1)) ** 2
     stored = 2.0 * tokens * 6 * width * copies(sizes, sharded=False)
-    return NodeCost(8 * width**2 + 4 * width, 16.0 * tokens * width**2 * sizes.cp, stored)
+    make = StackWork(settings)
+    work = (
+        make.moved(8 * tokens * width, "four patches"),
+        *make.column(tokens, 4 * width, 2 * width, "reduction"),
+        *make.collective("all_gather", tokens * 2 * width, "forward", "reduction"),
+        make.norm(tokens, 2 * width),
+    )
+    return NodeCost(8 * width**2 + 4 * width, work, stored, sizes.tp_cp)
 
 
 @dataclass(frozen=True)
@@ -212,7 +239,15 @@ class EmbeddingsKind:
         parameters = pixels * tower.temporal_patch_size * width + 3 * width
         every = copies(self.settings.sizes, sharded=False)
         stored = 2.0 * every * (deep * places * pixels + tokens * width)
-        return NodeCost(parameters, 2.0 * every * deep * places * pixels * width, stored)
+        make, deep_clip, frames = StackWork(self.settings), depth * pixels, total_frames(tower, plan) - plan.num_images
+        work = [
+            make.moved(2 * deep * places * pixels, "patches"),
+            MatrixProduct(plan.num_images * places, width, pixels, what="patches of images"),
+            make.norm(tokens, width),
+        ]
+        if frames:
+            work.append(MatrixProduct(frames * places, width, deep_clip, what="patches of clips"))
+        return NodeCost(parameters, tuple(work), stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """Swin V2's."""

@@ -20,11 +20,11 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import causal_plan
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies, look_up
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
-from megatron_mm.models.layers.transformer import StackLayerKind, rows_of_text
+from megatron_mm.models.layers.transformer import StackLayerKind, causal, rows_of_text
 from megatron_mm.models.names import OPT, Entry, plain
 from megatron_mm.parts.text_encoder.section import TextEncoderConfig
 
@@ -83,7 +83,11 @@ class EmbeddingKind:
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """A look-up; indices of eight bytes."""
         stored = 8.0 * plan.num_rows * plan.row_length * copies(self.settings.sizes, sharded=False)
-        return NodeCost((self.text.vocab_size + self.text.max_positions) * self.text.hidden_size, 0.0, stored)
+        positions, width = plan.num_rows * plan.row_length, self.text.hidden_size
+        make = StackWork(self.settings)
+        work = (*look_up(make, positions, width), make.outside(positions, width, 3, "positions"))
+        parameters = (self.text.vocab_size + self.text.max_positions) * width
+        return NodeCost(parameters, work, stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """OPT's."""
@@ -104,7 +108,7 @@ def text_nodes(
     stream = Stream("text", lambda plan: (plan.num_rows, plan.row_length, width))
 
     def layer(index: int) -> Node:
-        kind = StackLayerKind(settings, shape, index + 1, causal_plan, rows_of_text, OPT)
+        kind = StackLayerKind(settings, shape, index + 1, causal_plan, rows_of_text, OPT, is_causal=causal)
         place = f"{exported}.layers.{index}"
         return Node(f"text.layers.{index}", kind, ("text",), (stream,), place, recomputable=True)
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies, look_up
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.relative_attention import (
@@ -108,8 +108,11 @@ class EmbeddingKind:
 
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """A look-up; indices of eight bytes."""
-        tokens = len(self.variants) * plan.num_rows * plan.row_length * copies(self.settings.sizes, sharded=False)
-        return NodeCost(self.text.vocab_size * self.text.hidden_size, 0.0, 8.0 * tokens)
+        sizes, width = self.settings.sizes, self.text.hidden_size
+        tokens = len(self.variants) * plan.num_rows * plan.row_length
+        stored = 8.0 * tokens * copies(sizes, sharded=False)
+        work = look_up(StackWork(self.settings), tokens, width)
+        return NodeCost(self.text.vocab_size * width, work, stored, sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """The table."""
@@ -137,8 +140,8 @@ class RelativeLayerKind:
     def cost(self, plan: MicrobatchPlan) -> NodeCost:
         """Of all variants."""
         rows, segments = self.variants * plan.num_rows, plan.row_length // self.segment_length
-        sizes, own = self.settings.sizes, self.number == 1
-        return relative_layer_cost(self.shape, rows, segments, self.segment_length, sizes, own_biases=own)
+        own = self.number == 1
+        return relative_layer_cost(self.shape, rows, segments, self.segment_length, self.settings, own_biases=own)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """Those of ViT's layers, with the projection of relative positions."""

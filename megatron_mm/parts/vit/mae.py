@@ -20,11 +20,12 @@ from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import whole_plan
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import StackLayerKind
 from megatron_mm.models.names import VIT, Entry, linear, norm, plain
+from megatron_mm.models.work import MatrixProduct
 from megatron_mm.parts.vit.nodes import shuffled_patches, sine_cosine_positions, vit_shape
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
@@ -87,7 +88,14 @@ class EmbeddingsKind:
         images = plan.num_images * copies(self.settings.sizes, sharded=False)
         visible = self.mae.visible_patches(self.tower.num_patches)
         tokens, matrix = images * (1 + visible), inputs * width
-        return NodeCost(matrix + 2 * width, 2.0 * tokens * matrix, 2.0 * tokens * inputs + 8.0 * images * visible)
+        make, positions = StackWork(self.settings), plan.num_images * (1 + self.tower.num_patches)
+        work = (
+            MatrixProduct(plan.num_images * (1 + visible), width, inputs, what="projection"),
+            make.moved(2 * positions * width, "mask tokens", count=2),
+            make.moved(2 * positions * width, "positions"),
+        )
+        stored = 2.0 * tokens * inputs + 8.0 * images * visible
+        return NodeCost(matrix + 2 * width, work, stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """ViT-MAE's."""
@@ -118,7 +126,11 @@ class OutputKind:
         width, pixels = self.shape.hidden_size, self.pixels
         tokens = plan.num_images * copies(self.settings.sizes, sharded=False) * self.tower.num_patches
         matrix = width * pixels
-        return NodeCost(matrix + pixels + 2 * width, 2.0 * tokens * matrix, tokens * (4.0 * width + 4.0 * pixels))
+        positions = plan.num_images * self.tower.num_patches
+        norm_work = StackWork(self.settings).norm(positions, width)
+        work = (norm_work, MatrixProduct(positions, pixels, width, what="pixels"))
+        stored = tokens * (4.0 * width + 4.0 * pixels)
+        return NodeCost(matrix + pixels + 2 * width, work, stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """ViT-MAE's."""

@@ -23,12 +23,13 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import whole_plan
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.transformer import StackLayerKind
 from megatron_mm.models.names import VIT, Entry, plain
+from megatron_mm.models.work import MatrixProduct
 from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
 
 
@@ -148,7 +149,17 @@ class EmbeddingsKind:
         images = plan.num_images * copies(self.settings.sizes, sharded=False)
         embedded = images * (self.tower.num_patches if self.full else self.visible)
         picked = images * (self.visible or 0)  # their indices, eight bytes each
-        return NodeCost((patch + 2) * width, 2.0 * embedded * patch * width, 2.0 * embedded * patch + 8.0 * picked)
+        make, seen = StackWork(self.settings), self.tower.num_patches if self.full else self.visible
+        positions, lengths = plan.num_images * seen, [self.tower.num_patches] if self.full else []
+        lengths += [] if self.visible is None else [self.visible]
+        work = (
+            make.moved(2 * positions * patch, "patches"),
+            MatrixProduct(positions, width, patch, what="patches"),
+            make.moved(2 * positions * width, "positions"),
+            *(make.moved(2 * plan.num_images * (1 + length) * width, "class token") for length in lengths),
+        )
+        stored = 2.0 * embedded * patch + 8.0 * picked
+        return NodeCost((patch + 2) * width, work, stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """ViT-MAE's."""

@@ -17,12 +17,13 @@ from torch.nn import functional
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import whole_plan
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.final_norm import FinalNormKind
 from megatron_mm.models.layers.parameters import describe
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.transformer import StackLayerKind
 from megatron_mm.models.names import WHISPER, Entry, plain
+from megatron_mm.models.work import MatrixProduct
 from megatron_mm.parts.whisper.section import AudioTowerConfig
 
 
@@ -80,7 +81,16 @@ class EmbeddingsKind:
         conv1, conv2 = 3 * bins * width, 3 * width * width
         frames = plan.num_sounds * self.tower.num_frames * copies(self.settings.sizes, sharded=False)
         stored = 2.0 * frames * (bins + 2 * width + width / 2)
-        return NodeCost(conv1 + conv2 + 2 * width, 2.0 * frames * (conv1 + conv2 / 2), stored)
+        before, after = plan.num_sounds * self.tower.num_frames, plan.num_sounds * self.tower.tokens_per_sound
+        make = StackWork(self.settings)
+        work = (
+            MatrixProduct(before, width, 3 * bins, what="convolution 1"),
+            make.moved(2 * before * width, "activation"),
+            MatrixProduct(after, width, 3 * width, what="convolution 2"),
+            make.moved(2 * after * width, "activation"),
+            make.moved(2 * after * width, "positions"),
+        )
+        return NodeCost(conv1 + conv2 + 2 * width, work, stored, self.settings.sizes.tp_cp)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:
         """Whisper's."""

@@ -16,12 +16,13 @@ from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Node, NodeCost, Stream
 from megatron_mm.models.layers.attention import AttentionPlan, whole_plan
 from megatron_mm.models.layers.backends import backend_of
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.memory_attention import MemoryLayerKind, MemoryLayerNames, ViewMaker
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings, StackShape, layer_config
 from megatron_mm.models.layers.transformer import Sequences
 from megatron_mm.models.names import LLAMA, Entry, norm, plain
+from megatron_mm.models.work import MatrixProduct
 from megatron_mm.systems.avt.rows import has_sound, read_audio, read_vision, seen_positions, vision_length
 from megatron_mm.systems.avt.section import AVTConfig
 
@@ -100,7 +101,8 @@ class FusionOutput(nn.Module):
 
 def _projection_cost(settings: LayerSettings, positions: int, inputs: int, outputs: int) -> NodeCost:
     everywhere = positions * copies(settings.sizes, sharded=False)
-    return NodeCost(inputs * outputs, 2.0 * everywhere * inputs * outputs, 2.0 * everywhere * inputs)
+    work = (MatrixProduct(positions, outputs, inputs, what="projection"),)
+    return NodeCost(inputs * outputs, work, 2.0 * everywhere * inputs, settings.sizes.tp_cp)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ class FusionOutputKind:
         """Of all rows."""
         hidden, width = self.config.fusion.hidden_size, self.config.decoder.hidden_size
         positions = plan.num_rows * memory_length(self.config, plan)
-        norm_cost = NodeCost(hidden, 0.0, 2.0 * positions * hidden * copies(self.settings.sizes, sharded=False))
+        stored = 2.0 * positions * hidden * copies(self.settings.sizes, sharded=False)
+        make = StackWork(self.settings)
+        work = (make.moved(2 * positions * hidden, "one memory"), make.norm(positions, hidden))
+        norm_cost = NodeCost(hidden, work, stored, self.settings.sizes.tp_cp)
         return norm_cost + _projection_cost(self.settings, positions, hidden, width)
 
     def names(self, node: str, exported: str) -> Iterator[Entry]:

@@ -93,7 +93,7 @@ def _decoder_nodes(config: AVTConfig, settings: LayerSettings) -> list[Node]:
 
     def layer(index: int) -> Node:
         reading = (fused, rows_of_text, memories, width, LLAMA, CROSS_NAMES)
-        options = {"sharded": True, "self_plan": decoder.plan}
+        options = {"sharded": True, "self_plan": decoder.plan, "is_causal": decoder.is_causal}
         kind = MemoryLayerKind(settings, decoder.shape, index + 1, *reading, **options)
         name, place = f"decoder.layers.{index}", f"model.layers.{index}"
         return Node(name, kind, ("text", "memory"), (decoder.text,), place, recomputable=True)

@@ -19,7 +19,7 @@ from megatron_mm.models.layers.memory_attention import (
 from megatron_mm.models.layers.pooling import last_row_state
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.text_ends import HeadNames, LanguageHeadKind
-from megatron_mm.models.layers.transformer import rows_of_text
+from megatron_mm.models.layers.transformer import causal, rows_of_text
 from megatron_mm.models.names import OPT
 from megatron_mm.objectives.causal_lm import causal_lm_loss
 from megatron_mm.objectives.contrastive import image_text_loss
@@ -83,7 +83,7 @@ def _fusion(config: DualEncoderConfig, settings: LayerSettings, text: StackShape
 
     def layer(index: int) -> Node:
         reading = (row_images, rows_of_text, images, vision.hidden_size, OPT, _NAMES)
-        kind = MemoryLayerKind(settings, shape, index + 1, *reading, self_plan=causal_plan)
+        kind = MemoryLayerKind(settings, shape, index + 1, *reading, self_plan=causal_plan, is_causal=causal)
         name = f"fusion.layers.{index}"
         return Node(name, kind, ("text", "image_memory"), (stream,), name, recomputable=True)
 

@@ -8,7 +8,7 @@ language modelling, then three pairs a row for matching (its own, a wrong text, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,10 +16,11 @@ from torch import nn
 
 from megatron_mm.data.reading.microbatch import MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext, Graph, Kind, Node, NodeCost, Stream
-from megatron_mm.models.layers.costs import copies
+from megatron_mm.models.layers.costs import StackWork, copies
 from megatron_mm.models.layers.pooling import PooledHeadKind, PooledHeadNames, masked_mean
 from megatron_mm.models.layers.settings import LayerSettings, StackShape
 from megatron_mm.models.layers.text_ends import HeadNames, LanguageHeadKind
+from megatron_mm.models.work import Collective, MatrixProduct, Work
 from megatron_mm.objectives.contrastive import image_text_loss
 from megatron_mm.objectives.masked_lm import masked_lm_loss
 from megatron_mm.objectives.matching import matching_loss, matching_pairs
@@ -127,12 +128,32 @@ def _pairs(
     def cost(plan: MicrobatchPlan) -> NodeCost:
         """The memory, which the latents' norms keep, and the similarities of own rows to those of the pool, twice."""
         sizes, everywhere = settings.sizes, copies(settings.sizes, sharded=False)
-        pool = plan.num_rows * sizes.dp if matches else 0
-        flops = 4.0 * plan.num_rows * pool * config.contrastive.embedding_size * everywhere
-        return NodeCost(0, flops, 2.0 * pairs(plan) * length(plan) * width * everywhere)
+        make, memory = StackWork(settings), pairs(plan) * length(plan) * width
+        work: list[Work] = [make.moved(2 * memory, "pairs")]
+        if matches:
+            work += _matching_work(make, plan, config)
+        return NodeCost(0, tuple(work), 2.0 * memory * everywhere, sizes.tp_cp)
 
     build = partial(Pairs, predicts, matches)
     return Node("fusion.pairs", Kind(build, cost), reads, tuple(streams), fields=fields)
+
+
+def _matching_work(make: StackWork, plan: MicrobatchPlan, config: PerceiverFusionConfig) -> Iterator[Work]:
+    """The search for hard negatives, which no gradient passes, and what is gathered of the pool for them."""
+    rows, dp, size = plan.num_rows, make.settings.sizes.dp, config.contrastive.embedding_size
+    pool, length = rows * dp, plan.row_length
+    yield MatrixProduct(rows, pool, size, count=2, what="similarities")
+    if dp == 1:
+        return
+    states = pool * config.text.hidden_size
+    for what, values in (("images", config.vision.tokens_per_image * states), ("texts", length * states)):
+        yield Collective("all_gather", "dp", make.bytes(values), what=what)
+        yield Collective("reduce_scatter", "dp", make.bytes(values), runs="dgrad", what=what)
+    # Of two embeddings, fp32; of numbers and tokens, int64; of who has an image, and of the positions seen, fp32.
+    yield Collective("all_gather", "dp", 4 * pool * size, count=2, what="embeddings")
+    of_row = {"tokens": 8 * length, "sample numbers": 8, "rows with an image": 4, "positions": 4 * length}
+    for what, row in of_row.items():
+        yield Collective("all_gather", "dp", pool * row, what=what)
 
 
 def _latent_shape(config: PerceiverFusionConfig) -> StackShape:

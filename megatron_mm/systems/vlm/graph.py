@@ -54,7 +54,7 @@ def build_graph(config: VLMConfig, settings: LayerSettings) -> Graph:
         if config.contrasts and index + 1 == cross.first_layer:
             pool = partial(last_state, sequence_parallel=settings.sizes.sequence_parallel)
             args = (settings, decoder.shape.hidden_size, config.contrastive, pool, decoder.shape)
-            nodes.append(embedding_node("text", "text", "text_embedding", *args))
+            nodes.append(embedding_node("text", "text", "text_embedding", *args, sharded=True))
     if config.contrasts:
         nodes.append(scale_node(settings, config.contrastive))
     if config.generates:
