@@ -319,7 +319,8 @@ def _disk(config: Config) -> tuple[list[str], list[str]]:
     """A line about the checkpoint folder, and whether the checkpoints that are kept will not fit."""
     root = identity.checkpoint_root(config)
     root.mkdir(parents=True, exist_ok=True)
-    each = checkpoint_bytes(Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE))
+    assembly = Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE)
+    each = checkpoint_bytes(assembly.graph, assembly.plan, assembly.settings.dtype)
     there = len(checkpoint_folder.checkpoints(root))
     # One more than is kept stands while it is written; with keep_last 0, room for the next two is all one can ask.
     wanted = max(1, config.checkpoint.keep_last + 1 - there) if config.checkpoint.keep_last else 2

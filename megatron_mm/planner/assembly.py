@@ -78,7 +78,7 @@ class Assembly:
             return cuts_by_name(self.graph, parallel.pipeline_cuts, chunks)
         fits = None
         if parallel.memory_limit_gb is not None:
-            memory, limit = ChunkMemory(self), parallel.memory_limit_gb * 2**30 / self.sizes.vpp
+            memory, limit = self.memory, parallel.memory_limit_gb * 2**30 / self.sizes.vpp
 
             def fits(chunk: int, start: int, stop: int) -> bool:
                 return memory(chunk, start, stop) <= limit  # chunks of one process share it equally
@@ -90,6 +90,11 @@ class Assembly:
                 f"parallel.memory_limit_gb is {parallel.memory_limit_gb}: no cut into {chunks} chunks keeps it; use "
                 "more stages, more tensor parallelism or recomputation"
             ) from None
+
+    @cached_property
+    def memory(self) -> ChunkMemory:
+        """What each possible chunk would hold."""
+        return ChunkMemory(self.config, self.sizes, self.graph, self.plan, self.settings.dtype)
 
     @property
     def design(self) -> PipelineDesign:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from itertools import accumulate
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.models.graph import Stream
+from megatron_mm.data.reading.microbatch import MicrobatchPlan
+from megatron_mm.models.graph import Graph, Stream
 from megatron_mm.planner.costs import gradient_reaches
-
-if TYPE_CHECKING:
-    from megatron_mm.planner.assembly import Assembly
 
 
 def microbatches_in_flight(config: Config, sizes: ParallelSizes, stage: int) -> int:
@@ -36,9 +33,8 @@ def optimizer_bytes(dtype: torch.dtype) -> int:
     return 12 if dtype == torch.bfloat16 else 8
 
 
-def checkpoint_bytes(assembly: Assembly) -> int:
+def checkpoint_bytes(graph: Graph, plan: MicrobatchPlan, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint: all weights, and the optimizer state of those that learn."""
-    graph, plan, dtype = assembly.graph, assembly.plan, assembly.settings.dtype
     per = {True: dtype.itemsize + optimizer_bytes(dtype), False: dtype.itemsize}
     return sum(node.cost(plan).parameters * per[node.trainable] for node in graph.nodes)
 
@@ -46,12 +42,14 @@ def checkpoint_bytes(assembly: Assembly) -> int:
 class ChunkMemory:
     """Bytes of any chunk of a graph on one process.
 
-    The microbatch is the assembly's, the fullest.
+    Args:
+        plan: the fullest microbatch.
+        dtype: precision of weights and activations.
     """
 
-    def __init__(self, assembly: Assembly) -> None:
-        config, graph, plan, sizes = assembly.config, assembly.graph, assembly.plan, assembly.sizes
-        dtype = assembly.settings.dtype
+    def __init__(
+        self, config: Config, sizes: ParallelSizes, graph: Graph, plan: MicrobatchPlan, dtype: torch.dtype
+    ) -> None:
         self.config, self.graph, self.plan, self.sizes, self.dtype = config, graph, plan, sizes, dtype
         shards = sizes.dp * sizes.cp if config.parallel.use_distributed_optimizer else 1
         learning = 4.0 + optimizer_bytes(dtype) / shards  # fp32 gradients

@@ -64,11 +64,10 @@ def test_a_memory_limit_in_the_recipe_moves_the_cut_or_is_refused():
 
     setup.apply_platform()
     from megatron_mm.planner.assembly import Assembly
-    from megatron_mm.planner.memory import ChunkMemory
 
     config = load_config(RECIPES / "synapse-70b.yaml")
     sizes = parallel_sizes(config, 256)
-    memory = ChunkMemory(Assembly.of(config, sizes))
+    memory = Assembly.of(config, sizes).memory
 
     def held(cuts) -> list[float]:
         return [memory(chunk, *cuts[chunk : chunk + 2]) / 2**30 for chunk in range(sizes.chunks)]

@@ -62,8 +62,7 @@ def estimates(config: Config, sizes: ParallelSizes) -> list[float]:
     """What the partitioner takes for the memory of a process of each stage, in bytes."""
     from megatron_mm.models.phases import LAST_PHASE
     from megatron_mm.planner.assembly import Assembly
-    from megatron_mm.planner.memory import ChunkMemory
 
     assembly = Assembly.of(config, sizes, iteration=LAST_PHASE)
-    memory, cuts = ChunkMemory(assembly), assembly.cuts
-    return [memory(chunk, *cuts[chunk : chunk + 2]) for chunk in range(sizes.chunks)]
+    cuts = assembly.cuts
+    return [assembly.memory(chunk, *cuts[chunk : chunk + 2]) for chunk in range(sizes.chunks)]
