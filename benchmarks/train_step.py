@@ -176,6 +176,7 @@ def main() -> int:
     import torch
 
     from megatron_mm.config.load import load_config
+    from megatron_mm.config.section import changed
 
     torch.set_num_threads(arguments.threads)
     try:
@@ -183,9 +184,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    config.training.precision = "fp32"
-    config.training.micro_batch_size = config.training.global_batch_size = arguments.rows
-    config.data.seq_length = arguments.tokens
+    rows = {f"training.{name}_batch_size": arguments.rows for name in ("micro", "global")}
+    config = changed(config, {**rows, "training.precision": "fp32", "data.seq_length": arguments.tokens})
     batch, inputs = make_inputs(config, arguments)
     ours, weights = our_step(config, batch)
     sides = {"fused": plain_step(config, weights, inputs, True), "foreach": plain_step(config, weights, inputs, False)}

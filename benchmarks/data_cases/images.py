@@ -20,13 +20,15 @@ BATCH = 32
 _OURS = """
 import sys, time, json
 from megatron_mm.config.schema import Config, DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.loader import MicrobatchLoader
 shards, tokenizer, workers, images, batch = *sys.argv[1:3], *map(int, sys.argv[3:])
-config = Config()
-config.data.datasets, config.data.tokenizer = [DatasetConfig(path=shards)], tokenizer
-config.data.seq_length, config.data.max_images_per_sample, config.data.split = 16, 1, "1,0,0"
-config.model.vision.image_size, config.model.decoder.vocab_size = 224, 32768
+data = {"datasets": [DatasetConfig(path=shards)], "tokenizer": tokenizer, "seq_length": 16, "split": "1,0,0"}
+config = changed(Config(), {
+    **{f"data.{name}": value for name, value in data.items()}, "data.max_images_per_sample": 1,
+    "model.vision.image_size": 224, "model.decoder.vocab_size": 32768,
+})
 train = build_datasets(config).train
 loader = MicrobatchLoader(train, 0, batch, 0, 1, batch, {"images_ICHW"}, workers)
 for _ in range(2 * workers + 2):

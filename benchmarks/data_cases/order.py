@@ -52,14 +52,19 @@ print(json.dumps({"rows": train.num_rows, "seconds": seconds, "memory": memory, 
 def config(folder: str, datasets: int):
     """The blend, of different weights; each document is a row."""
     from megatron_mm.config.schema import Config, DatasetConfig
+    from megatron_mm.config.section import changed
 
-    made = Config()
     names = [os.path.join(folder, f"shard{i}") for i in range(datasets)]
-    made.data.datasets = [DatasetConfig(path=name, weight=1.0 + i) for i, name in enumerate(names)]
-    made.data.seq_length, made.data.split = 2, "1,0,0"
-    made.data.plan_folder = os.path.join(folder, "plans")
-    made.model.decoder.vocab_size = 1 << 15
-    return made
+    return changed(
+        Config(),
+        {
+            "data.datasets": [DatasetConfig(path=name, weight=1.0 + i) for i, name in enumerate(names)],
+            "data.seq_length": 2,
+            "data.split": "1,0,0",
+            "data.plan_folder": os.path.join(folder, "plans"),
+            "model.decoder.vocab_size": 1 << 15,
+        },
+    )
 
 
 def _write(prefix: Path, documents: int) -> None:

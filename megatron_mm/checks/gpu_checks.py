@@ -50,6 +50,7 @@ from megatron_mm.checks.layouts import (
 from megatron_mm.config.load import RECIPES, dump_config, load_config, parse_command_line
 from megatron_mm.config.outputs import begin_folder
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import parallel_sizes
 
 #: What trains, of this checkout.
@@ -267,18 +268,28 @@ def _reason(log: Path) -> str:
 
 def prepared(recipe: Path, steps: int, precision: str, backend: str) -> Config:
     """A recipe on generated rows, without warm-up, dropout, validation and what a user's disk would have."""
-    config = load_config(recipe)
-    config.data.datasets, config.data.tokenizer = [], None
-    config.data.builder, config.data.num_workers = "megatron_mm.data.reading.generated:build", 0
-    training = config.training
-    training.train_iters, training.precision, training.eval_interval = steps, precision, 0
-    config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters = 0, steps
-    config.model.backend, config.model.hidden_dropout, config.model.attention_dropout = backend, 0.0, 0.0
-    config.checkpoint.save_interval, config.checkpoint.init_from = 0, None
-    config.logging.tensorboard, config.logging.wandb_project = False, None
-    if recipe == VISION:
-        config.model.phase = "mae"
-    return config
+    config = changed(
+        load_config(recipe),
+        {
+            "data.datasets": [],
+            "data.tokenizer": None,
+            "data.builder": "megatron_mm.data.reading.generated:build",
+            "data.num_workers": 0,
+            "training.train_iters": steps,
+            "training.precision": precision,
+            "training.eval_interval": 0,
+            "optimizer.lr_warmup_iters": 0,
+            "optimizer.lr_decay_iters": steps,
+            "model.backend": backend,
+            "model.hidden_dropout": 0.0,
+            "model.attention_dropout": 0.0,
+            "checkpoint.save_interval": 0,
+            "checkpoint.init_from": None,
+            "logging.tensorboard": False,
+            "logging.wandb_project": None,
+        },
+    )
+    return changed(config, {"model.phase": "mae"}) if recipe == VISION else config
 
 
 def in_layout(config: Config, name: str, world_size: int) -> Config:
@@ -297,16 +308,22 @@ def in_layout(config: Config, name: str, world_size: int) -> Config:
 
 def large(steps: int, backend: str) -> Config:
     """Synapse with 1.1 billion parameters, rows of 2048 tokens: enough work to time, little enough for 40 GB."""
-    config = prepared(RECIPES / "synapse-70b.yaml", steps, "bf16", backend)
-    for key, value in _LARGE.items():
-        setattr(config.model.decoder, key, value)
-    config.model.cross_attention.every, config.model.cross_attention.num_query_groups = 4, 8
-    config.parallel.world_size, config.parallel.recompute_granularity = None, "none"
-    config.parallel.tensor_model_parallel_size = config.parallel.pipeline_model_parallel_size = 1
-    config.parallel.sequence_parallel = False
-    config.data.seq_length, config.data.num_workers = 2048, 2
-    config.training.global_batch_size = 8
-    return config
+    return changed(
+        prepared(RECIPES / "synapse-70b.yaml", steps, "bf16", backend),
+        {
+            **{f"model.decoder.{key}": value for key, value in _LARGE.items()},
+            "model.cross_attention.every": 4,
+            "model.cross_attention.num_query_groups": 8,
+            "parallel.world_size": None,
+            "parallel.recompute_granularity": "none",
+            "parallel.tensor_model_parallel_size": 1,
+            "parallel.pipeline_model_parallel_size": 1,
+            "parallel.sequence_parallel": False,
+            "data.seq_length": 2048,
+            "data.num_workers": 2,
+            "training.global_batch_size": 8,
+        },
+    )
 
 
 def same_curve(check: str, precision: str, first: Sequence[dict], second: Sequence[dict]) -> Verdicts:
@@ -378,7 +395,8 @@ def speed_and_memory(machines: Machines, layout: str, world_size: int, steps: in
     config = in_layout(config, layout, world_size)
     data_parallel = world_size // parse_layout(layout).world_size
     microbatches = 8 if machines.cuda else 1  # of a pipeline stage; a CPU only shows that the check runs
-    config.training.global_batch_size = microbatches * config.training.micro_batch_size * data_parallel
+    batch = microbatches * config.training.micro_batch_size * data_parallel
+    config = changed(config, {"training.global_batch_size": batch})
     lines = machines.pretrain("large", config)
     if machines.node_rank:
         return

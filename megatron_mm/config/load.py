@@ -27,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_mm.config.plugins import load_plugin, locate_plugin
 from megatron_mm.config.schema import Config, DatasetConfig
-from megatron_mm.config.section import section
+from megatron_mm.config.section import changed, section
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import DEFAULT_SYSTEM, SYSTEMS, section_of
 
@@ -153,7 +153,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
     try:
         config = load_config(recipe) if recipe else config_type(section_of(DEFAULT_SYSTEM))()
         if blend:
-            config.data.datasets = parse_blend(blend)
+            config = changed(config, {"data.datasets": parse_blend(blend)})
     except ValueError as error:
         fail(str(error), status=2)
     if recipe is None and not {"-h", "--help"} & set(rest):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import tyro
 from pydantic import ConfigDict
@@ -11,8 +13,35 @@ from pydantic.dataclasses import dataclass
 #: Path of the size by which heads and columns are divided, for messages.
 TENSOR_PARALLEL = "parallel.tensor_model_parallel_size"
 
-#: Decorator of a section: typed, checked on assignment, unknown fields refused.
-section = dataclass(config=ConfigDict(extra="forbid", validate_assignment=True), kw_only=True)
+#: Decorator of a section: typed, unknown fields refused, and frozen: another layout is another value (`changed`).
+section = dataclass(config=ConfigDict(extra="forbid"), kw_only=True, frozen=True)
+
+Section = TypeVar("Section")
+
+
+def changed(section: Section, changes: Mapping[str, object], place: str = "") -> Section:
+    """Another value of a section, or of the whole tree, in which some fields are others.
+
+    Args:
+        changes: values by the path of their field, such as `training.global_batch_size`.
+        place: path of the section itself, for messages.
+
+    Raises:
+        ValueError: there is no such field, or a value is not of its type.
+    """
+    fields: dict[str, object] = {}
+    below: dict[str, dict[str, object]] = {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        if name not in getattr(section, "__dataclass_fields__", {}):
+            raise ValueError(f"{place}{path}: {type(section).__name__} has no field {name!r}")
+        if rest:
+            below.setdefault(name, {})[rest] = value
+        else:
+            fields[name] = value
+    for name, inner in below.items():
+        fields[name] = changed(fields.get(name, getattr(section, name)), inner, f"{place}{name}.")
+    return replace(section, **fields)
 
 
 def megatron(*names: str):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan, field_shapes
@@ -329,7 +330,7 @@ def run_from_command_line(config: Config, output: str | None) -> None:
     Layers are always the local backend's, because Transformer Engine's kernels cannot run on meta tensors.
     """
     if config.model.backend == "transformer_engine":
-        config.model.backend = "auto"  # which is local here, and contradicts no switch of Transformer Engine's
+        config = changed(config, {"model.backend": "auto"})  # local here; contradicts no switch of Transformer Engine's
     began = time.perf_counter()
     world_size = config.parallel.world_size or setup.world_size()
     print(f"dry run of {config.parallel.pipeline_model_parallel_size} pipeline stages of {world_size} processes")

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.conversion.convert import tokenizer_of
 from megatron_mm.planner.assembly import Assembly
@@ -41,7 +42,7 @@ def of_a_users_own_builder(path: Path) -> str:
 @pytest.mark.parametrize("make", [trained, of_bytes, of_a_users_own_builder])
 def test_the_copy_is_found_by_its_kind(built, make, tmp_path):
     config, pipeline, optimizer = built
-    name, config.data.tokenizer = make(tmp_path / "mine"), str(tmp_path / "mine")
+    name, config = make(tmp_path / "mine"), changed(config, {"data.tokenizer": str(tmp_path / "mine")})
     folder = checkpoint.save(config, tmp_path / "run", pipeline, optimizer, Position(1, 8))
     content = (tmp_path / "mine").read_bytes()
     (tmp_path / "mine").unlink()

@@ -12,6 +12,7 @@ import torch
 
 from megatron_mm.checks import gpu_checks
 from megatron_mm.checks.gpu_checks import GRADIENT_NORM, LOSS, MEMORY, MFU, Machines, Verdict, same_curve
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.platform import setup
 from tests.support.programs import PYTHON
@@ -207,7 +208,7 @@ def test_a_users_folder_is_not_that_of_checks(tmp_path):
     with pytest.raises(ValueError, match=r"--output .* holds large and no \.megatron_mm-output of tools/check_gpus.py"):
         Machines(tmp_path, cuda=False, gpus=1)
     config = gpu_checks.prepared(gpu_checks.SYNAPSE, 4, "fp32", "local")
-    config.logging.output = str(tmp_path / "large")
+    config = changed(config, {"logging.output": str(tmp_path / "large")})
     gpu_checks.dump_config(config, tmp_path / "large-0.yaml")
     for _ in range(2):
         Machines(tmp_path, cuda=False, gpus=1)

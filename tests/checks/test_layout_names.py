@@ -6,6 +6,7 @@ import pytest
 
 from megatron_mm.checks.layouts import DEFAULT_LAYOUTS, Comparison, for_layout, notes, parse_layout, to_json
 from megatron_mm.config.schema import NodeGroupConfig
+from megatron_mm.config.section import changed
 from tests.support.recipes import small_config
 
 
@@ -46,10 +47,14 @@ def test_what_a_layout_repeats_is_said_and_written():
 
 
 def test_all_that_ever_learns_is_compared():
-    config = small_config()
-    config.optimizer.groups = [
-        NodeGroupConfig(nodes=["vision.*"], frozen_iters=100),
-        NodeGroupConfig(nodes=["audio.*"], frozen_iters=-1),
-    ]
-    changed = for_layout(config, parse_layout("PP2"), 1, pool=4, global_batch=8)
-    assert [group.frozen_iters for group in changed.optimizer.groups] == [0, -1]
+    config = changed(
+        small_config(),
+        {
+            "optimizer.groups": [
+                NodeGroupConfig(nodes=["vision.*"], frozen_iters=100),
+                NodeGroupConfig(nodes=["audio.*"], frozen_iters=-1),
+            ],
+        },
+    )
+    compared = for_layout(config, parse_layout("PP2"), 1, pool=4, global_batch=8)
+    assert [group.frozen_iters for group in compared.optimizer.groups] == [0, -1]

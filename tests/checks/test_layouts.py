@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.checks.layouts import compare, for_layout, launch, parse_layout
+from megatron_mm.config.section import changed
 from tests.support import one_process
 from tests.support.recipes import small_config
 
@@ -18,8 +19,7 @@ SIZES = {"iterations": 4, "pool": 4, "global_batch": 16}
 
 def measured(folder, frozen: bool):
     """The small recipe and one process's figures, which have every weight that learns at every step."""
-    config = small_config()
-    config.model.vision.frozen = frozen
+    config = changed(small_config(), {"model.vision.frozen": frozen})
     reference = one_process.measured(config, folder, **SIZES)
     one_process.assert_every_weight_is_compared(reference, config, SIZES["iterations"])
     return config, reference

@@ -11,6 +11,7 @@ import pytest
 from megatron_mm.checks import preflight
 from megatron_mm.checks.preflight import Measured, Product
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.section import changed
 from megatron_mm.training import identity
 from megatron_mm.training.identity import Place, differences, located
 from tests.support.corpus import build_corpus, corpus_config
@@ -92,8 +93,7 @@ def test_a_group_is_as_slow_as_its_slowest_member_and_compared_with_its_kind():
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
-    config = small_config()
-    config.logging.output, config.checkpoint.keep_last = str(tmp_path), 3
+    config = changed(small_config(), {"logging.output": str(tmp_path), "checkpoint.keep_last": 3})
     assert not preflight._disk(config)[1]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 2**20))
     assert "4 checkpoints of" in preflight._disk(config)[1][0]
@@ -125,11 +125,9 @@ def test_what_a_builders_file_raises_is_a_fact_too(tmp_path):
     """On one process perhaps alone: the comparison names it, where an error would leave the others waiting."""
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('no such node')")
-    config = small_config()
-    config.logging.output = str(tmp_path / "out")
-    config.data.builder = f"{broken}:build"
+    config = changed(small_config(), {"logging.output": str(tmp_path / "out"), "data.builder": f"{broken}:build"})
     assert identity.facts(config)["code plugins"] == "RuntimeError: no such node"
-    config.data.builder = f"{tmp_path}/gone.py:build"
+    config = changed(config, {"data.builder": f"{tmp_path}/gone.py:build"})
     assert "there is no file" in identity.facts(config)["code plugins"]
 
 
@@ -142,9 +140,14 @@ def corpus(tmp_path_factory):
 
 
 def recipe(folder: Path) -> Path:
-    config = small_config()
-    config.logging.output = str(folder / "out")
-    config.parallel.tensor_model_parallel_size = config.parallel.pipeline_model_parallel_size = 2
+    config = changed(
+        small_config(),
+        {
+            "logging.output": str(folder / "out"),
+            "parallel.tensor_model_parallel_size": 2,
+            "parallel.pipeline_model_parallel_size": 2,
+        },
+    )
     dump_config(config, folder / "recipe.yaml")
     return folder / "recipe.yaml"
 
@@ -156,7 +159,7 @@ def test_what_one_rank_has_otherwise_is_named_before_training(corpus, tmp_path):
     for rank in range(4):
         here = tmp_path / str(rank)
         shutil.copytree(corpus[0].parent, here)
-        config.training.seed = 77 if rank == 1 else 5
+        config = changed(config, {"training.seed": 77 if rank == 1 else 5})
         dump_config(config, here / "recipe.yaml")
     shutil.copytree(ROOT / "megatron_mm", tmp_path / "code" / "megatron_mm")
     shutil.copy(ROOT / "pretrain_multimodal.py", tmp_path / "code")

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from megatron_mm.config.load import RECIPES, config_from_tree, dump_config, load_config, parse_blend, parse_command_line
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import check, parallel_sizes
 from tests.support.programs import PYTHON
 from tests.support.recipes import small_config
@@ -131,55 +132,58 @@ def test_values_by_which_no_data_could_be_read_are_refused_with_the_recipe(data,
 def test_data_that_could_not_be_trained_on_are_refused_before_they_are_there(recipe, data, message):
     config = load_config(RECIPES / f"{recipe}.yaml")
     check(config, parallel_sizes(config, 1))
-    for name, value in data.items():
-        setattr(config.data, name, value)
+    config = changed(config, {f"data.{name}": value for name, value in data.items()})
     with pytest.raises(ValueError, match=re.escape(message)):
         check(config, parallel_sizes(config, 1))
     if "split" not in data and "frames_per_video" not in data:
-        config.data.builder = "module:of_my_own"  # which reads no shards
+        config = changed(config, {"data.builder": "module:of_my_own"})  # which reads no shards
         check(config, parallel_sizes(config, 1))
 
 
-def across(config, comm: str, **parallel) -> None:
+def across(comm: str, **parallel) -> dict[str, object]:
     """Context parallelism of two processes."""
-    for name, value in {"context_parallel_size": 2, "cp_comm_type": comm, **parallel}.items():
-        setattr(config.parallel, name, value)
+    fields = {"context_parallel_size": 2, "cp_comm_type": comm, **parallel}
+    return {f"parallel.{name}": value for name, value in fields.items()}
 
 
-def kernels(config, backend: str, attention_backend: str) -> None:
-    config.model.backend, config.model.attention_backend = backend, attention_backend
+def kernels(backend: str, attention_backend: str) -> dict[str, object]:
+    return {"model.backend": backend, "model.attention_backend": attention_backend}
 
 
 @pytest.mark.parametrize(
-    ("change", "world", "message"),
+    ("changes", "world", "message"),
     [
-        (lambda c: setattr(c.parallel, "tensor_model_parallel_size", 5), 5, "num_attention_heads is 4, which does not"),
-        (lambda c: setattr(c.parallel, "pipeline_model_parallel_size", 3), 4, "4 processes do not divide by"),
-        (lambda c: across(c, "a2a", tensor_model_parallel_size=2), 4, "num_query_groups is 2, which does not divide"),
-        (lambda c: across(c, "p2p"), 2, "synapse packs documents; take all_gather or a2a"),
-        (lambda c: (across(c, "p2p"), setattr(c.model, "backend", "local")), 2, "p2p, which is Transformer Engine's"),
-        (lambda c: setattr(c.model, "attention_backend", "local"), 1, "which model.backend local has; it is auto"),
-        (lambda c: kernels(c, "local", "flash"), 1, "a choice of Transformer Engine's, and model.backend is local"),
-        (lambda c: setattr(c.parallel, "context_parallel_size", 3), 3, "data.seq_length is 32, which does not divide"),
-        (lambda c: setattr(c.training, "global_batch_size", 7), 1, "not a multiple of micro_batch_size 2"),
-        (lambda c: setattr(c.model.vision, "patch_size", 7), 1, "model.vision.image_size is 16"),
-        (lambda c: setattr(c.optimizer, "lr_warmup_iters", 9), 1, "lr_warmup_iters is 9, not below"),
-        (lambda c: setattr(c.optimizer, "min_lr", 1.0), 1, "min_lr 1.0 is above"),
-        (lambda c: setattr(c.model.cross_attention, "num_query_groups", 3), 1, "cross_attention.num_query_groups = 3"),
-        (lambda c: setattr(c.parallel, "virtual_pipeline_model_parallel_size", 2), 1, "needs pipeline_model_parallel"),
+        ({"parallel.tensor_model_parallel_size": 5}, 5, "num_attention_heads is 4, which does not"),
+        ({"parallel.pipeline_model_parallel_size": 3}, 4, "4 processes do not divide by"),
+        (across("a2a", tensor_model_parallel_size=2), 4, "num_query_groups is 2, which does not divide"),
+        (across("p2p"), 2, "synapse packs documents; take all_gather or a2a"),
+        ({**across("p2p"), "model.backend": "local"}, 2, "p2p, which is Transformer Engine's"),
+        ({"model.attention_backend": "local"}, 1, "which model.backend local has; it is auto"),
+        (kernels("local", "flash"), 1, "a choice of Transformer Engine's, and model.backend is local"),
+        ({"parallel.context_parallel_size": 3}, 3, "data.seq_length is 32, which does not divide"),
+        ({"training.global_batch_size": 7}, 1, "not a multiple of micro_batch_size 2"),
+        ({"model.vision.patch_size": 7}, 1, "model.vision.image_size is 16"),
+        ({"optimizer.lr_warmup_iters": 9}, 1, "lr_warmup_iters is 9, not below"),
+        ({"optimizer.min_lr": 1.0}, 1, "min_lr 1.0 is above"),
+        ({"model.cross_attention.num_query_groups": 3}, 1, "cross_attention.num_query_groups = 3"),
+        ({"parallel.virtual_pipeline_model_parallel_size": 2}, 1, "needs pipeline_model_parallel"),
     ],
 )
-def test_contradictions_are_refused_by_name(change, world, message):
-    config = small_config()
-    change(config)
+def test_contradictions_are_refused_by_name(changes, world, message):
+    config = changed(small_config(), changes)
     with pytest.raises(ValueError, match=message):
         check(config, parallel_sizes(config, world))
 
 
 def test_interleaving_needs_enough_microbatches():
-    config = small_config()
-    config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size = 4, 2
-    config.training.global_batch_size = 6
+    config = changed(
+        small_config(),
+        {
+            "parallel.pipeline_model_parallel_size": 4,
+            "parallel.virtual_pipeline_model_parallel_size": 2,
+            "training.global_batch_size": 6,
+        },
+    )
     with pytest.raises(ValueError, match="multiples of pipeline_model_parallel_size 4"):
         check(config, parallel_sizes(config, 4))
 

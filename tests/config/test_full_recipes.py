@@ -9,6 +9,7 @@ import pytest
 
 from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import check, parallel_sizes
 from megatron_mm.models.graph import Graph
 from megatron_mm.planner.assembly import Assembly, full_plan
@@ -92,9 +93,8 @@ BILLIONS = {
 
 def prepare(name: str, **model: object) -> tuple[Config, Graph]:
     setup.apply_platform()
-    config = load_config(RECIPES / f"{name}.yaml")
-    for key, value in model.items():
-        setattr(config.model, key, value)
+    changes = {f"model.{key}": value for key, value in model.items()}
+    config = changed(load_config(RECIPES / f"{name}.yaml"), changes)
     sizes = parallel_sizes(config, config.parallel.world_size)
     check(config, sizes)
     return config, Assembly.of(config, sizes).graph

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mm.config.load import RECIPES, parse_command_line
 from megatron_mm.config.performance import Device
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import check, check_device, parallel_sizes
 from tests.support.full_recipes import FULL, launched
 from tests.support.programs import PYTHON
@@ -19,12 +20,9 @@ BF16 = {"precision": "bf16"}
 
 
 def configured(performance: dict, config=None, backend: str = "auto", parallel=(), training=()):
-    config = config or small_config()
-    config.model.backend = backend
-    for section, changes in (("performance", performance), ("parallel", parallel), ("training", training)):
-        for name, value in dict(changes).items():
-            setattr(getattr(config, section), name, value)
-    return config
+    sections = {"performance": performance, "parallel": dict(parallel), "training": dict(training)}
+    changes = {f"{name}.{key}": value for name, fields in sections.items() for key, value in fields.items()}
+    return changed(config or small_config(), {"model.backend": backend, **changes})
 
 
 def refused(config, world: int = 2) -> str:
@@ -101,7 +99,7 @@ def test_contradictions_are_refused_by_name(config, message):
 
 def test_fp8_asks_for_the_width_of_queries_keys_and_values():
     config = configured({"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}, training=BF16)
-    config.model.decoder.num_attention_heads, config.model.decoder.num_query_groups = 8, 1
+    config = changed(config, {"model.decoder.num_attention_heads": 8, "model.decoder.num_query_groups": 1})
     assert "queries, keys and values is 80, which does not divide by TP x what FP8 needs = 32" in refused(config)
 
 
@@ -117,11 +115,11 @@ def test_a_device_that_lacks_it_is_named():
     check_device(fp8, H100)
     l40s = Device("NVIDIA L40S", (8, 9))
     check_device(fp8, l40s)
-    fp8.performance.fp8_recipe = "blockwise"
+    fp8 = changed(fp8, {"performance.fp8_recipe": "blockwise"})
     check_device(fp8, H100)
     with pytest.raises(ValueError, match=r"needs compute capability 9\.0, and NVIDIA L40S has 8\.9"):
         check_device(fp8, l40s)
-    fp8.performance.fp8_recipe = "mxfp8"
+    fp8 = changed(fp8, {"performance.fp8_recipe": "mxfp8"})
     with pytest.raises(ValueError, match=r"needs compute capability 10\.0, and NVIDIA H100 has 9\.0"):
         check_device(fp8, H100)
     both = configured({"fp8_format": "hybrid", "gradient_accumulation_fusion": True}, training=BF16)

@@ -7,6 +7,7 @@ import pytest
 from megatron_mm.config.load import config_from_tree, load_config
 from megatron_mm.config.plugins import load_plugin
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import check, parallel_sizes
 from tests.support import recipes
 
@@ -61,8 +62,7 @@ def test_a_share_of_tokens_that_hides_none_or_all(recipe, ratio):
 @pytest.mark.parametrize("recipe", [VLM, DUAL])
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_a_share_of_patches_that_hides_none_or_all(recipe, ratio):
-    config = recipe(phase="mae")
-    config.model.mae.mask_ratio = ratio
+    config = changed(recipe(phase="mae"), {"model.mae.mask_ratio": ratio})
     assert f"model.mae.mask_ratio is {ratio}; it must lie strictly between 0 and 1" in refusal(config)
 
 
@@ -77,46 +77,48 @@ def test_a_share_of_patches_that_hides_none_or_all(recipe, ratio):
     ],
 )
 def test_a_share_that_in_effect_hides_all_or_none_of_so_few_patches(recipe, size, ratio, message):
-    config = recipe()
-    config.model.vision.image_size, config.model.mae.mask_ratio = size, ratio
+    config = changed(recipe(), {"model.vision.image_size": size, "model.mae.mask_ratio": ratio})
     assert f"model.mae{message}" in refusal(config)
     if "at most" in message:
-        config.model.mae.mask_ratio = float(refusal(config).partition("at most ")[2].split()[0])
+        config = changed(config, {"model.mae.mask_ratio": float(refusal(config).partition("at most ")[2].split()[0])})
         check(config, parallel_sizes(config, 1))
         assert config.model.mae.visible_patches(config.model.vision.num_patches) == 1
 
 
 def test_a_share_of_patches_counts_only_where_masks_are_used():
     for config in (VLM(), DUAL(mae_weight=0.0)):
-        config.model.mae.mask_ratio = 0.95
+        config = changed(config, {"model.mae.mask_ratio": 0.95})
         check(config, parallel_sizes(config, 1))
-    config = DUAL()
-    config.model.vision.patch_size = 0
+    config = changed(DUAL(), {"model.vision.patch_size": 0})
     assert "does not divide by model.vision.patch_size = 0" in refusal(config)
 
 
 @pytest.mark.parametrize("recipe", [AVT, VLM, FUSION, DUAL])
 def test_one_sample_teaches_a_contrastive_loss_nothing(recipe):
-    config = recipe()
-    config.training.micro_batch_size = config.training.global_batch_size = 1
-    config.model.contrastive.negatives = "batch"
+    config = changed(
+        recipe(),
+        {
+            "training.micro_batch_size": 1,
+            "training.global_batch_size": 1,
+            "model.contrastive.negatives": "batch",
+        },
+    )
     assert "training.global_batch_size is 1: a contrastive loss needs at least two samples" in refusal(config)
-    config.training.global_batch_size = 8
-    config.model.contrastive.negatives = "microbatch"
+    config = changed(config, {"training.global_batch_size": 8, "model.contrastive.negatives": "microbatch"})
     message = refusal(config)
     assert "training.micro_batch_size 1 x data parallel 1 leaves a contrastive loss one sample" in message
     assert "take more, or model.contrastive.negatives: batch" in message
-    config.model.contrastive.negatives = "batch"
+    config = changed(config, {"model.contrastive.negatives": "batch"})
     if recipe is FUSION:
         assert "leaves image-text matching no wrong pair" in refusal(config)
-        config.model.matching_weight = 0.0
+        config = changed(config, {"model.matching_weight": 0.0})
     check(config, parallel_sizes(config, 1))
 
 
 def test_a_contrastive_weight_of_zero_or_another_phase_asks_for_no_company():
     unweighted = {"contrastive_weight": 0.0, "causal_lm_weight": 0.0}
     for config in (VLM(contrastive_weight=0.0), VLM(phase="mae"), DUAL(phase="mae"), VLM(phase="mae", **unweighted)):
-        config.training.micro_batch_size = config.training.global_batch_size = 1
+        config = changed(config, {"training.micro_batch_size": 1, "training.global_batch_size": 1})
         check(config, parallel_sizes(config, 1))
 
 
@@ -136,10 +138,8 @@ def test_a_contrastive_weight_of_zero_or_another_phase_asks_for_no_company():
 )
 def test_heads_that_tensor_parallelism_would_split(recipe, part, field, message):
     """Four processes share two heads."""
-    config = recipe()
-    section = getattr(config.model, part)
-    setattr(section, field, [2, 2] if field == "num_heads" else 2)
-    config.parallel.tensor_model_parallel_size = 4
+    heads = [2, 2] if field == "num_heads" else 2
+    config = changed(recipe(), {f"model.{part}.{field}": heads, "parallel.tensor_model_parallel_size": 4})
     found = refusal(config, 4)
     assert message in found and "parallel.tensor_model_parallel_size = 4" in found
 
@@ -164,13 +164,7 @@ def test_heads_that_tensor_parallelism_would_split(recipe, part, field, message)
     ],
 )
 def test_values_that_do_not_fit(config, path, value, message):
-    config = config()
-    *sections, field = path.split(".")
-    owner = config
-    for name in sections:
-        owner = getattr(owner, name)
-    setattr(owner, field, value)
-    assert message in refusal(config)
+    assert message in refusal(changed(config(), {path: value}))
 
 
 def test_microbatches_of_an_objective_without_weight():

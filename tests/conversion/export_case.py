@@ -15,6 +15,7 @@ from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.stream import write_checkpoint_weights
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config, DataConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.data.tokens.tokenizer import stored_name
 from megatron_mm.hf.configuration_synapse import SynapseConfig as HFConfig
@@ -47,11 +48,18 @@ def tiny_recipe(vocab_size: int = 320) -> Config:
 
 def training_recipe() -> Config:
     """The tiny recipe in fp32, towers trained too, with open gates."""
-    config = tiny_recipe()
-    config.model.vision.frozen = False
-    config.model.cross_attention.gate_init = 0.6
-    config.training.precision, config.training.global_batch_size = "fp32", 4
-    config.optimizer.lr, config.optimizer.lr_warmup_iters, config.training.train_iters = 1e-2, 0, 10
+    config = changed(
+        tiny_recipe(),
+        {
+            "model.vision.frozen": False,
+            "model.cross_attention.gate_init": 0.6,
+            "training.precision": "fp32",
+            "training.global_batch_size": 4,
+            "optimizer.lr": 1e-2,
+            "optimizer.lr_warmup_iters": 0,
+            "training.train_iters": 10,
+        },
+    )
     return config
 
 

@@ -27,6 +27,7 @@ from transformers import (
 
 from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.section import changed
 from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.conversion.pretrained import import_pretrained, resize_rows
 from megatron_mm.conversion.safetensors_stream import INDEX, SafetensorsFolder, SafetensorsWriter
@@ -368,8 +369,7 @@ def test_export_refuses_a_tokenizer_larger_than_the_vocabulary(folders, tmp_path
 
 
 def test_restore_refuses_another_recipe(folders, tmp_path):
-    other = tiny_recipe()
-    other.model.decoder.rotary_base = 10000.0
+    other = changed(tiny_recipe(), {"model.decoder.rotary_base": 10000.0})
     dump_config(other, tmp_path / "other.yaml")
     with pytest.raises(ValueError, match=r"rope_theta: 500000\.0 in the folder, 10000\.0 in the recipe"):
         restore(folders[4], tmp_path / "out", config=tmp_path / "other.yaml", quiet=True)
@@ -558,9 +558,8 @@ print(peak - before)
 @pytest.mark.slow
 def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
     """Vocabulary and MLP are made large enough (64 MiB, 42 MiB a tensor) to stand out of the noise of allocators."""
-    recipe = tiny_recipe(vocab_size=65536)
-    decoder = recipe.model.decoder
-    decoder.hidden_size, decoder.ffn_hidden_size = 256, 20480
+    wide = {"model.decoder.hidden_size": 256, "model.decoder.ffn_hidden_size": 20480}
+    recipe = changed(tiny_recipe(vocab_size=65536), wide)
     weights = {e.training: torch.zeros(e.shape) + 1e-3 for e in model_entries(recipe.model)}
     largest = max(t.numel() * 4 for t in weights.values())
     total = sum(t.numel() * 4 for t in weights.values())
@@ -571,7 +570,7 @@ def test_memory_stays_under_twice_the_largest_tensor(tmp_path):
     for what, source, target in steps:
         if what == "import":  # an exported folder has Llama's names; only its configuration must read as Llama's
             fields = json.loads((tmp_path / "exported" / "config.json").read_text())
-            fields |= {"head_dim": 64, "vocab_size": decoder.vocab_size, "model_type": "llama"}
+            fields |= {"head_dim": 64, "vocab_size": recipe.model.decoder.vocab_size, "model_type": "llama"}
             (tmp_path / "exported" / "config.json").write_text(json.dumps(fields))
         command = [INTERPRETER, "-c", MEASURE, what, tmp_path / source, tmp_path / target, tmp_path / "recipe.yaml"]
         # Blocks of a real model are always returned when freed; below 32 MiB glibc would keep them for itself.

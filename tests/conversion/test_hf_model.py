@@ -20,6 +20,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from megatron_mm.config.section import changed
 from megatron_mm.hf.modeling_synapse import MemoryCache
 from tests.conversion.export_case import hf_model, media_batch, one_row, tiny_recipe
 
@@ -119,7 +120,12 @@ def test_audio_tower_is_whisper(model):
 
 def test_cross_attention_is_mllamas():
     recipe = tiny_recipe()
-    recipe.model.vision.hidden_size = recipe.model.decoder.hidden_size  # Mllama reads memory of the decoder's width
+    recipe = changed(
+        recipe,
+        {
+            "model.vision.hidden_size": recipe.model.decoder.hidden_size,  # Mllama reads memory of the decoder's width
+        },
+    )
     model = hf_model(recipe)
     c, ours = model.config, model.model.cross_layers[1].cross_attn
     config = MllamaTextConfig(

@@ -24,6 +24,7 @@ from transformers import (
 
 from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.section import changed
 from megatron_mm.conversion.pretrained import import_pretrained
 from megatron_mm.hf.vit import sine_cosine_positions
 from megatron_mm.training.optimizer import Optimizer
@@ -140,8 +141,8 @@ def test_a_llama_is_the_decoder_of_avt_where_nothing_is_seen_or_heard(tmp_path):
 def test_gpt2_and_opt_are_the_text_encoder(family, tmp_path):
     """Their tables have more positions than the recipe; those of its rows are taken."""
     config = case.with_vocabulary(recipes.small_dual_encoder(causal_lm_weight=0.0))
+    config = changed(config, {"model.text.activation": {"gpt2": "gelu_tanh", "opt": "relu"}[family]})
     text = config.model.text
-    text.activation = {"gpt2": "gelu_tanh", "opt": "relu"}[family]
     source = {"gpt2": gpt2, "opt": opt}[family](text)
     trained, reader = started(config, tmp_path, **{family: source})
     assert not {name for name in left_out(trained, reader) if name.startswith("text.")}

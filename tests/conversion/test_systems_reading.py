@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.config.section import changed
 from megatron_mm.conversion.convert import export, restore
 from megatron_mm.conversion.hf_folder import adapter_of_folder
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
@@ -182,9 +183,8 @@ def test_folders_and_recipes_that_do_not_belong_together_are_refused(works, tmp_
     from megatron_mm.config.load import dump_config
 
     config = works["vlm"].config
-    config.model.cross_attention.every = 2
+    config = changed(config, {"model.cross_attention.every": 2})
     dump_config(config, tmp_path / "every.yaml")
-    config.model.cross_attention.every = 1
     with pytest.raises(ValueError, match=r"cross_attention.every: 1 in the folder, 2 in the recipe"):
         restore(works["vlm"].exported, tmp_path / "out", config=tmp_path / "every.yaml", quiet=True)
     dump_config(works["avt"].config, tmp_path / "avt.yaml")

@@ -14,6 +14,7 @@ import torch
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
@@ -69,7 +70,7 @@ def main() -> None:
         pieces = open_tokenizer(str(Path(folder) / "spm.model")).vocab_size
         said = {"logits": logits_of(pipeline, batch), "tokens": greedy(pipeline, inputs, 8, pieces)}
         torch.save(said, Path(folder) / "said.pt")
-    config.data.tokenizer = str(Path(folder) / "spm.model")
+    config = changed(config, {"data.tokenizer": str(Path(folder) / "spm.model")})
     checkpoint.save(config, Path(folder) / "checkpoints", pipeline, optimizer, Position(1, 4))
     setup.shutdown()
 

@@ -11,6 +11,7 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from megatron_mm.config.schema import Config, DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
 
@@ -77,13 +78,17 @@ def folder(tmp_path_factory, samples, tokenizer_path) -> str:
 @pytest.fixture
 def config(folder, tokenizer_path) -> Config:
     """Small towers, short rows, everything trained on."""
-    config = Config()
-    config.data.datasets = [DatasetConfig(path=folder)]
-    config.data.tokenizer = tokenizer_path
-    config.data.seq_length = 128
-    config.data.split = "80,20"
-    config.data.frames_per_video = 3
-    config.model.vision.image_size = 28
-    config.model.audio.seconds = 0.5
-    config.model.decoder.vocab_size = 1024
+    config = changed(
+        Config(),
+        {
+            "data.datasets": [DatasetConfig(path=folder)],
+            "data.tokenizer": tokenizer_path,
+            "data.seq_length": 128,
+            "data.split": "80,20",
+            "data.frames_per_video": 3,
+            "model.vision.image_size": 28,
+            "model.audio.seconds": 0.5,
+            "model.decoder.vocab_size": 1024,
+        },
+    )
     return config

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.config.load import config_type, dump_config, load_config
+from megatron_mm.config.section import changed
 from megatron_mm.config.systems import section_of
 from megatron_mm.data.reading.builder import CheckedSplit
 from megatron_mm.data.reading.dataset import build_datasets
@@ -67,9 +68,14 @@ OWN = '''
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "own_squares.py").write_text(textwrap.dedent(OWN))
-    config = config_type(section_of("vlm"))()
-    config.model.vision.image_size, config.data.seq_length = 28, 16
-    config.data.builder = f"{tmp_path}/own_squares.py:build"
+    config = changed(
+        config_type(section_of("vlm"))(),
+        {
+            "model.vision.image_size": 28,
+            "data.seq_length": 16,
+            "data.builder": f"{tmp_path}/own_squares.py:build",
+        },
+    )
     return config
 
 
@@ -110,7 +116,7 @@ def test_a_builder_beside_its_recipe_is_found(config, tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_builder_is_refused(config, tmp_path, name, message):
-    config.data.builder = name.format(folder=tmp_path)
+    config = changed(config, {"data.builder": name.format(folder=tmp_path)})
     with pytest.raises(ValueError, match=message):
         build_datasets(config)
 
@@ -155,9 +161,16 @@ def tensor(name, value):
     ],
 )
 def test_microbatches_that_do_not_fit_are_refused(change, message):
-    config = config_type(section_of("avt"))()
-    config.data.seq_length, config.data.frames_per_video = 16, 2
-    config.model.vision.image_size, config.model.audio.seconds, config.data.builder = 32, 0.2, "mine:build"
+    config = changed(
+        config_type(section_of("avt"))(),
+        {
+            "data.seq_length": 16,
+            "data.frames_per_video": 2,
+            "model.vision.image_size": 32,
+            "model.audio.seconds": 0.2,
+            "data.builder": "mine:build",
+        },
+    )
     fields = config.model.inputs.fields
     CheckedSplit("train", GeneratedRows(config), config).microbatch(range(4), fields, "masked_lm")
     split = CheckedSplit("train", Spoilt(config, change), config)

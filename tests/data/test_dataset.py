@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_mm.config.schema import DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.loader import MicrobatchLoader, microbatch_indexes
@@ -39,11 +40,9 @@ def text_prefix(tmp_path, tokenizer_path) -> str:
 
 def mixed(config, text_prefix):
     """The folder and the text shard, 3 to 1."""
-    config.data.datasets = [
-        DatasetConfig(path=config.data.datasets[0].path, weight=3.0),
-        DatasetConfig(path=text_prefix, weight=1.0),
-    ]
-    return config
+    folder = config.data.datasets[0].path
+    datasets = [DatasetConfig(path=folder, weight=3.0), DatasetConfig(path=text_prefix, weight=1.0)]
+    return changed(config, {"data.datasets": datasets})
 
 
 def same(a, b) -> bool:
@@ -175,7 +174,7 @@ def test_pixels_and_sounds_are_the_records(config, folder):
     assert all(image is None or torch.equal(image, got) for image, got in zip(images, m.images_ICHW, strict=True))
     assert sum(image is not None for image in images) > 3
     assert same(m, build_datasets(config).valid.microbatch([0, 1], OPTIONAL_FIELDS))
-    config.training.seed = 5
+    config = changed(config, {"training.seed": 5})
     assert same(m, build_datasets(config).valid.microbatch([0, 1], OPTIONAL_FIELDS)), "validation ignores the seed"
 
 
@@ -188,7 +187,7 @@ def test_crops_change_with_epoch_and_seed_only(config):
     assert max(Counter(first.sample_ids).values()) == 1 and first.sample_ids != second.sample_ids
     assert not torch.isin(first.images_ICHW.sum((1, 2, 3)), second.images_ICHW.sum((1, 2, 3))).all()
     assert same(first, build_datasets(config).train.microbatch(range(rows), OPTIONAL_FIELDS))
-    config.data.random_crop = False
+    config = changed(config, {"data.random_crop": False})
     plain = build_datasets(config).train
     sums = [set(plain.microbatch(r, OPTIONAL_FIELDS).images_ICHW.sum((1, 2, 3)).tolist())
             for r in (range(rows), range(rows, 2 * rows))]  # fmt: skip
@@ -211,27 +210,26 @@ def test_fields_do_not_change_the_rest(config, text_prefix):
 
 
 def test_text_only_and_missing_modalities(config, text_prefix, folder):
-    config.data.datasets = [DatasetConfig(path=text_prefix)]
+    config = changed(config, {"data.datasets": [DatasetConfig(path=text_prefix)]})
     m = build_datasets(config).train.microbatch([0, 1], OPTIONAL_FIELDS)
     assert m.plan.num_images == m.plan.num_sounds == m.plan.image_slots == m.plan.sound_slots == 1
     assert m.image_slots_RK.tolist() == [[-1], [-1]] and m.image_slot_documents_RK.tolist() == [[-2], [-2]]
     assert m.images_ICHW.abs().sum() == 0 and m.sounds_AMF.abs().sum() == 0 and m.image_frames_I.tolist() == [-1]
     assert m.loss_mask_RT.sum() > 50
-    config.data.datasets = [DatasetConfig(path=folder)]
-    config.data.max_sounds_per_sample = 0
+    config = changed(config, {"data.datasets": [DatasetConfig(path=folder)], "data.max_sounds_per_sample": 0})
     m = build_datasets(config).train.microbatch(range(8), OPTIONAL_FIELDS)
     assert m.plan.num_sounds == 1 and m.plan.num_images > 5
 
 
 def test_splits_are_disjoint_and_complete(config):
-    config.data.split = "70,20,10"
+    config = changed(config, {"data.split": "70,20,10"})
     datasets = build_datasets(config)
     names = []
     for part, size in ((datasets.train, 42), (datasets.valid, 12), (datasets.test, 6)):
         names.append({i for row in part.pieces(range(part.num_rows)) for i in map(part.sample_id, row)})
         assert len(names[-1]) == size
     assert len(set.union(*names)) == 60
-    config.data.split = "100"
+    config = changed(config, {"data.split": "100"})
     datasets = build_datasets(config)
     assert datasets.valid is None and datasets.test is None
 
@@ -261,7 +259,8 @@ def read(dataset, consumed: int, mbs: int, dp: int, gbs: int, iterations: int, w
 
 
 def test_resume_in_any_layout_continues_the_same_sequence(config, text_prefix):
-    train = build_datasets(mixed(config, text_prefix)).train
+    config = mixed(config, text_prefix)
+    train = build_datasets(config).train
     straight = read(train, 0, 1, 1, 8, 9)
     resumed = read(train, 0, 2, 2, 8, 3) + read(train, 24, 1, 4, 8, 2, workers=1)
     again = build_datasets(config).train
@@ -290,7 +289,7 @@ def test_corrupt_record_stops_with_its_name(tmp_path, config, folder, workers, f
     shutil.copytree(folder, copy)
     data = bytearray((copy / f"{file}.bin").read_bytes())
     (copy / f"{file}.bin").write_bytes(bytes(len(data)))
-    config.data.datasets = [DatasetConfig(path=str(copy))]
+    config = changed(config, {"data.datasets": [DatasetConfig(path=str(copy))]})
     train = build_datasets(config).train
     loader = MicrobatchLoader(train, 0, train.num_rows, 0, 1, train.num_rows, {field}, workers)
     with pytest.raises(DataError, match=rf"bad/(images|{file})\.bin, record \d+ \(sample [\w-]+\): ") as error:
@@ -305,15 +304,13 @@ def test_configuration_errors_name_the_field(config, tmp_path, folder):
         with pytest.raises(ValueError, match=message):
             build_datasets(config)
 
-    config.data.frames_per_video = 9
+    config = changed(config, {"data.frames_per_video": 9})
     refused(r"data\.frames_per_video: 9, but data\.max_images_per_sample is 8")
-    config.data.frames_per_video = 3
-    config.data.split = "0,1"
+    config = changed(config, {"data.frames_per_video": 3, "data.split": "0,1"})
     refused(r"leaves no training documents of .*balls")
-    config.data.split = "1"
-    config.data.tokenizer = None
+    config = changed(config, {"data.split": "1", "data.tokenizer": None})
     refused(r"data\.tokenizer: not set")
-    config.data.datasets = []
+    config = changed(config, {"data.datasets": []})
     refused(r"data\.datasets: empty")
     with pytest.raises(ValueError, match="must be a multiple of micro_batch_size"):
         MicrobatchLoader(None, 0, 3, 0, 2, 8, set())
@@ -321,6 +318,11 @@ def test_configuration_errors_name_the_field(config, tmp_path, folder):
 
 def test_same_folder_names_are_told_apart(config, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "x" / Path(folder).name)
-    config.data.datasets = [DatasetConfig(path=folder), DatasetConfig(path=str(tmp_path / "x" / Path(folder).name))]
+    config = changed(
+        config,
+        {
+            "data.datasets": [DatasetConfig(path=folder), DatasetConfig(path=str(tmp_path / "x" / Path(folder).name))],
+        },
+    )
     names = [source.name for source in build_datasets(config).train.sources]
     assert len(set(names)) == 2 and names[1] == "x/balls"

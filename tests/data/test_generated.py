@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.config.load import config_type
+from megatron_mm.config.section import changed
 from megatron_mm.config.systems import SYSTEMS, section_of
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import ALWAYS_READ, field_shapes
@@ -18,13 +19,18 @@ from megatron_mm.planner.dry_run import meta_microbatch
 
 def small(system: str):
     """The system with small media and short rows; tasks, masks and noise as in its defaults."""
-    config = config_type(section_of(system))()
-    config.data.seq_length, config.data.frames_per_video = 48, 2
-    config.model.vision.image_size = 32 if system in ("avt", "dual_encoder") else 28
+    config = changed(
+        config_type(section_of(system))(),
+        {
+            "data.seq_length": 48,
+            "data.frames_per_video": 2,
+            "model.vision.image_size": 32 if system in ("avt", "dual_encoder") else 28,
+        },
+    )
     if hasattr(config.model, "audio"):
-        config.model.audio.seconds = 0.2
+        config = changed(config, {"model.audio.seconds": 0.2})
     if system == "dual_encoder":
-        config.model.mae_weight = 1.0
+        config = changed(config, {"model.mae_weight": 1.0})
     return config
 
 
@@ -92,8 +98,7 @@ def test_a_row_does_not_depend_on_its_company(system):
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_the_full_plan_bounds_every_microbatch(system):
-    config = small(system)
-    config.training.micro_batch_size = 6
+    config = changed(small(system), {"training.micro_batch_size": 6})
     full = full_plan(config)
     plans = [GeneratedRows(config).microbatch(range(n, n + 6)).plan for n in range(0, 60, 6)]
     inputs = config.model.inputs

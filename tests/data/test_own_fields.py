@@ -13,6 +13,7 @@ import torch
 from megatron_mm.config.fields import Field, Listed
 from megatron_mm.config.inputs import InputFormat
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.section import changed
 from megatron_mm.data.reading.builder import CheckedSplit
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.reading.generated import GeneratedRows
@@ -221,8 +222,7 @@ def test_the_proof_of_an_export_gives_them_to_the_exported_model():
 
 @pytest.mark.slow
 def test_a_dry_run_has_them_on_the_stages_that_read_them(tmp_path):
-    planned = small_sensor()
-    planned.parallel.pipeline_model_parallel_size = 2
+    planned = changed(small_sensor(), {"parallel.pipeline_model_parallel_size": 2})
     dump_config(planned, tmp_path / "r.yaml")
     words = [PYTHON, "pretrain_multimodal.py", "--config", str(tmp_path / "r.yaml"), "--dry-run", "--world-size", "2"]
     words += ["--global-batch-size", "2"]
@@ -232,7 +232,6 @@ def test_a_dry_run_has_them_on_the_stages_that_read_them(tmp_path):
 
 
 def test_shards_have_none():
-    reading = small_sensor()
-    reading.data.builder = None
+    reading = changed(small_sensor(), {"data.builder": None})
     with pytest.raises(ValueError, match=r"data\.builder: not set; shards have no pulses_SNC, weights_RT"):
         build_datasets(reading)

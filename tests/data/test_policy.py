@@ -16,6 +16,7 @@ import torch
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.jobs import unfinished
@@ -202,7 +203,14 @@ def test_corrupt_media_are_grey_or_silent_and_all_else_is_as_it_was(config, fold
     bad = damage(folder, tmp_path / "bad" / "balls", {"images": [3, 20], "sounds": [5], "videos": [1]})
     batches = {}
     for path, policy in ((folder, "stop"), (bad, "skip")):
-        config.data.datasets, config.data.on_corrupt, config.data.split = [DatasetConfig(path=path)], policy, "1"
+        config = changed(
+            config,
+            {
+                "data.datasets": [DatasetConfig(path=path)],
+                "data.on_corrupt": policy,
+                "data.split": "1",
+            },
+        )
         train = build_datasets(config).train
         loader = MicrobatchLoader(train, 0, train.num_rows, 0, 1, train.num_rows, READ, workers)
         batches[path] = next(loader)
@@ -215,8 +223,8 @@ def test_corrupt_media_are_grey_or_silent_and_all_else_is_as_it_was(config, fold
     assert good.plan == skipped.plan and good.sample_ids == skipped.sample_ids and good.corrupt_media == []
     for name in tensors(good).keys() - {"images_ICHW", "sounds_AMF"}:
         assert torch.equal(getattr(good, name), getattr(skipped, name)), name
-    changed = (good.images_ICHW != skipped.images_ICHW).flatten(1).any(1)
-    assert int(changed.sum()) == 2 + 3 and (skipped.images_ICHW[changed] == 0).all(), "two stills, a video of 3 frames"
+    differ = (good.images_ICHW != skipped.images_ICHW).flatten(1).any(1)
+    assert int(differ.sum()) == 2 + 3 and (skipped.images_ICHW[differ] == 0).all(), "two stills, a video of 3 frames"
     silent = (good.sounds_AMF != skipped.sounds_AMF).flatten(1).any(1)
     assert int(silent.sum()) == 1
     assert torch.allclose(skipped.sounds_AMF[silent], torch.tensor(-1.5)), "the floor: (log10 1e-10 + 4) / 4"
@@ -230,7 +238,7 @@ def test_corrupt_media_are_grey_or_silent_and_all_else_is_as_it_was(config, fold
 def test_every_layout_reads_the_same_stand_ins(config, folder, tmp_path):
     """One rank with rows of two, or two ranks with rows of one: the same pixels for the same sample."""
     bad = damage(folder, tmp_path / "bad" / "balls", {"images": list(range(0, 40, 2))})
-    config.data.datasets, config.data.on_corrupt = [DatasetConfig(path=bad)], "skip"
+    config = changed(config, {"data.datasets": [DatasetConfig(path=bad)], "data.on_corrupt": "skip"})
     train = build_datasets(config).train
 
     def rows(size: int, ranks: int) -> dict[int, torch.Tensor]:
@@ -253,11 +261,11 @@ def test_every_layout_reads_the_same_stand_ins(config, folder, tmp_path):
 def test_what_always_stops(config, folder, tmp_path):
     """Tokens outside the vocabulary, whatever the policy; corrupt media, where a model is scored."""
     bad = damage(folder, tmp_path / "bad" / "balls", {"images": [0]})
-    config.data.datasets, config.data.on_corrupt = [DatasetConfig(path=bad)], "skip"
+    config = changed(config, {"data.datasets": [DatasetConfig(path=bad)], "data.on_corrupt": "skip"})
     whole = whole_dataset(config)
     with pytest.raises(DataError, match=r"bad/balls/images\.bin, record 0 "):
         whole.microbatch(range(whole.num_rows), {"images_ICHW"})
-    config.data.split = "1"
+    config = changed(config, {"data.split": "1"})
     train = build_datasets(config).train
     train._vocab_size = 20
     with pytest.raises(DataError, match=r"token ids from .* the vocabulary has 20"):
@@ -272,11 +280,16 @@ def test_a_run_counts_and_names_them_in_any_layout(tmp_path):
     losses, counts = {}, {}
     for stages in (1, 2):
         output = tmp_path / f"run-{stages}"
-        config = corpus_config(Path(bad), tokenizer, output)
-        config.training.train_iters = config.optimizer.lr_decay_iters = 4
-        config.checkpoint.save_interval = 0
-        config.parallel.pipeline_model_parallel_size = stages
-        config.data.on_corrupt = "skip"
+        config = changed(
+            corpus_config(Path(bad), tokenizer, output),
+            {
+                "training.train_iters": 4,
+                "optimizer.lr_decay_iters": 4,
+                "checkpoint.save_interval": 0,
+                "parallel.pipeline_model_parallel_size": stages,
+                "data.on_corrupt": "skip",
+            },
+        )
         dump_config(config, tmp_path / "recipe.yaml")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stages > 1 else []
         run = subprocess.run([PYTHON, *launcher, str(TOOLS.parent / "pretrain_multimodal.py"), "--config",

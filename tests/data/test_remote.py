@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.reading.dataset import build_datasets
 from megatron_mm.data.store import remote
@@ -32,8 +33,8 @@ def store(folder):
 
 def test_a_folder_trains_as_the_local_one_does(store, folder, config, tmp_path):
     local = build_datasets(config).train
-    config.data.datasets[0].path = "memory://bucket/balls"
-    config.data.cache_folder = str(tmp_path)
+    there = [changed(config.data.datasets[0], {"path": "memory://bucket/balls"})]
+    config = changed(config, {"data.datasets": there, "data.cache_folder": str(tmp_path)})
     copied = build_datasets(config).train
     for index in ([0, 1, 2], [7]):
         ours, theirs = (d.microbatch(index, {"tokens_RT", "images_ICHW"}) for d in (copied, local))

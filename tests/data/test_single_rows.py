@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from megatron_mm.config.load import config_type
 from megatron_mm.config.schema import DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.config.systems import section_of
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
@@ -106,13 +107,19 @@ def build(folder: Path, tokenizer: Path, check: bool = True) -> list[DatasetConf
 
 def make(corpus: Path, system: str = "avt"):
     """A recipe of the system that reads the corpus."""
-    config = config_type(section_of(system))()
-    config.data.datasets = [DatasetConfig(path=str(corpus / "shards"))]
-    config.data.tokenizer, config.data.split = str(corpus / "t.model"), "80,20"
-    config.data.seq_length, config.data.frames_per_video = LENGTH, FRAMES
-    config.model.vision.image_size = 32
+    config = changed(
+        config_type(section_of(system))(),
+        {
+            "data.datasets": [DatasetConfig(path=str(corpus / "shards"))],
+            "data.tokenizer": str(corpus / "t.model"),
+            "data.split": "80,20",
+            "data.seq_length": LENGTH,
+            "data.frames_per_video": FRAMES,
+            "model.vision.image_size": 32,
+        },
+    )
     if system == "avt":
-        config.model.audio.seconds = SECONDS
+        config = changed(config, {"model.audio.seconds": SECONDS})
     return config
 
 
@@ -180,8 +187,7 @@ def test_rows_against_a_slow_reference(corpus, split):
 
 
 def test_what_has_no_place_is_counted_and_reported(corpus):
-    config = make(corpus)
-    config.data.split = "1"
+    config = changed(make(corpus), {"data.split": "1"})
     report = build_datasets(config).train.report()["shards"]
     long = np.maximum(Shard(str(corpus / "shards")).document_lengths() - LENGTH, 0)
     assert report["documents"] == report["rows"] == 60
@@ -215,7 +221,7 @@ def test_text_shards_have_a_document_a_row(corpus, tmp_path):
         prefix, tokenizer = str(tmp_path / f"t{eod}"), str(corpus / "t.model")
         build_text([str(tmp_path / "t.jsonl")], prefix, tokenizer, append_eod=eod, workers=0, progress=False)
         config = make(corpus, "perceiver_fusion")
-        config.data.datasets, config.data.split = [DatasetConfig(path=prefix + "_text_document")], "1"
+        config = changed(config, {"data.datasets": [DatasetConfig(path=prefix + "_text_document")], "data.split": "1"})
         train = build_datasets(config).train
         batch = train.microbatch(range(12), fields(config))
         assert train.num_rows == 12 and batch.plan.one_document_per_row
@@ -228,7 +234,7 @@ def test_text_shards_have_a_document_a_row(corpus, tmp_path):
 
 def test_epochs_draw_masks_noise_and_views_anew_but_validation_does_not(corpus):
     config = make(corpus, "dual_encoder")
-    config.model.mae_weight, config.data.horizontal_flip, config.data.color_jitter = 1.0, 0.5, 0.4
+    config = changed(config, {"model.mae_weight": 1.0, "data.horizontal_flip": 0.5, "data.color_jitter": 0.4})
     masked = make(corpus)
 
     def of(dataset, config, epoch):
@@ -243,19 +249,18 @@ def test_epochs_draw_masks_noise_and_views_anew_but_validation_does_not(corpus):
                 found[name] += [batch.images_ICHW[image], batch.patch_noise_IP[image]]
         return found
 
-    def changed(a, b) -> float:
+    def differing(a, b) -> float:
         pairs = [torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True)]
         return 1 - np.mean(pairs)
 
     for recipe in (config, masked):
         datasets, again = build_datasets(recipe), build_datasets(recipe)
-        assert changed(of(datasets.train, recipe, 0), of(again.train, recipe, 0)) == 0
-        assert changed(of(datasets.train, recipe, 0), of(datasets.train, recipe, 1)) > 0.7
-        assert changed(of(datasets.valid, recipe, 0), of(datasets.valid, recipe, 1)) == 0
-        recipe.training.seed += 1
-        other = build_datasets(recipe)
-        assert changed(of(datasets.train, recipe, 0), of(other.train, recipe, 0)) > 0.7
-        assert changed(of(datasets.valid, recipe, 0), of(other.valid, recipe, 0)) == 0
+        assert differing(of(datasets.train, recipe, 0), of(again.train, recipe, 0)) == 0
+        assert differing(of(datasets.train, recipe, 0), of(datasets.train, recipe, 1)) > 0.7
+        assert differing(of(datasets.valid, recipe, 0), of(datasets.valid, recipe, 1)) == 0
+        other = build_datasets(changed(recipe, {"training.seed": recipe.training.seed + 1}))
+        assert differing(of(datasets.train, recipe, 0), of(other.train, recipe, 0)) > 0.7
+        assert differing(of(datasets.valid, recipe, 0), of(other.valid, recipe, 0)) == 0
 
 
 def test_frames_of_a_clip_are_seen_alike(corpus, tmp_path):
@@ -265,9 +270,15 @@ def test_frames_of_a_clip_are_seen_alike(corpus, tmp_path):
         frames[0].save(tmp_path / f"{i}.gif", save_all=True, append_images=[f.copy() for f in frames[1:]])
     lines = [json.dumps({"text": f"<video> thing {i}", "videos": [f"{i}.gif"]}) for i in range(4)]
     (tmp_path / "s.jsonl").write_text("\n".join(lines))
-    config = make(corpus)
-    config.data.datasets, config.data.split = build(tmp_path, corpus / "t.model"), "1"
-    config.data.horizontal_flip, config.data.color_jitter = 0.5, 0.4
+    config = changed(
+        make(corpus),
+        {
+            "data.datasets": build(tmp_path, corpus / "t.model"),
+            "data.split": "1",
+            "data.horizontal_flip": 0.5,
+            "data.color_jitter": 0.4,
+        },
+    )
     clips = build_datasets(config).train.microbatch(range(16), {"clips_VFCHW"}).clips_VFCHW
     assert all(torch.equal(clip[0], frame) for clip in clips for frame in clip)
     assert len({float(clip.sum()) for clip in clips}) == 16
@@ -285,9 +296,16 @@ def test_a_text_with_a_side_is_never_mirrored(corpus, tmp_path):
         records.append({"id": f"p{i}", "images": [f"{i}.png"], "prompt": prompt, **side})
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, records)))
     train_tokenizer([str(tmp_path / "s.jsonl")], str(tmp_path / "t.model"), 300, json_keys=["text", "prompt"])
-    config = make(corpus, "vlm")
-    config.data.datasets, config.data.split = build(tmp_path, tmp_path / "t.model"), "1"
-    config.data.tokenizer, config.data.horizontal_flip, config.data.random_crop = str(tmp_path / "t.model"), 1.0, False
+    config = changed(
+        make(corpus, "vlm"),
+        {
+            "data.datasets": build(tmp_path, tmp_path / "t.model"),
+            "data.split": "1",
+            "data.tokenizer": str(tmp_path / "t.model"),
+            "data.horizontal_flip": 1.0,
+            "data.random_crop": False,
+        },
+    )
     images = build_datasets(config).train.microbatch(range(24), {"images_ICHW"}).images_ICHW
     assert (images[:, 0, 16:, :8].mean((1, 2)) > images[:, 0, 16:, -8:].mean((1, 2))).all()
 
@@ -330,7 +348,7 @@ def test_media_without_content_are_refused_by_name(corpus, tmp_path, kind):
     with pytest.raises(DataError, match=rf"s\.jsonl, line 1: .*{file}: "):
         build(tmp_path, corpus / "t.model")
     config = make(corpus)
-    config.data.datasets, config.data.split = build(tmp_path, corpus / "t.model", check=False), "1"
+    config = changed(config, {"data.datasets": build(tmp_path, corpus / "t.model", check=False), "data.split": "1"})
     with pytest.raises(DataError, match=r"d/(sounds|videos)\.bin, record 0 \(sample 0\): "):
         build_datasets(config).train.microbatch([0], {field})
 
@@ -339,8 +357,7 @@ def test_a_sound_of_which_resampling_leaves_nothing_is_refused_by_name(corpus, t
     """The builder knows no rate; the reader does."""
     soundfile.write(tmp_path / "e.wav", np.ones(1), 48000)
     (tmp_path / "s.jsonl").write_text(json.dumps({"text": "<audio> thing", "audios": ["e.wav"]}))
-    config = make(corpus)
-    config.data.datasets, config.data.split = build(tmp_path, corpus / "t.model"), "1"
+    config = changed(make(corpus), {"data.datasets": build(tmp_path, corpus / "t.model"), "data.split": "1"})
     message = r"d/sounds\.bin, record 0 \(sample 0\): .* 1 samples at 48000 Hz are none at 16000 Hz"
     with pytest.raises(DataError, match=message):
         build_datasets(config).train.microbatch([0], {"waveforms_AN"})
@@ -351,21 +368,24 @@ def test_tokens_beyond_the_vocabulary_are_refused_when_read(corpus, tmp_path):
     writer = IndexedWriter(tmp_path / "x", np.int32)
     writer.add_documents(np.array([5, 6, 7, 8, 9, 1000, 11]), np.array([4, 3]))
     writer.finalize()
-    config = make(corpus, "vlm")
-    config.data.datasets, config.data.split = [DatasetConfig(path=str(tmp_path / "x"))], "1"
-    config.data.tokenizer = None
-    config.model.decoder.vocab_size = 1000
+    config = changed(
+        make(corpus, "vlm"),
+        {
+            "data.datasets": [DatasetConfig(path=str(tmp_path / "x"))],
+            "data.split": "1",
+            "data.tokenizer": None,
+            "model.decoder.vocab_size": 1000,
+        },
+    )
     with pytest.raises(DataError, match=r"x, document 1 \(1\): token ids from 9 to 1000; the vocabulary has 1000"):
         build_datasets(config).train.microbatch([0, 1], {"tokens_RT"})
-    config.model.decoder.vocab_size = 1001
+    config = changed(config, {"model.decoder.vocab_size": 1001})
     assert int(build_datasets(config).train.microbatch([0, 1], {"tokens_RT"}).tokens_RT.max()) == 1000
 
 
 def test_configuration_errors_name_the_field(corpus):
     def refused(message: str, system: str = "avt", **data) -> None:
-        config = make(corpus, system)
-        for name, value in data.items():
-            setattr(config.data, name, value)
+        config = changed(make(corpus, system), {f"data.{name}": value for name, value in data.items()})
         with pytest.raises(ValueError, match=message):
             build_datasets(config)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.reading.dataset import build_datasets
@@ -169,7 +170,8 @@ def test_datasets_of_bytes(byte_folder, folder, byte_path, tokenizer_path, sampl
 
 
 def test_training_reads_them(config, byte_folder, byte_path):
-    config.data.datasets[0].path, config.data.tokenizer = byte_folder, byte_path
+    datasets = [changed(config.data.datasets[0], {"path": byte_folder})]
+    config = changed(config, {"data.datasets": datasets, "data.tokenizer": byte_path})
     made = build_datasets(config)
     assert made.tokenizer.vocab_size == 264
     batch = made.train.microbatch(np.arange(2), frozenset({"tokens_RT", "labels_RT", "loss_mask_RT"}), "")

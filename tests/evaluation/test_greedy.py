@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_mm.config.section import changed
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.greedy import greedy_captions, greedy_tokens
 from megatron_mm.evaluation.streams import GraphReader, all_rows, reading_jsonl
@@ -25,8 +26,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def reader():
-    config = small_avt(init_std=0.3)
-    config.model.decoder.vocab_size = 304
+    config = changed(small_avt(init_std=0.3), {"model.decoder.vocab_size": 304})
     return GraphReader(config)
 
 

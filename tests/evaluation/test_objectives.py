@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mm.checkpoints.checkpoint import Position, save
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.evaluation.objectives import score_objectives
@@ -91,8 +92,7 @@ def test_only_the_nodes_that_a_stream_needs_are_run(config):
 
 
 def test_rows_come_once_in_the_order_of_the_samples(corpus):
-    config = small_vlm()
-    config.model.decoder.vocab_size = 304
+    config = changed(small_vlm(), {"model.decoder.vocab_size": 304})
     samples = corpus[0].parent / "samples.jsonl"
     with reading_jsonl(config, samples, corpus[1]) as held_out:
         batches = list(all_rows(held_out, {"tokens_RT"}, batch_size=50, limit=110))
@@ -176,8 +176,7 @@ def test_matching_is_balanced_between_true_and_false_pairs():
 
 
 def test_masked_patches_stand_beside_the_prediction_of_their_mean():
-    config = VLMConfig(phase="mae")
-    config.vision.image_size, config.vision.patch_size, config.mae.mask_ratio = 8, 4, 0.5
+    config = changed(VLMConfig(phase="mae"), {"vision.image_size": 8, "vision.patch_size": 4, "mae.mask_ratio": 0.5})
     batch = rows([[1], [2]], [0, 1])
     torch.manual_seed(0)
     batch.images_ICHW, batch.patch_noise_IP = torch.randn(2, 3, 8, 8), torch.rand(2, 4)

@@ -23,6 +23,7 @@ import tyro  # noqa: E402
 from megatron_mm.checkpoints import checkpoint  # noqa: E402
 from megatron_mm.config.load import load_config  # noqa: E402
 from megatron_mm.config.schema import Config  # noqa: E402
+from megatron_mm.config.section import changed  # noqa: E402
 from megatron_mm.config.sizes import ParallelSizes  # noqa: E402
 from megatron_mm.pipeline.schedule import Pipeline  # noqa: E402
 from megatron_mm.planner.assembly import Assembly  # noqa: E402
@@ -82,8 +83,7 @@ def main() -> int:
     setup.initialize(ParallelSizes(), seed=1)
     failed, total = False, 0
     for name in arguments.recipes:
-        config = load_config(RECIPES / f"{name}.yaml")
-        config.data.tokenizer = None
+        config = changed(load_config(RECIPES / f"{name}.yaml"), {"data.tokenizer": None})
         count, problems = compare(config)
         total += 2 * count
         failed |= bool(problems) or not count

@@ -13,6 +13,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from megatron_mm.config.section import changed
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import ForwardContext
 from megatron_mm.models.layers.settings import LayerSettings
@@ -22,8 +23,7 @@ from tests.models.oracle import Get, assert_close, check, fused_qkv, llama_names
 
 
 def test_decoder_with_closed_gates_is_llama():
-    config = case.tiny_config()
-    config.cross_attention.gate_init = 0.0
+    config = changed(case.tiny_config(), {"cross_attention.gate_init": 0.0})
     decoder = config.decoder
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -128,9 +128,14 @@ def cross_names(get: Get, heads: int, groups: int) -> dict[str, torch.Tensor]:
 
 def test_gated_cross_attention_is_mllamas():
     """Rows with media: Mllama's sublayer. Positions without: the text, bit for bit, and only the residual gradient."""
-    config = case.tiny_config()
-    config.decoder.hidden_size = config.vision.hidden_size = 32  # Mllama's memory has the width of its text
-    config.cross_attention.num_query_groups = 4
+    config = changed(
+        case.tiny_config(),
+        {
+            "decoder.hidden_size": 32,
+            "vision.hidden_size": 32,  # Mllama's memory has the width of its text
+            "cross_attention.num_query_groups": 4,
+        },
+    )
     tokens, heads, groups = config.vision.tokens_per_image, 8, 4
     oracle = MllamaCrossAttentionDecoderLayer(
         MllamaTextConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.layers.settings import LayerSettings, layer_config
 from megatron_mm.parts.decoder.nodes import decoder_shape
@@ -48,8 +49,7 @@ def test_selective_recomputation_repeats_the_same_dropout():
 
 
 def test_frozen_tower_keeps_its_temporal_table_trainable():
-    config = case.tiny_config()
-    config.vision.frozen = True
+    config = changed(case.tiny_config(), {"vision.frozen": True})
     graph = build_graph(config, LayerSettings())
     frozen = {node.name for node in graph.nodes if not node.trainable}
     assert frozen == {"vision.embeddings", "vision.layers.0", "vision.layers.1"}

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEForPreTraining, ViTMAEModel
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
+from megatron_mm.config.section import changed
 from megatron_mm.models.graph import ForwardContext, Graph, names_of
 from megatron_mm.models.layers.settings import LayerSettings
 from megatron_mm.models.names import Entry
@@ -254,7 +255,7 @@ def test_bf16_loss_is_summed_in_fp32():
 
 def test_a_frozen_tower_does_not_learn():
     tower = vit_case.tower()
-    tower.frozen = True
+    tower = changed(tower, {"frozen": True})
     assert not any(node.trainable for node in vit_nodes(tower, LayerSettings(), 0.1))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.pipeline import offload
@@ -15,9 +16,13 @@ from tests.support.recipes import small_config
 
 def step(layers: int, recompute: str) -> tuple[float, dict[str, torch.Tensor], int]:
     """Loss, gradients and bytes on the host of a step of two microbatches."""
-    config = small_config()
-    config.parallel.recompute_granularity = recompute
-    config.performance.cpu_offloading_num_layers = layers
+    config = changed(
+        small_config(),
+        {
+            "parallel.recompute_granularity": recompute,
+            "performance.cpu_offloading_num_layers": layers,
+        },
+    )
     device = setup.initialize(ParallelSizes(), seed=1)
     pipeline = Assembly.of(config, ParallelSizes()).build(device, seed=1)
     Optimizer(config, pipeline).zero_grad()

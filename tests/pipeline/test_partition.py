@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.load import RECIPES, load_config
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import parallel_sizes
 from megatron_mm.models.graph import Graph, Kind, Node, NodeCost, Stream
 from megatron_mm.pipeline.partition import balance, bottleneck, cuts_by_name
@@ -73,10 +74,10 @@ def test_a_memory_limit_in_the_recipe_moves_the_cut_or_is_refused():
         return [memory(chunk, *cuts[chunk : chunk + 2]) / 2**30 for chunk in range(sizes.chunks)]
 
     free = Assembly.of(config, sizes).cuts
-    config.parallel.memory_limit_gb = max(held(free)) * 0.95
+    config = changed(config, {"parallel.memory_limit_gb": max(held(free)) * 0.95})
     bound = Assembly.of(config, sizes).cuts
     assert bound != free and max(held(bound)) <= config.parallel.memory_limit_gb
-    config.parallel.memory_limit_gb = max(held(free)) * 0.5
+    config = changed(config, {"parallel.memory_limit_gb": max(held(free)) * 0.5})
     with pytest.raises(ValueError, match=r"parallel\.memory_limit_gb is .*: no cut into 8 chunks keeps it"):
         _ = Assembly.of(config, sizes).cuts
 

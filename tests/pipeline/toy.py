@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from megatron_mm.checks.layouts import _whole_gradients, parse_layout
 from megatron_mm.config.performance import PerformanceConfig
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.models.graph import Graph, Kind, Loss, Node, NodeCost, Stream
@@ -270,7 +271,7 @@ def build(case: Case):
     graph = graph_of(case)
     performance = PerformanceConfig(**parse_layout(case.layout).performance)
     if performance.overlap_grad_reduce:
-        performance.ddp_bucket_size = case.bucket_size
+        performance = changed(performance, {"ddp_bucket_size": case.bucket_size})
     settings = LayerSettings(
         sizes,
         recompute="full" if "full" in case.layout else "none",
@@ -279,11 +280,17 @@ def build(case: Case):
     )
     cuts = balance([1.0] * len(graph.nodes), sizes.chunks)
     pipeline = build_pipeline(PipelineDesign(graph, cuts, settings, distopt), torch.device("cpu"), seed=11)
-    config = small_config()
-    config.performance = performance
-    config.training.train_iters, config.training.global_batch_size = 100, case.global_batch
-    config.optimizer.lr, config.optimizer.lr_warmup_iters = 1e-2, 0
-    config.parallel.use_distributed_optimizer = distopt
+    config = changed(
+        small_config(),
+        {
+            "performance": performance,
+            "training.train_iters": 100,
+            "training.global_batch_size": case.global_batch,
+            "optimizer.lr": 1e-2,
+            "optimizer.lr_warmup_iters": 0,
+            "parallel.use_distributed_optimizer": distopt,
+        },
+    )
     return pipeline, Optimizer(config, pipeline), config
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.platform import setup
 
 RECIPES = ("synapse-tiny", "avt-tiny", "vlm-tiny", "dual-encoder-tiny", "perceiver-fusion-tiny")
@@ -26,13 +27,18 @@ def small(recipe: str, layout: dict[str, int | str]) -> tuple[Config, int]:
     setup.apply_platform()
     config = load_config(f"megatron_mm/recipes/{recipe}.yaml")
     tp, pp, cp, dp = (layout.get(name, 1) for name in ("tp", "pp", "cp", "dp"))
-    parallel = config.parallel
-    parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size = tp, pp
-    parallel.context_parallel_size, parallel.cp_comm_type = cp, layout.get("exchange", "all_gather")
-    parallel.sequence_parallel = bool(layout.get("sp", 0))
-    parallel.recompute_granularity, parallel.pipeline_cuts = layout.get("recompute", "none"), None
-    config.training.global_batch_size = config.training.micro_batch_size * dp * pp
-    return config, tp * pp * cp * dp
+    parallel = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+        "cp_comm_type": layout.get("exchange", "all_gather"),
+        "sequence_parallel": bool(layout.get("sp", 0)),
+        "recompute_granularity": layout.get("recompute", "none"),
+        "pipeline_cuts": None,
+    }
+    changes = {f"parallel.{name}": value for name, value in parallel.items()}
+    changes["training.global_batch_size"] = config.training.micro_batch_size * dp * pp
+    return changed(config, changes), tp * pp * cp * dp
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.platform import setup
 from tests.support.balance import slowest_over_mean
 from tests.support.full_recipes import PHASES, dry_run, estimates, launched
@@ -58,9 +60,13 @@ def test_small_model(tmp_path):
 
 def test_activations_on_the_host_leave_the_device(tmp_path):
     """No more leaves than arrives: what a later layer reads too stays as well."""
-    config = small_config()
-    config.training.micro_batch_size = 64  # tensors of more than a mebibyte
-    config.training.global_batch_size = 128
+    config = changed(
+        small_config(),
+        {
+            "training.micro_batch_size": 64,  # tensors of more than a mebibyte
+            "training.global_batch_size": 128,
+        },
+    )
     dump_config(config, tmp_path / "r.yaml")
     none, some = (
         run_dry(tmp_path / "r.yaml", 1, tmp_path / "r.json", "--cpu-offloading-num-layers", str(layers))["stages"][0]
@@ -78,12 +84,11 @@ def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute,
     from megatron_mm.planner import dry_run as planner
 
     monkeypatch.setattr(offload, "MIN_BYTES", 1)
-    config = small_config()
-    config.parallel.recompute_granularity = recompute
+    config = changed(small_config(), {"parallel.recompute_granularity": recompute})
 
     def memory(layers: int) -> tuple[float, int]:
-        config.performance.cpu_offloading_num_layers = layers
-        return estimates(config, ParallelSizes())[0], planner.dry_run(config, 1).stages[0].memory_bytes
+        offloading = changed(config, {"performance.cpu_offloading_num_layers": layers})
+        return estimates(offloading, ParallelSizes())[0], planner.dry_run(offloading, 1).stages[0].memory_bytes
 
     before, after = memory(0), memory(4)
     assert before[1] - after[1] > 1e4
@@ -96,19 +101,24 @@ def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_pa
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.planner.assembly import Assembly
 
-    config = small_perceiver_fusion(contrastive={"embedding_size": 16, "negatives": "batch"})
-    config.parallel.pipeline_model_parallel_size, config.parallel.pipeline_cuts = 2, ["perceiver.latents"]
+    config = changed(
+        small_perceiver_fusion(contrastive={"embedding_size": 16, "negatives": "batch"}),
+        {
+            "parallel.pipeline_model_parallel_size": 2,
+            "parallel.pipeline_cuts": ["perceiver.latents"],
+        },
+    )
     sizes = ParallelSizes(pp=2)
     dump_config(config, tmp_path / "r.yaml")
     found = run_dry(tmp_path / "r.yaml", 2, tmp_path / "r.json")["slowest_over_mean"]
 
-    def balance() -> float:
+    def balance(config: Config) -> float:
         assembly = Assembly.of(config, sizes)
         return slowest_over_mean(assembly.times, assembly.cuts)
 
-    assert found == pytest.approx(balance(), rel=0.02)
-    config.training.global_batch_size = config.training.micro_batch_size  # one microbatch, one pass
-    assert found != pytest.approx(balance(), rel=0.04)
+    assert found == pytest.approx(balance(config), rel=0.02)
+    one = changed(config, {"training.global_batch_size": config.training.micro_batch_size})  # microbatch, so one pass
+    assert found != pytest.approx(balance(one), rel=0.04)
 
 
 @pytest.mark.slow

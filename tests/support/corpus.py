@@ -10,6 +10,7 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from megatron_mm.config.schema import DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.train_tokenizer import train_tokenizer
 from tests.support.recipes import small_config
@@ -51,9 +52,15 @@ def build_corpus(folder: Path) -> tuple[Path, Path]:
 
 def corpus_config(dataset: Path, tokenizer: Path, output: Path):
     """The small recipe reading the corpus."""
-    config = small_config()
-    config.model.decoder.vocab_size = 304
-    config.data.datasets = [DatasetConfig(path=str(dataset))]
-    config.data.tokenizer, config.data.split, config.data.log_sample_ids = str(tokenizer), "9,1,0", True
-    config.logging.output = str(output)
+    config = changed(
+        small_config(),
+        {
+            "model.decoder.vocab_size": 304,
+            "data.datasets": [DatasetConfig(path=str(dataset))],
+            "data.tokenizer": str(tokenizer),
+            "data.split": "9,1,0",
+            "data.log_sample_ids": True,
+            "logging.output": str(output),
+        },
+    )
     return config

@@ -21,39 +21,30 @@ _DECODER = {
 
 def small_config() -> Config:
     """Synapse with four decoder layers of width 64, towers of two layers, rows of 32 tokens."""
-    config = Config()
-    decoder, cross, vision, audio = (
-        config.model.decoder,
-        config.model.cross_attention,
-        config.model.vision,
-        config.model.audio,
-    )
-    decoder.num_layers, decoder.hidden_size, decoder.num_attention_heads, decoder.num_query_groups = 4, 64, 4, 2
-    decoder.ffn_hidden_size, decoder.vocab_size = 96, 128
-    cross.every, cross.num_query_groups, cross.gate_init = 2, 2, 0.5
-    vision.num_layers, vision.hidden_size, vision.num_attention_heads, vision.ffn_hidden_size = 2, 32, 2, 64
-    vision.patch_size, vision.image_size, vision.max_frames, vision.frozen = 8, 16, 4, False
-    audio.num_layers, audio.hidden_size, audio.num_attention_heads, audio.ffn_hidden_size = 2, 32, 2, 64
-    audio.num_mel_bins, audio.seconds = 8, 0.2
-    config.data.seq_length, config.data.max_images_per_sample, config.data.max_sounds_per_sample = 32, 3, 2
-    config.data.frames_per_video, config.data.num_workers = 2, 0
-    config.training.micro_batch_size, config.training.global_batch_size, config.training.train_iters = 2, 8, 4
-    config.training.precision, config.training.eval_interval = "fp32", 0
-    config.optimizer.lr, config.optimizer.lr_warmup_iters = 1e-3, 1
-    config.logging.log_interval, config.logging.tensorboard = 1, False
-    return config
+    model = {
+        "vision": {**_VISION, "image_size": 16, "max_frames": 4, "frozen": False},
+        "audio": {
+            "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 64, "num_mel_bins": 8,
+            "seconds": 0.2,
+        },
+        "decoder": _DECODER,
+        "cross_attention": {"every": 2, "num_query_groups": 2, "gate_init": 0.5},
+    }  # fmt: skip
+    data = {**_DATA, "max_images_per_sample": 3, "max_sounds_per_sample": 2, "frames_per_video": 2}
+    return config_from_tree({"model": model, "data": data, **_run(micro_batch_size=2)}, "small recipe")
+
+
+def _run(micro_batch_size: int = 4) -> dict:
+    training = {"global_batch_size": 8, "train_iters": 4, "precision": "fp32", "eval_interval": 0}
+    return {
+        "training": {"micro_batch_size": micro_batch_size, **training},
+        "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
+        "logging": {"log_interval": 1, "tensorboard": False},
+    }
 
 
 def _small(model: dict, **data: int) -> Config:
-    tree = {
-        "model": {"contrastive": {"embedding_size": 16}, **model},
-        "data": {**_DATA, **data},
-        "training": {
-            "micro_batch_size": 4, "global_batch_size": 8, "train_iters": 4, "precision": "fp32", "eval_interval": 0
-        },
-        "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
-        "logging": {"log_interval": 1, "tensorboard": False},
-    }  # fmt: skip
+    tree = {"model": {"contrastive": {"embedding_size": 16}, **model}, "data": {**_DATA, **data}, **_run()}
     return config_from_tree(tree, "small recipe")
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_mm.checks.layouts import for_layout, parse_layout
 from megatron_mm.config.schema import NodeGroupConfig
+from megatron_mm.config.section import changed
 from megatron_mm.config.validate import parallel_sizes
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.pipeline.schedule import run_batch
@@ -35,15 +36,14 @@ SYSTEMS = {
 
 def config_of(system: str, layout: str, *frozen: str):
     config = for_layout(SYSTEMS[system][0](), parse_layout(layout), iterations=3, pool=4, global_batch=8)
-    config.optimizer.groups = [NodeGroupConfig(nodes=list(frozen), frozen_iters=-1)]
-    return config
+    return changed(config, {"optimizer.groups": [NodeGroupConfig(nodes=list(frozen), frozen_iters=-1)]})
 
 
 def learn(system: str, layout: str) -> dict:
     """Two steps with the text encoder and the head frozen: losses, and what of all stages moved and did not."""
     config = config_of(system, layout, "text.*", SYSTEMS[system][1])
     sizes = parallel_sizes(config, setup.world_size())
-    config.parallel.pipeline_cuts = ["text.layers.1"] if sizes.pp > 1 else None
+    config = changed(config, {"parallel.pipeline_cuts": ["text.layers.1"] if sizes.pp > 1 else None})
     pipeline = Assembly.of(config, sizes).build(setup.initialize(sizes, seed=1), seed=3)
     optimizer, rows = Optimizer(config, pipeline), GeneratedRows(config)
 
@@ -77,7 +77,7 @@ def test_a_frozen_encoder_needs_its_head_frozen(system):
     message = rf"'{head}' and 'text\.embedding' share .* the same frozen_iters; they have 0 and -1"
     with pytest.raises(ValueError, match=message):
         Assembly.of(config, parallel_sizes(config, 1))
-    config.optimizer.groups[0].nodes = ["text.layers.*"]  # u and v among themselves
+    config = config_of(system, "DP1", "text.layers.*")  # u and v among themselves
     Assembly.of(config, parallel_sizes(config, 1))
 
 

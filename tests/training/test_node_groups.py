@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_mm.config.schema import NodeGroupConfig
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.models.phases import LAST_PHASE, phase_ends, phase_graph
@@ -47,7 +48,7 @@ def test_nodes_that_share_a_weight_learn_from_the_same_step_on(embedding, head):
     ]
     with pytest.raises(ValueError, match=message):
         trainable(groups, 0)
-    groups[1].frozen_iters = embedding
+    groups[1] = changed(groups[1], {"frozen_iters": embedding})
     assert ("head" in trainable(groups, 0)) is ("text.embedding" in trainable(groups, 0)) is (embedding == 0)
 
 
@@ -62,20 +63,24 @@ def test_a_rate_of_their_own(monkeypatch):
     """Adam's first step moves every weight that has a gradient by its rate: truth is that ratio."""
     from tests.pipeline import toy
 
-    config = toy.small_config()
-    config.optimizer.groups = [NodeGroupConfig(nodes=["image.*"], lr_scale=0.25)]
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_grad = 0.0
+    config = changed(
+        toy.small_config(),
+        {
+            "optimizer.groups": [NodeGroupConfig(nodes=["image.*"], lr_scale=0.25)],
+            "optimizer.weight_decay": 0.0,
+            "optimizer.clip_grad": 0.0,
+        },
+    )
     monkeypatch.setattr(toy, "small_config", lambda: config)
     setup.initialize(ParallelSizes(), seed=1)
-    pipeline, optimizer, _ = build(Case())
+    pipeline, optimizer, built = build(Case())
     before = {name: p.detach().clone() for name, p in pipeline.bare_chunks[0].named_parameters()}
     optimizer.zero_grad()
     run_batch(pipeline, microbatches_of(Case(), 0, ParallelSizes()))
     optimizer.step(optimizer.gradient_norm(), 16)
     chunk = pipeline.bare_chunks[0]
     rate = optimizer.learning_rate
-    assert rate == pytest.approx(config.optimizer.lr, rel=0.01)
+    assert rate == pytest.approx(built.optimizer.lr, rel=0.01)
     for index, node in enumerate(chunk.nodes):
         for name, parameter in chunk.node_modules[index].named_parameters():
             step = (parameter.detach() - before.get(f"node_modules.{index}.{name}", parameter.detach())).abs().max()
@@ -88,8 +93,7 @@ def test_a_group_counts_its_own_steps(monkeypatch):
     """Adam's bias correction begins when a node does."""
     from tests.pipeline import toy
 
-    config = toy.small_config()
-    config.optimizer.groups = [NodeGroupConfig(nodes=["image.*"], frozen_iters=3)]
+    config = changed(toy.small_config(), {"optimizer.groups": [NodeGroupConfig(nodes=["image.*"], frozen_iters=3)]})
     monkeypatch.setattr(toy, "small_config", lambda: config)
     monkeypatch.setattr(toy, "graph_of", lambda case: phase_graph(graph_of(case), config.optimizer.groups, 3))
     setup.initialize(ParallelSizes(), seed=1)

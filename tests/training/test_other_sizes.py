@@ -4,6 +4,7 @@ import pytest
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
@@ -41,8 +42,7 @@ def refusals(source, config) -> list[list[str]]:
 
 def test_another_inner_width(source):
     """SwiGLU's two halves are stored as one: 2 x 96 rows, and 2 x 128."""
-    config = small_vlm()
-    config.model.decoder.ffn_hidden_size = 128
+    config = changed(small_vlm(), {"model.decoder.ffn_hidden_size": 128})
     rest = ".mlp.linear_fc1.weight is (192, 64) where this model needs (256, 64); 1 more of its weights differ"
     expected = [f"decoder.layers.0-3{rest}", f"decoder.cross_layers.0-1{rest}"]
     for lines in refusals(source, config):
@@ -50,8 +50,7 @@ def test_another_inner_width(source):
 
 
 def test_another_width(source):
-    config = small_vlm()
-    config.model.decoder.hidden_size = 128
+    config = changed(small_vlm(), {"model.decoder.hidden_size": 128})
     warm, resumed = refusals(source, config)
     assert "decoder.embedding.word_embeddings.weight is (128, 64) where this model needs (128, 128)" in warm
     nodes = ["decoder.cross_layers.0-1", "decoder.embedding", "decoder.layers.0-3", "decoder.output"]

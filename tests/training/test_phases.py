@@ -13,6 +13,7 @@ import torch
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import NodeGroupConfig
+from megatron_mm.config.section import changed
 from tests.support.corpus import build_corpus, corpus_config
 from tests.support.programs import PYTHON, TORCHRUN
 
@@ -26,13 +27,19 @@ def corpus(tmp_path_factory):
 
 
 def recipe(corpus, output: Path) -> Path:
-    config = corpus_config(*corpus, output)
-    config.training.train_iters = config.optimizer.lr_decay_iters = STEPS
-    config.checkpoint.save_interval, config.checkpoint.keep_last = 2, 0
-    config.optimizer.groups = [
-        NodeGroupConfig(nodes=["vision.*"], frozen_iters=UNFREEZE, lr_scale=0.5),
-        NodeGroupConfig(nodes=["audio.*"], frozen_iters=-1),
-    ]
+    config = changed(
+        corpus_config(*corpus, output),
+        {
+            "training.train_iters": STEPS,
+            "optimizer.lr_decay_iters": STEPS,
+            "checkpoint.save_interval": 2,
+            "checkpoint.keep_last": 0,
+            "optimizer.groups": [
+                NodeGroupConfig(nodes=["vision.*"], frozen_iters=UNFREEZE, lr_scale=0.5),
+                NodeGroupConfig(nodes=["audio.*"], frozen_iters=-1),
+            ],
+        },
+    )
     output.mkdir(parents=True, exist_ok=True)
     path = output / "recipe.yaml"
     dump_config(config, path)

@@ -16,6 +16,7 @@ import pytest
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.schema import DatasetConfig
+from megatron_mm.config.section import changed
 from megatron_mm.data.build.text import build_text
 from tests.support.corpus import build_corpus, corpus_config
 from tests.support.programs import INTERPRETER, PYTHON, TORCHRUN
@@ -33,12 +34,16 @@ def corpus(tmp_path_factory):
 
 def recipe(corpus, output: Path, **training) -> Path:
     """Writes a recipe for a run into `output` and returns its path."""
-    config = corpus_config(*corpus, output)
-    config.training.train_iters = STEPS
-    config.checkpoint.save_interval, config.checkpoint.keep_last = 4, 0
-    config.optimizer.lr_decay_iters = STEPS
-    for key, value in training.items():
-        setattr(config.training, key, value)
+    config = changed(
+        corpus_config(*corpus, output),
+        {
+            "training.train_iters": STEPS,
+            "checkpoint.save_interval": 4,
+            "checkpoint.keep_last": 0,
+            "optimizer.lr_decay_iters": STEPS,
+            **{f"training.{key}": value for key, value in training.items()},
+        },
+    )
     output.mkdir(parents=True, exist_ok=True)
     path = output / "recipe.yaml"
     dump_config(config, path)
@@ -238,7 +243,7 @@ def test_a_hung_run_leaves_the_stacks_of_every_rank(tmp_path):
     """One process waits for ever for its data, the other for it: each watchdog writes its stacks and ends the run."""
     path = tmp_path / "recipe.yaml"
     config = small_config()
-    config.data.builder, config.logging.output = "tests/training/stuck_data.py:build", str(tmp_path)
+    config = changed(config, {"data.builder": "tests/training/stuck_data.py:build", "logging.output": str(tmp_path)})
     dump_config(config, path)
     done = run(path, 2, "--micro-batch-size", "1")
     assert done.returncode != 0

@@ -14,6 +14,7 @@ import pytest
 from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.outputs import OutputError
 from megatron_mm.config.schema import Config
+from megatron_mm.config.section import changed
 from megatron_mm.training import run_folder
 from tests.support.programs import PYTHON
 
@@ -23,8 +24,7 @@ TINY = ROOT / "megatron_mm/recipes/synapse-tiny.yaml"
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    config = load_config(TINY)
-    config.logging.output = str(tmp_path)
+    config = changed(load_config(TINY), {"logging.output": str(tmp_path)})
     return config
 
 
@@ -77,9 +77,9 @@ def test_a_users_file_is_not_replaced(config, tmp_path, name, content):
 @pytest.mark.parametrize("field", ["output", "save"])
 def test_an_empty_path_and_the_root_are_refused(config, output, field):
     if field == "output":
-        config.logging.output = output
+        config = changed(config, {"logging.output": output})
     else:
-        config.checkpoint.save = output
+        config = changed(config, {"checkpoint.save": output})
     with pytest.raises(OutputError, match=r"(logging.output|checkpoint.save).*(is empty|the root)"):
         run_folder.check(config)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.evaluation.objectives import score_objectives
@@ -28,14 +29,21 @@ ROOT = Path(__file__).parents[2]
 
 def own_run(folder: Path, processes: int, **parallel: int) -> tuple[list[dict], str]:
     """Metrics and console of a short run of the sensor's system."""
-    config = small_sensor()
-    training = config.training
-    training.train_iters, training.eval_interval, training.eval_iters = 4, 2, 2
-    training.micro_batch_size, training.global_batch_size = 2, 8
-    config.optimizer.lr = config.optimizer.min_lr = 2e-2  # so that accuracy is soon that of a model that learns
-    config.logging.output, config.checkpoint.save_interval = str(folder), 0
-    for name, size in parallel.items():
-        setattr(config.parallel, f"{name}_parallel_size", size)
+    config = changed(
+        small_sensor(),
+        {
+            "training.train_iters": 4,
+            "training.eval_interval": 2,
+            "training.eval_iters": 2,
+            "training.micro_batch_size": 2,
+            "training.global_batch_size": 8,
+            "optimizer.lr": 2e-2,  # so that accuracy is soon that of a model that learns
+            "optimizer.min_lr": 2e-2,
+            "logging.output": str(folder),
+            "checkpoint.save_interval": 0,
+            **{f"parallel.{name}_parallel_size": size for name, size in parallel.items()},
+        },
+    )
     folder.mkdir()
     dump_config(config, folder / "recipe.yaml")
     launcher = [*TORCHRUN, str(processes)] if processes > 1 else [PYTHON]
