@@ -224,7 +224,7 @@ def test_images_and_samples_of_the_callers_are_taken_and_checked(recipe, work, p
 def test_code_of_folders_is_the_package_s_with_flat_imports(tmp_path):
     """Nothing of megatron_mm is left, and nothing but these imports is another."""
     for name, source in CODE.items():
-        write_code(tmp_path, name)
+        write_code(tmp_path, name, source)
         code, was = ((folder / file).read_text() for folder, file in ((tmp_path, name), (source.parent, source.name)))
         pairs = list(zip(code.splitlines(), was.splitlines(), strict=True))
         changed = [pair for pair in pairs if pair[0] != pair[1]]
