@@ -376,5 +376,7 @@ def training_fields(
             fields[name] = value.chunk(3)[0][chosen], chosen
         else:
             of_images = name == "mae_prediction"  # one for each image, not for each row
+            if not of_images and len(value) != len(chosen):
+                raise ValueError(f"the stream {of_stream[name]}, {list(value.shape)}, has not one value for each row")
             fields[name] = value[batch.image_slots_RK[chosen, 0] if of_images else chosen], chosen
     return fields

@@ -178,11 +178,18 @@ def build_model(
     dtype: torch.dtype,
     device: str,
 ) -> PreTrainedModel:
-    """A modelling class with given weights, each converted as it comes: no second copy of the model exists."""
+    """A modelling class with given weights, each converted as it comes: no second copy of the model exists.
+
+    Raises:
+        ValueError: the class has other weights, or in other shapes, or a buffer that no file holds.
+    """
     with torch.device("meta"):
         model = kind(config)
-    missing = set(model.state_dict())
+    known = set(model.state_dict())
+    missing = set(known)
     for name, tensor in tensors:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no {name}; its weights are, for example, {min(known)}")
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         if tuple(tensor.shape) != tuple(getattr(owner, leaf).shape):
@@ -191,6 +198,8 @@ def build_model(
         missing.discard(name)
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, among them {min(missing)}")
+    if buffers := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise ValueError(f"{kind.__name__} has the buffer {buffers[0]}, which no file holds; compute it in forward")
     return model
 
 

@@ -65,6 +65,21 @@ def exported(run, tmp_path_factory):
 
 
 @pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """Puts another line in the place of one of the modelling file's, below `source`."""
+
+    def edit(line: str, other: str) -> None:
+        source, system = tmp_path / "source", SYSTEMS["byte_mixer"]
+        shutil.copytree(EXAMPLE, source)
+        text = (EXAMPLE / "modeling_byte_mixer.py").read_text()
+        assert line in text
+        (source / "modeling_byte_mixer.py").write_text(text.replace(line, other))
+        monkeypatch.setitem(SYSTEMS, "byte_mixer", replace(system, export=replace(system.export, source=source)))
+
+    return edit
+
+
+@pytest.fixture
 def unknown(monkeypatch):
     """The system as a process knows it that has imported no plugin."""
     monkeypatch.delitem(SYSTEMS, "byte_mixer")
@@ -104,15 +119,8 @@ def test_the_folder_has_the_plugins_files_and_what_they_import(exported):
     ],
     ids=["padding is read", "the cache is lost", "no logits"],
 )
-def test_a_model_that_says_something_else_is_not_exported(run, tmp_path, monkeypatch, line, other, message):
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in EXAMPLE.glob("*_byte_mixer.py"):
-        text = path.read_text()
-        (source / path.name).write_text(text.replace(line, other) if path.name.startswith("modeling") else text)
-    assert contents(source)["modeling_byte_mixer.py"] != (EXAMPLE / "modeling_byte_mixer.py").read_bytes()
-    system = SYSTEMS["byte_mixer"]
-    monkeypatch.setitem(SYSTEMS, "byte_mixer", replace(system, export=replace(system.export, source=source)))
+def test_a_model_that_says_something_else_is_not_exported(run, tmp_path, edited, line, other, message):
+    edited(line, other)
     with pytest.raises(ValueError, match=message):
         export(run, tmp_path / "hf", quiet=True, check=proof(run))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -190,6 +198,26 @@ def test_what_bytes_cannot_hold_is_refused(run, exported, tmp_path):
             Generator.from_path(path, tokenizer=tmp_path / "spm.model")
     with pytest.raises(ValueError, match="leave it out"):
         export(run, tmp_path / "hf", tokenizer=tmp_path / "spm.model", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "message"),
+    [
+        ("self.lm_head", "self.head", r"ByteMixerModel has no lm_head\.weight"),
+        ("nn.LayerNorm(width)", "nn.LayerNorm(width, bias=False)", r"has no layers\.0\.norm\.bias"),
+        ("self.post_init()", "self.more = nn.Linear(2, 2)", r"missing.*more\.bias"),
+        (
+            "self.post_init()",
+            "self.register_buffer('table', self.lm_head.weight.detach(), persistent=False)",
+            "has the buffer table, which no file holds; compute it in forward",
+        ),
+    ],
+    ids=["another name", "fewer", "more", "a buffer"],
+)
+def test_a_model_with_other_weights_is_refused_by_their_names(run, edited, line, other, message):
+    edited(line, other)
+    with pytest.raises(ValueError, match=message):
+        Generator.from_path(run)
 
 
 def test_a_system_without_a_processor_answers_no_prompts(exported, monkeypatch):
