@@ -108,8 +108,9 @@ def exported(work, tmp_path_factory) -> dict[str, dict]:
     for name, make in RECIPES.items():
         recipe, folders[name] = make(), str(root / name)
         (root / name).mkdir()
-        text = text_fields(recipe.model, tokenizer, root)
-        write_hf_files(root / name, adapter_of(name, ""), recipe, text, torch.float32, tokenizer)
+        adapter = adapter_of(name, "")
+        text = text_fields(adapter, recipe.model, tokenizer, root)
+        write_hf_files(root / name, adapter, recipe, text, torch.float32, tokenizer)
     files = {name: (file.kind, str(work / "media" / name)) for name, file in (READABLE | REFUSED).items()}
     packages = {package: name for package, (name, _) in PACKAGES.items()}
     (root / "input.json").write_text(json.dumps({"folders": folders, "files": files, "packages": packages}))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_mm.config.systems import SYSTEMS, System
+from megatron_mm.conversion.hf_folder import write_code
 from megatron_mm.systems import export
 from megatron_mm.systems.export import Adapter, adapter_of, needed_plugins
 
@@ -50,6 +51,18 @@ def test_files_are_those_of_the_source_and_what_they_import_of_ours(tmp_path):
         "exported_model.py": ours / "exported_model.py",
     }
     assert "processing_mm.py" in adapter(tmp_path, processor_class="processing_mm.MultimodalProcessor").files
+
+
+def test_media_are_read_by_our_files_under_flat_names(tmp_path):
+    write(tmp_path, modeling_own="from .own_layers import x\nfrom megatron_mm.media.transforms import waveform\n"
+          "from megatron_mm.media.errors import DataError\nfrom .exported_model import CACHE\n")  # fmt: skip
+    media = Path(export.__file__).parents[1] / "media"
+    found = adapter(tmp_path).files
+    assert {name: file for name, file in found.items() if name.startswith("media_")} == {
+        "media_errors.py": media / "errors.py", "media_transforms.py": media / "transforms.py",
+    }  # fmt: skip
+    write_code(tmp_path, "written.py", found["modeling_own.py"])
+    assert "from .media_transforms import waveform\n" in (tmp_path / "written.py").read_text()
 
 
 def test_a_file_of_the_source_goes_before_ours_of_the_same_name(tmp_path):
