@@ -194,7 +194,7 @@ def test_what_bytes_cannot_hold_is_refused(run, exported, tmp_path):
     with pytest.raises(ValueError, match="reads text alone; a prompt has images"):
         list(generator.generate([{"prompt": "x", "images": ["a.png"]}]))
     for path in (run, exported):
-        with pytest.raises(ValueError, match="byte_mixer reads text without a SentencePiece model; leave it out"):
+        with pytest.raises(ValueError, match="byte_mixer reads text without a tokenizer's file; leave it out"):
             Generator.from_path(path, tokenizer=tmp_path / "spm.model")
     with pytest.raises(ValueError, match="leave it out"):
         export(run, tmp_path / "hf", tokenizer=tmp_path / "spm.model", quiet=True)
