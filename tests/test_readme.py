@@ -26,6 +26,7 @@ ALL_PAGES = (*PAGES, "docs/glossary.md", "docs/releases.md")
 SHORTER = {
     "examples/quickstart/run.sh": ["examples/quickstart/run.sh", "--smoke"],
     "tests/run.sh": None,
+    "examples/own_system/run.sh": None,
     **{f"examples/{name}/tiny.sh": None for name in ("avt_33b", "vlm_14b", "perceiver_fusion_xl", "dual_encoder")},
 }
 #: Options that make a command shorter.

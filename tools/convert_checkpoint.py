@@ -14,7 +14,7 @@ model must be the same, or no folder is left.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,12 +64,14 @@ class Refresh:
     """Folder that export wrote."""
     prove: bool = True
     """Run the folder with its new code before anything is replaced."""
+    plugins: list[str] = field(default_factory=list)
+    """Files or modules with a system of your own, imported first; an exported folder names them and loads none."""
 
     def run(self) -> str:
         from megatron_mm.conversion.convert import refresh
         from megatron_mm.evaluation.export_proof import proof
 
-        changed = refresh(self.hf, proof() if self.prove else None)
+        changed = refresh(self.hf, proof() if self.prove else None, self.plugins)
         return f"renewed {', '.join(changed)} in {self.hf}" if changed else f"{self.hf} is up to date"
 
 
@@ -87,11 +89,14 @@ class Restore:
     """Type of the weights; default: as they are stored."""
     overwrite: bool = False
     """Replace an iter_0000000 that is there."""
+    plugins: list[str] = field(default_factory=list)
+    """Files or modules with a system of your own, imported first; an exported folder names them and loads none."""
 
     def run(self) -> str:
         from megatron_mm.conversion.convert import restore
 
-        return f"wrote {restore(self.hf, self.output, self.config, self.dtype, self.overwrite)}"
+        words = (self.hf, self.output, self.config, self.dtype, self.overwrite)
+        return f"wrote {restore(*words, plugins=self.plugins)}"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Scores a model on held-out samples: of captions and of classes, and token loss, with true and with swapped media.
+"""Scores a model on held-out samples: of captions, of classes and of tokens, with true and with swapped media.
 
     python tools/evaluate.py --model exported --input heldout_image.jsonl heldout_sound.jsonl --swap-media
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +58,8 @@ class Arguments:
     """Torch device; auto takes cuda where there is one."""
     tokenizer: Path | None = None
     """File of a tokenizer of any kind (docs/data.md); default: the one beside the weights."""
+    plugins: list[str] = field(default_factory=list)
+    """Files or modules with a system of your own, imported first; an exported folder names them and loads none."""
     json: Path | None = None
     """File for the table's figures."""
     captions: Path | None = None
@@ -71,7 +73,7 @@ def run(arguments: Arguments) -> list[dict]:
     import torch
 
     from megatron_mm.evaluation.classification import score_class_names, word_f1
-    from megatron_mm.evaluation.evaluate import check_references, evaluate, swap_media
+    from megatron_mm.evaluation.evaluate import MEDIA, check_references, evaluate, swap_media
     from megatron_mm.generation.generate import Decoding, Generator
     from megatron_mm.generation.prompts import read_prompts
 
@@ -83,18 +85,22 @@ def run(arguments: Arguments) -> list[dict]:
         check_references(samples)
         sets.append((path, "true", samples))
         if arguments.swap_media:
+            if not any(sample.get(kind) for sample in samples for kind in MEDIA):
+                raise ValueError(f"--swap-media: no sample of {path} has an image, a sound or a video; leave it out")
             sets.append((path, "swapped", swap_media(samples, arguments.seed)))
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = Generator.from_path(arguments.model, arguments.dtype, device, arguments.tokenizer)
+    words = (arguments.model, arguments.dtype, device, arguments.tokenizer, arguments.plugins)
+    generator = Generator.from_path(*words)
     rows, lines = [], []
     for path, media, samples in sets:
         result = evaluate(generator, samples, decoding, arguments.batch_size, progress=True)
         truth = [sample["text"] for sample in samples]
         scores = {
             **asdict(score_class_names(result.captions, truth)), **asdict(result.scores),
-            "word_f1": word_f1(result.captions, [[text] for text in truth]), "token_loss": result.token_loss,
+            "word_f1": word_f1(result.captions, [[text] for text in truth]),
+            "token_loss": result.tokens.loss, "token_accuracy": result.tokens.accuracy,
         }  # fmt: skip
         rows.append({"input": path.name, "media": media, **scores})
         lines += [
@@ -111,6 +117,7 @@ def run(arguments: Arguments) -> list[dict]:
 COLUMNS = {
     "exact match": "exact_match", "CIDEr-D": "cider", "word F1": "word_f1", "WAR": "weighted_recall",
     "UAR": "unweighted_recall", "macro F1": "macro_f1", "commonest": "majority", "token loss": "token_loss",
+    "token accuracy": "token_accuracy",
 }  # fmt: skip
 
 

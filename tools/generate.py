@@ -63,6 +63,8 @@ class Arguments:
     """Torch device; auto takes cuda where there is one."""
     tokenizer: Path | None = None
     """File of a tokenizer of any kind (docs/data.md); default: the one beside the weights."""
+    plugins: list[str] = field(default_factory=list)
+    """Files or modules with a system of your own, imported first; an exported folder names them and loads none."""
 
 
 def prompts_of(arguments: Arguments) -> list[dict]:
@@ -103,7 +105,8 @@ def run(arguments: Arguments) -> None:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = Generator.from_path(arguments.model, arguments.dtype, device, arguments.tokenizer)
+    words = (arguments.model, arguments.dtype, device, arguments.tokenizer, arguments.plugins)
+    generator = Generator.from_path(*words)
     answers = generator.generate(prompts, decoding, arguments.batch_size, progress=len(prompts) > 1)
     with _Output(arguments.output) as output:
         for prompt, answer in zip(prompts, answers):

@@ -1,19 +1,22 @@
-"""A system of one's own, without touching the package: a layer, an objective and a dataset in one file.
+"""A system of one's own, without touching the package: a layer, an objective, a dataset and an export.
 
     torchrun --nproc-per-node 2 pretrain_multimodal.py --config examples/own_system/byte-mixer.yaml \
         --pipeline-model-parallel-size 2
 
 The layer is a gated causal convolution over bytes (GLU, arXiv:1612.08083), the objective the likelihood of the next
 byte with smoothed labels, the dataset the sources of Python's standard library, which every machine has. The recipe
-names this file under `plugins` and under `data.builder`. Pipeline, data parallelism, checkpoints, resuming and
-tools/verify_layouts.py work as for any other system; the layer is whole on every tensor-parallel process.
+names this file under `plugins` and under `data.builder`. Pipeline, data parallelism, checkpoints, resuming and the
+tools work as for any other system; the layer is whole on every tensor-parallel process.
+
+What an exported folder runs on is beside this file, in plain torch: configuration_byte_mixer.py, modeling_byte_mixer.py
+and processing_byte_mixer.py. run.sh goes from training to an answer.
 """
 
 from __future__ import annotations
 
 import math
 import sysconfig
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,10 +38,14 @@ from megatron_mm.data.reading.rows import Document, collate
 from megatron_mm.models.graph import ForwardContext, Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
+from megatron_mm.models.names import Entry, norm, plain
 from megatron_mm.models.work import MatrixProduct, Moved
 from megatron_mm.objectives.measures import TokenAccuracy
+from megatron_mm.systems.export import Adapter, section_fields, section_tree
 
 BYTES = 256
+#: What config.json says of bytes: NUL pads, a text begins on a new line, and nothing marks its end.
+SPECIAL_BYTES = {"pad_token_id": 0, "bos_token_id": ord("\n"), "eos_token_id": None}
 
 
 @section
@@ -60,6 +67,11 @@ class ByteMixerConfig(SystemConfig):
     def inputs(self) -> InputFormat:
         """Rows of one piece of text."""
         return InputFormat(vocab_size=BYTES, packed=False)
+
+    @property
+    def generates(self) -> bool:
+        """It learns to generate text."""
+        return True
 
     def problems(self, config, sizes):
         """What contradicts itself."""
@@ -162,22 +174,47 @@ def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
 
         return of_plan
 
+    def embedding_names(node: str, exported: str) -> Iterator[Entry]:
+        yield plain(f"{node}.table", f"{exported}.weight", BYTES, width)
+
+    def layer_names(node: str, exported: str) -> Iterator[Entry]:
+        yield from norm(f"{node}.input_layernorm", f"{exported}.norm", width, bias=True)
+        yield plain(f"{node}.kernel", f"{exported}.conv.weight", 2 * width, width, config.kernel_size)
+
+    def head_names(node: str, exported: str) -> Iterator[Entry]:
+        yield plain(f"{node}.output", f"{exported}.weight", BYTES, width)
+
     table = BYTES * width
-    nodes = [Node(
-        "embedding",
-        Kind(partial(make, ByteEmbedding), cost(table)),
-        (),
-        (hidden,),
-        fields=frozenset({"tokens_RT"}),
-    )]
+    embedding = Kind(partial(make, ByteEmbedding), cost(table), embedding_names)
+    nodes = [Node("embedding", embedding, (), (hidden,), "embed_tokens", frozenset({"tokens_RT"}))]
     for index in range(config.num_layers):
-        layer, figures = partial(make, GatedConvolution), cost(matrix + 2 * width, 2 * width, inputs, kernels=4)
-        nodes.append(Node(f"layers.{index}", Kind(layer, figures), ("hidden",), (hidden,), recomputable=True))
-    nodes.append(Node("output", Kind(partial(make, ByteHead), cost(table, BYTES, width)), ("hidden",), (logits,)))
+        name = f"layers.{index}"
+        figures = cost(matrix + 2 * width, 2 * width, inputs, kernels=4)
+        layer = Kind(partial(make, GatedConvolution), figures, layer_names)
+        nodes.append(Node(name, layer, ("hidden",), (hidden,), exported=name, recomputable=True))
+    head = Kind(partial(make, ByteHead), cost(table, BYTES, width), head_names)
+    nodes.append(Node("output", head, ("hidden",), (logits,), "lm_head"))
     return Graph(nodes, [smoothed_loss(config.label_smoothing)])
 
 
-register(System("byte_mixer", ByteMixerConfig, build_graph))
+# ------------------------------------------------------------------------------------------------------ export
+
+#: Fields of the section and their names in config.json; the others keep theirs.
+NAMES = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size"}
+DATA = ("seq_length",)
+
+ADAPTER = Adapter(
+    name="byte_mixer",
+    fields=lambda config: section_fields(config, None, NAMES, DATA) | {"vocab_size": BYTES} | SPECIAL_BYTES,
+    tree=lambda fields: section_tree(fields, ByteMixerConfig, None, NAMES, DATA),
+    config_class="configuration_byte_mixer.ByteMixerConfig",
+    model_class="modeling_byte_mixer.ByteMixerModel",
+    processor_class="processing_byte_mixer.ByteProcessor",
+    reads_tokenizer=False,
+    source=Path(__file__).parent,
+)
+
+register(System("byte_mixer", ByteMixerConfig, build_graph, ADAPTER))
 
 # ----------------------------------------------------------------------------------------------------- dataset
 
@@ -210,9 +247,14 @@ class StandardLibrary:
         return collate(rows, self.inputs, self.length, index, task).microbatch
 
 
-def build_datasets(config: Config) -> SimpleNamespace:
-    """Every tenth module is held out."""
+def modules() -> tuple[list[Path], list[Path]]:
+    """The modules that are learned, and every tenth, which is held out."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return [path for number, path in enumerate(files) if number % 10], files[::10]
+
+
+def build_datasets(config: Config) -> SimpleNamespace:
+    """The splits of a run."""
     args = (config.model.inputs, config.data.seq_length, config.training.seed)
-    train = [path for number, path in enumerate(files) if number % 10]
-    return SimpleNamespace(train=StandardLibrary(train, *args), valid=StandardLibrary(files[::10], *args))
+    train, valid = (StandardLibrary(files, *args) for files in modules())
+    return SimpleNamespace(train=train, valid=valid)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -177,6 +177,17 @@ class _StreamingPlanner(SavePlanner):
         return rows.to(self._dtype, copy=True)  # a view would keep the whole tensor until the next one is written
 
 
+def _key_among(name: str, names: Collection[str]) -> str:
+    """The key of a parameter of a model with parameters of these names.
+
+    A norm is spelled as part of the linear layer that follows it only where there is one: a user's own layer may have a
+    norm of the same name before anything else.
+    """
+    key = checkpoint_key(name)
+    linear, fused, _ = key.rpartition("layer_norm_")
+    return key if not fused or f"{linear}weight" in names else name
+
+
 def write_checkpoint_weights(
     folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, make: Callable[[str], torch.Tensor],
     common: dict,
@@ -190,7 +201,7 @@ def write_checkpoint_weights(
         make: gives the tensor of a training parameter, called once each, in order.
         common: what `common.pt` holds beside the weights.
     """
-    by_key = {checkpoint_key(name): name for name in shapes}
+    by_key = {_key_among(name, shapes): name for name in shapes}
     plan = [(key, shapes[name]) for key, name in by_key.items()]
     planner = _StreamingPlanner(plan, dtype, lambda key: make(by_key[key]))
     writer = dcp.FileSystemWriter(folder, thread_count=1)

@@ -8,7 +8,7 @@ an exported folder, `pretrained.py` the import of others' weights.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,20 +30,24 @@ from megatron_mm.conversion.hf_folder import (
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
 from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megatron_mm.models.names import Entry, Part, checkpoint_key
-from megatron_mm.systems.export import adapter_of, differences, model_entries
+from megatron_mm.systems.export import Adapter, adapter_of, differences, load_plugins, model_entries
 
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
 ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def config_from_hf(fields: dict, source: Path) -> Config:
-    """The configuration of an exported model: its architecture and preprocessing, defaults elsewhere."""
+def config_from_hf(fields: dict, source: Path, plugins: Sequence[str] = ()) -> Config:
+    """The configuration of an exported model: its architecture and preprocessing, defaults elsewhere.
+
+    Args:
+        plugins: of the configuration; they were imported (`systems.export.load_plugins`).
+    """
     try:
         tree = adapter_of_folder(fields, source).tree(fields)
     except KeyError as error:
         raise ValueError(f"{source}: lacks the field {error}") from error
-    return config_from_tree(tree, source)
+    return config_from_tree(tree | {"plugins": list(plugins)}, source)
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
@@ -73,6 +77,20 @@ def tokenizer_of(config: Config, folder: Path) -> Path | None:
 def opened_tokenizer(file: str | Path | None) -> Tokenizer | None:
     """The tokenizer of a file, if there is one; which special tokens a model needs, `text_fields` says."""
     return None if file is None else open_tokenizer(file, require_media=False)
+
+
+def chosen_tokenizer(adapter: Adapter, given: str | Path | None, beside: Path | None) -> Tokenizer | None:
+    """The tokenizer that an exported model reads: that of the file that the caller gives, else the one beside the
+    weights; None where there is none, or the system's processor needs none.
+
+    Raises:
+        ValueError: one is given to such a system.
+    """
+    if adapter.reads_tokenizer:
+        return opened_tokenizer(given or beside)
+    if given:
+        raise ValueError(f"--tokenizer {given}: {adapter.name} reads text without a tokenizer's file; leave it out")
+    return None
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
@@ -163,8 +181,8 @@ def export(
     adapter, reader = adapter_of(config.model.system, folder / "config.yaml"), CheckpointReader(folder)
     entries = model_entries(config.model)
     check_checkpoint(entries, reader)
-    opened = opened_tokenizer(tokenizer or tokenizer_of(config, folder))
-    text = text_fields(config.model, opened, folder)
+    opened = chosen_tokenizer(adapter, tokenizer, tokenizer_of(config, folder))
+    text = text_fields(adapter, config.model, opened, folder)
     torch_dtype = DTYPES[dtype] if dtype else reader.dtype(entries[-1].training)
 
     with new_folder(Path(output), overwrite) as temporary:
@@ -181,7 +199,9 @@ def export(
     return Path(output)
 
 
-def refresh(hf_folder: str | Path, check: Callable[[Path], None] | None = None) -> list[str]:
+def refresh(
+    hf_folder: str | Path, check: Callable[[Path], None] | None = None, plugins: Sequence[str] = ()
+) -> list[str]:
     """Renews the code of a folder that was exported before, and what its config.json says of releases and tokenizer.
 
     Weights, tokenizer and all else stay as they are; a modelling file that changes is kept under `replaced-code/`.
@@ -189,6 +209,7 @@ def refresh(hf_folder: str | Path, check: Callable[[Path], None] | None = None) 
     Args:
         hf_folder: folder that `export` (or `save_pretrained` of its model) wrote.
         check: is given the renewed folder before anything is replaced; what it raises leaves the folder as it was.
+        plugins: files or modules to import, of which one registers the folder's system.
 
     Returns:
         Names of the files that were renewed.
@@ -197,21 +218,21 @@ def refresh(hf_folder: str | Path, check: Callable[[Path], None] | None = None) 
         ValueError: this is no such folder, or it cannot be written.
     """
     hf_folder = Path(hf_folder)
-    fields = read_json(hf_folder / "config.json")
+    fields, plugins = read_json(hf_folder / "config.json"), load_plugins(plugins)
     adapter = adapter_of_folder(fields, hf_folder / "config.json")
-    config = config_from_hf(fields, hf_folder / "config.json")
-    tokenizer = opened_tokenizer(tokenizer_in(hf_folder))
-    fields |= text_fields(config.model, tokenizer, hf_folder) | release_fields()
+    config = config_from_hf(fields, hf_folder / "config.json", plugins)
+    tokenizer = chosen_tokenizer(adapter, None, tokenizer_in(hf_folder))
+    fields |= text_fields(adapter, config.model, tokenizer, hf_folder) | release_fields()
     return renew(hf_folder, adapter, fields, tokenizer, check)
 
 
-def text_fields(model: SystemConfig, tokenizer: Tokenizer | None, folder: Path) -> dict[str, int]:
-    """Fields of config.json that the tokenizer decides (`check_vocabulary`); none of a model without text.
+def text_fields(adapter: Adapter, model: SystemConfig, tokenizer: Tokenizer | None, folder: Path) -> dict[str, int]:
+    """Fields of config.json that the tokenizer decides (`check_vocabulary`); none where the model needs no tokenizer.
 
     Raises:
-        ValueError: the model has text, and there is no tokenizer, or one that does not fit.
+        ValueError: the model needs a tokenizer, and there is none, or one that does not fit.
     """
-    if not model.reads_text:
+    if not (adapter.reads_tokenizer and model.reads_text):
         return {}
     if tokenizer is None:
         raise ValueError(f"{folder}: holds no tokenizer; name one with --tokenizer")
@@ -273,6 +294,7 @@ def restore(
     dtype: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    plugins: Sequence[str] = (),
 ) -> Path:
     """Exported Hugging Face folder -> training checkpoint folder.
 
@@ -283,14 +305,15 @@ def restore(
         dtype: "fp32" or "bf16"; None keeps the folder's.
         overwrite: replace what `output` holds.
         quiet: no progress bar.
+        plugins: files or modules to import, of which one registers the folder's system; a recipe names its own.
 
     Raises:
         ValueError: the folder is not whole or does not fit the recipe; names the tensor and both shapes.
     """
     hf_folder = Path(hf_folder)
     source = SafetensorsFolder(hf_folder)
-    fields = read_json(hf_folder / "config.json")
-    tree = load_config(config) if config else config_from_hf(fields, hf_folder / "config.json")
+    fields, plugins = read_json(hf_folder / "config.json"), load_plugins(plugins)
+    tree = load_config(config) if config else config_from_hf(fields, hf_folder / "config.json", plugins)
     adapter = adapter_of_folder(fields, hf_folder / "config.json")
     if config:
         ours = adapter.fields(tree) if tree.model.system == adapter.name else {"model_type": tree.model.system}

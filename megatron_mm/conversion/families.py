@@ -1,40 +1,49 @@
-"""Families of pretrained models: which parts of which systems they fit, and under which names they hold our tensors.
+"""Families of pretrained models: which parts they fit, and under which names they hold our tensors.
 
-A family fits a part only if the two compute the same function; `expected` says what the source's configuration must
-hold for that. `locate` turns the name of a tensor of the exported model (whose names are mostly theirs) into the names
-that the tensor, or the stored tensor of which it is a piece, may have in the source.
+    section of a system ─ fields by their types ─ the part that a family fits ─ its nodes ─ tensors by our usual names
+
+A part (megatron_mm/parts) is known by the type of its section, so that a system of a user's own is filled like the five
+of the package. A family fits a part only if the two compute the same function; `expected` says what the source's
+configuration must hold for that. `locate` turns our usual name of a tensor (mostly the source's) into the names that
+the tensor, or the stored tensor of which it is a piece, may have in the source.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
-from megatron_mm.config.schema import Config
+from megatron_mm.config.system import SystemConfig
 from megatron_mm.hf.modeling_synapse import sinusoids
 from megatron_mm.hf.vit import sine_cosine_positions
+from megatron_mm.models.graph import Node
+from megatron_mm.models.names import Entry, Part
+from megatron_mm.parts.clip.section import VisionTowerConfig
+from megatron_mm.parts.conformer.section import ConformerConfig
+from megatron_mm.parts.decoder.section import DecoderConfig
+from megatron_mm.parts.swin.section import SwinConfig
+from megatron_mm.parts.text_encoder.section import TextEncoderConfig
+from megatron_mm.parts.transformer_xl.section import TransformerXLConfig
+from megatron_mm.parts.vit.section import MAEConfig, ViTConfig
+from megatron_mm.parts.whisper.section import AudioTowerConfig
 
-#: The kind of each part of a system.
-PARTS = {
-    "synapse": {"text": "decoder", "image": "clip", "audio": "whisper"},
-    "vlm": {"text": "decoder", "image": "vit"},
-    "dual_encoder": {"text": "gpt", "image": "vit"},
-    "perceiver_fusion": {"text": "transformer_xl", "image": "vit"},
-    "avt": {"text": "decoder", "image": "swin", "audio": "conformer"},
-}
+#: What each part reads, and what it is, by the type of its section.
 KINDS = {
-    "decoder": "a decoder in Llama's form (RMSNorm, rotary positions, grouped queries, gated MLP, no biases)",
-    "gpt": "a text encoder in GPT-2's form (LayerNorm, learned positions, biases)",
-    "transformer_xl": "a Transformer-XL (relative positions, both sides of a segment)",
-    "clip": "CLIP's vision transformer (learned positions, quick-GELU, no final norm)",
-    "vit": "a ViT of masked autoencoders (fixed sine-cosine positions, GELU, a final norm)",
-    "swin": "a Swin V2",
-    "whisper": "Whisper's encoder of spectrograms",
-    "conformer": "a Conformer on the waveform",
-}
+    DecoderConfig: (
+        "text", "a decoder in Llama's form (RMSNorm, rotary positions, grouped queries, gated MLP, no biases)"
+    ),
+    TextEncoderConfig: ("text", "a text encoder in GPT-2's form (LayerNorm, learned positions, biases)"),
+    TransformerXLConfig: ("text", "a Transformer-XL (relative positions, both sides of a segment)"),
+    VisionTowerConfig: ("image", "CLIP's vision transformer (learned positions, quick-GELU, no final norm)"),
+    ViTConfig: ("image", "a ViT of masked autoencoders (fixed sine-cosine positions, GELU, a final norm)"),
+    SwinConfig: ("image", "a Swin V2"),
+    AudioTowerConfig: ("audio", "Whisper's encoder of spectrograms"),
+    ConformerConfig: ("audio", "a Conformer on the waveform"),
+}  # fmt: skip
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -72,20 +81,21 @@ class Family:
 
     name: str
     option: str
-    part: str
-    """`text`, `image` or `audio`."""
-    kind: str
-    """Of the parts that it fits."""
+    kind: type
+    """The section of the part that it fits."""
     model_types: tuple[str, ...]
     """What its config.json may call itself."""
+    nodes: dict[str, str]
+    """Beginnings of the names of the part's nodes, each with what our usual names begin with there."""
     ours: tuple[str, ...]
-    """Prefixes of our Hugging Face names that it fills."""
+    """Prefixes of our usual names that it fills."""
     prefixes: tuple[str, ...]
     """What may stand before the source's names, tried in order."""
-    expected: Callable[[Config, list[str]], dict[str, object]]
-    """Fields of the source's configuration and the values that the recipe needs, to fill tensors of these names."""
+    expected: Callable[[Any, SystemConfig, list[str]], dict[str, object]]
+    """Fields of the source's configuration and the values that the part's section in a model needs, to fill tensors of
+    these names."""
     locate: Callable[[str], tuple[Stored, ...]]
-    """Our name -> what may hold it, without prefix: the first that there is."""
+    """Our usual name -> what may hold it, without prefix: the first that there is."""
     fields: Callable[[dict], dict] = dict
     """The source's config.json, brought to the names of `expected`."""
     defaults: dict[str, object] = field(default_factory=dict)
@@ -102,12 +112,43 @@ class Family:
     """Tables that the source may store and our model computes: the source's name, without prefix -> what a tensor
     [positions, width] of that name must hold."""
 
+    @property
+    def part(self) -> str:
+        """`text`, `image` or `audio`."""
+        return KINDS[self.kind][0]
+
+    def entries(self, nodes: Sequence[Node]) -> list[Entry]:
+        """What of a graph's weights the family may fill, under our usual names.
+
+        A tower may have another place in a user's own model; what it is called there is its first node's `exported`.
+        """
+        found = []
+        for beginning, usual in self.nodes.items():
+            of_part = [node for node in nodes if node.name.startswith(beginning)]
+            place = of_part[0].exported if of_part and usual else ""
+            entries = (_renamed(entry, place, usual) for node in of_part for entry in node.names())
+            found += [
+                entry for entry in entries
+                if entry.parts[0].name.startswith(self.ours)
+                and not any(piece in entry.parts[0].name for piece in self.lacks)
+            ]  # fmt: skip
+        return found
+
+
+def _renamed(entry: Entry, place: str, usual: str) -> Entry:
+    """An entry whose exported names begin with `usual` in place of `place`; None stays."""
+
+    def name(part: Part) -> str | None:
+        inside = part.name is not None and place and part.name.startswith(f"{place}.")
+        return f"{usual}{part.name.removeprefix(place)}" if inside else part.name
+
+    return replace(entry, parts=tuple(replace(part, name=name(part)) for part in entry.parts))
+
 
 # ------------------------------------------------------------------------------------------------------- Synapse's own
 
 
-def _clip_expected(config: Config, filled: list[str]) -> dict[str, object]:
-    tower = config.model.vision
+def _clip_expected(tower: VisionTowerConfig, model: SystemConfig, filled: list[str]) -> dict[str, object]:
     return {
         "hidden_size": tower.hidden_size, "num_hidden_layers": tower.num_layers,
         "num_attention_heads": tower.num_attention_heads, "intermediate_size": tower.ffn_hidden_size,
@@ -119,8 +160,8 @@ def _clip_expected(config: Config, filled: list[str]) -> dict[str, object]:
 CLIP = Family(
     name="CLIP",
     option="clip",
-    part="image",
-    kind="clip",
+    kind=VisionTowerConfig,
+    nodes={"vision.": "model.vision_tower"},
     model_types=("clip", "clip_vision_model"),
     ours=("model.vision_tower.",),
     prefixes=("vision_model.", "", "model.vision_model."),
@@ -135,8 +176,7 @@ CLIP = Family(
 )  # fmt: skip
 
 
-def _whisper_expected(config: Config, filled: list[str]) -> dict[str, object]:
-    tower = config.model.audio
+def _whisper_expected(tower: AudioTowerConfig, model: SystemConfig, filled: list[str]) -> dict[str, object]:
     return {
         "d_model": tower.hidden_size, "encoder_layers": tower.num_layers,
         "encoder_attention_heads": tower.num_attention_heads, "encoder_ffn_dim": tower.ffn_hidden_size,
@@ -147,8 +187,8 @@ def _whisper_expected(config: Config, filled: list[str]) -> dict[str, object]:
 WHISPER = Family(
     name="Whisper",
     option="whisper",
-    part="audio",
-    kind="whisper",
+    kind=AudioTowerConfig,
+    nodes={"audio.": "model.audio_tower"},
     model_types=("whisper",),
     ours=("model.audio_tower.",),
     prefixes=("model.encoder.", "encoder.", ""),
@@ -176,8 +216,7 @@ def _llama_fields(fields: dict) -> dict:
     }  # fmt: skip
 
 
-def _llama_expected(config: Config, filled: list[str]) -> dict[str, object]:
-    decoder = config.model.decoder
+def _llama_expected(decoder: DecoderConfig, model: SystemConfig, filled: list[str]) -> dict[str, object]:
     return {
         "hidden_size": decoder.hidden_size, "num_hidden_layers": decoder.num_layers,
         "num_attention_heads": decoder.num_attention_heads, "num_key_value_heads": decoder.num_query_groups,
@@ -191,8 +230,8 @@ def _llama_expected(config: Config, filled: list[str]) -> dict[str, object]:
 LLAMA = Family(
     name="Llama",
     option="llama",
-    part="text",
-    kind="decoder",
+    kind=DecoderConfig,
+    nodes={"decoder.": ""},
     model_types=("llama",),
     ours=("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
     prefixes=("", "language_model."),
@@ -239,8 +278,7 @@ def _gpt2_fields(fields: dict) -> dict:
     return fields | {"activation": ACTIVATIONS.get(activation, activation), "n_inner": inner}
 
 
-def _gpt2_expected(config: Config, filled: list[str]) -> dict[str, object]:
-    text = config.model.text
+def _gpt2_expected(text: TextEncoderConfig, model: SystemConfig, filled: list[str]) -> dict[str, object]:
     return {
         "n_embd": text.hidden_size, "n_layer": text.num_layers, "n_head": text.num_attention_heads,
         "n_inner": text.ffn_hidden_size, "activation": text.activation, "layer_norm_epsilon": text.layernorm_epsilon,
@@ -251,8 +289,8 @@ def _gpt2_expected(config: Config, filled: list[str]) -> dict[str, object]:
 GPT2 = Family(
     name="GPT-2",
     option="gpt2",
-    part="text",
-    kind="gpt",
+    kind=TextEncoderConfig,
+    nodes={"text.": "text_encoder"},
     model_types=("gpt2",),
     ours=(_ENCODER,),
     prefixes=("transformer.", ""),
@@ -278,8 +316,7 @@ def _opt_fields(fields: dict) -> dict:
     return fields | {"activation": ACTIVATIONS.get(activation, activation), "word_embed_proj_dim": width}
 
 
-def _opt_expected(config: Config, filled: list[str]) -> dict[str, object]:
-    text = config.model.text
+def _opt_expected(text: TextEncoderConfig, model: SystemConfig, filled: list[str]) -> dict[str, object]:
     return {
         "hidden_size": text.hidden_size, "num_hidden_layers": text.num_layers,
         "num_attention_heads": text.num_attention_heads, "ffn_dim": text.ffn_hidden_size,
@@ -292,8 +329,8 @@ def _opt_expected(config: Config, filled: list[str]) -> dict[str, object]:
 OPT = Family(
     name="OPT",
     option="opt",
-    part="text",
-    kind="gpt",
+    kind=TextEncoderConfig,
+    nodes={"text.": "text_encoder"},
     model_types=("opt",),
     ours=(_ENCODER,),
     prefixes=("model.decoder.", "decoder.", ""),
@@ -338,8 +375,7 @@ def _vit_mae_locate(name: str) -> tuple[Stored, ...]:
     return tuple(Stored(prefix + spelling, flat=flat) for prefix in prefixes for spelling in spellings)
 
 
-def _vit_mae_expected(config: Config, filled: list[str]) -> dict[str, object]:
-    tower = config.model.vision
+def _vit_mae_expected(tower: ViTConfig, model: SystemConfig, filled: list[str]) -> dict[str, object]:
     fields = {
         "hidden_size": tower.hidden_size, "num_hidden_layers": tower.num_layers,
         "num_attention_heads": tower.num_attention_heads, "intermediate_size": tower.ffn_hidden_size,
@@ -348,7 +384,7 @@ def _vit_mae_expected(config: Config, filled: list[str]) -> dict[str, object]:
     }  # fmt: skip
     if not any(name.startswith("mae_decoder.") for name in filled):
         return fields
-    mae = config.model.mae
+    mae = section_in(model, MAEConfig)[1]
     return fields | {
         "decoder_hidden_size": mae.hidden_size, "decoder_num_hidden_layers": mae.num_layers,
         "decoder_num_attention_heads": mae.num_attention_heads, "decoder_intermediate_size": mae.ffn_hidden_size,
@@ -362,8 +398,8 @@ def _vit_positions(stored: torch.Tensor) -> torch.Tensor:
 VIT_MAE = Family(
     name="ViT-MAE",
     option="vit_mae",
-    part="image",
-    kind="vit",
+    kind=ViTConfig,
+    nodes={"vision.": "vision_tower", "mae.": "mae_decoder"},
     model_types=("vit_mae",),
     ours=("vision_tower.", "mae_decoder."),
     prefixes=("",),
@@ -385,19 +421,45 @@ VIT_MAE = Family(
 FAMILIES = {family.option: family for family in (CLIP, WHISPER, LLAMA, GPT2, OPT, VIT_MAE)}
 
 
-def check_fits(family: Family, config: Config) -> None:
+def sections_of(model: Any, kinds: tuple[type, ...], prefix: str = "model") -> Iterator[tuple[str, Any]]:
+    """Paths and values of the fields of a section, and of the sections in it, that are of one of some types."""
+    for item in fields(model):
+        value, path = getattr(model, item.name), f"{prefix}.{item.name}"
+        if isinstance(value, kinds):
+            yield path, value
+        elif is_dataclass(value):
+            yield from sections_of(value, kinds, path)
+
+
+def section_in(model: SystemConfig, kind: type) -> tuple[str, Any]:
+    """Path and value of the one field of a type.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = list(sections_of(model, (kind,)))
+    if len(found) != 1:
+        said = ", ".join(path for path, _ in found) or "no field"
+        raise ValueError(f"{model.system} has {said} of the type {kind.__name__}; an import needs exactly one")
+    return found[0]
+
+
+def check_fits(family: Family, model: SystemConfig) -> None:
     """Refuses a family that computes another function than the system's part, with the reason."""
-    system = config.model.system
-    if family.part == "text" and getattr(config.model, "phase", "joint") == "mae":
-        raise ValueError(f"{family.name} does not fit {system} in the phase mae, which has no text")
-    kind = PARTS.get(system, {}).get(family.part)
-    if kind == family.kind:
+    system = model.system
+    if family.part == "text" and not model.reads_text:
+        phase = f" in the phase {model.phase}" if hasattr(model, "phase") else ""
+        raise ValueError(f"{family.name} does not fit {system}{phase}, which has no text")
+    if any(True for _ in sections_of(model, (family.kind,))):
+        section_in(model, family.kind)
         return
-    if kind is None:
+    rivals = tuple(kind for kind, (part, _) in KINDS.items() if part == family.part)
+    found = [kind for _, value in sections_of(model, rivals) for kind in rivals if isinstance(value, kind)]
+    if not found:
         raise ValueError(f"{family.name} does not fit {system}, which has no {family.part} part that is known here")
-    others = [f"--{other.option.replace('_', '-')}" for other in FAMILIES.values() if other.kind == kind]
+    others = [f"--{other.option.replace('_', '-')}" for other in FAMILIES.values() if other.kind in found]
     advice = f"{' or '.join(others)} fits" if others else "nothing that can be imported fits"
     raise ValueError(
-        f"{family.name} does not fit {system}: its {family.part} part is {KINDS[kind]}, {family.name} is "
-        f"{KINDS[family.kind]}; {advice}"
+        f"{family.name} does not fit {system}: its {family.part} part is {KINDS[found[0]][1]}, {family.name} is "
+        f"{KINDS[family.kind][1]}; {advice}"
     )

@@ -26,9 +26,10 @@ from megatron_mm.conversion.safetensors_stream import INDEX
 from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megatron_mm.media.errors import DataError
 from megatron_mm.platform.atomic_files import give_name
-from megatron_mm.systems.export import MEDIA, Adapter, adapter_of
+from megatron_mm.systems.export import MEDIA, PLUGINS, Adapter, adapter_of, needed_plugins
 
-#: Source of each code file that export writes. transformers copies flat files only, so those of media get a prefix.
+#: Source of each code file of this package that export writes. transformers copies flat files only, so those of media
+#: get a prefix.
 CODE = {path.name: path for path in sorted(Path(hf.__file__).parent.glob("*.py"))} | {
     f"media_{module}.py": Path(media.__file__).parent / f"{module}.py" for module in MEDIA
 }
@@ -39,16 +40,21 @@ REPLACED = "replaced-code"
 
 README = """# {name}
 
-Exported by megatron_mm (tools/convert_checkpoint.py export). Needs {packages} and Pillow; for JPEG
-images simplejpeg, for sounds soundfile and soxr, for videos av.
+Exported by megatron_mm (tools/convert_checkpoint.py export). Needs {needs}.
 
     model = {auto}.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor([{{"prompt": "<image>", "images": ["picture.png"]}}])
+{use}"""
+PROCESSES = """    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor([{prompt}])
     {use}
 """
 GENERATES = 'print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]))'
 EMBEDS = "print(model(**inputs))"
+#: Of the processor that comes with this program, and of another.
+PACKAGES = """{packages} and Pillow; for JPEG
+images simplejpeg, for sounds soundfile and soxr, for videos av"""
+OWN_PACKAGES = "{packages}, and what its files import"
+PROMPT, OWN_PROMPT = '{"prompt": "<image>", "images": ["picture.png"]}', '{"prompt": "Once"}'
 
 
 def read_json(path: Path) -> dict:
@@ -70,14 +76,29 @@ def is_hf_folder(path: str | Path) -> bool:
 
 
 def adapter_of_folder(fields: dict, source: Path) -> Adapter:
-    """The adapter of an exported folder, from its config.json; ValueError if nothing here exported it."""
+    """The adapter of an exported folder, from its config.json.
+
+    Raises:
+        ValueError: nothing that is known here exported it. The plugin that it needs is named, and not imported: a
+            folder's word is no reason to run code.
+    """
     name = fields.get("model_type")
+    if name not in exported() and fields.get(PLUGINS):
+        raise ValueError(
+            f"{source}: its system {name!r} comes with a plugin of its recipe, {_listed(fields[PLUGINS])}; name that "
+            "file or module with --plugins (it is code, which runs only where you name it)"
+        )
     if name not in exported():
         raise ValueError(
             f"{source}: model_type is {name!r}, not one of {', '.join(exported())}; restore and refresh take folders "
             "that export wrote (import-pretrained takes others' models)"
         )
     return adapter_of(name, source)
+
+
+def _listed(plugins: object) -> str:
+    """The plugins that a folder names, whatever stands there."""
+    return ", ".join(map(str, plugins)) if isinstance(plugins, list) else str(plugins)
 
 
 # ------------------------------------------------------------------------------------------------- whose files are they
@@ -94,7 +115,7 @@ def not_exported(folder: Path) -> str | None:
     if not isinstance(known, dict) or known.get("AutoConfig") != adapter.config_class:
         return f"{folder / 'config.json'} names no class of export's (auto_map)"
     names = {"config.json", "generation_config.json", "README.md", INDEX}
-    names |= CODE.keys()
+    names |= {*CODE, *adapter.files}  # of a folder of before: what its system no longer needs too
     if (tokenizer := tokenizer_in(folder)) is not None:
         try:
             names |= {tokenizer.name, *open_tokenizer(tokenizer, require_media=False).exported_files()}
@@ -155,10 +176,10 @@ def write_json(path: Path, tree: dict) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
-def write_code(folder: Path, name: str) -> None:
+def write_code(folder: Path, name: str, source: Path) -> None:
     """A code file of exported folders: its source, in which `from megatron_mm.media.NAME import` becomes
     `from .media_NAME import`. Nothing else changes, and nothing else of this package may be imported there."""
-    code = CODE[name].read_text(encoding="utf-8")
+    code = source.read_text(encoding="utf-8")
     flat = re.sub(r"^(\s*from) megatron_mm\.media\.(\w+) import\b", r"\1 .media_\2 import", code, flags=re.MULTILINE)
     (folder / name).write_text(flat, encoding="utf-8")
 
@@ -182,29 +203,39 @@ def write_hf_files(
     """Everything of an exported folder but the weights.
 
     Args:
-        text: ids of special tokens and the size of the tokenizer, as `convert.check_vocabulary` gives them.
+        text: ids of special tokens and the size of the tokenizer, as `convert.text_fields` gives them.
         dtype: of the weights.
-        tokenizer: None of a model without text.
+        tokenizer: None of a model that needs none.
     """
     architecture = adapter.model_class.partition(".")[2]
     head = {"architectures": [architecture], "model_type": adapter.name, "auto_map": adapter.auto_map(config.model)}
     tail = {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": False, **release_fields()}
-    write_json(folder / "config.json", head | adapter.fields(config) | text | tail)
+    plugins = needed_plugins(config)
+    fields = head | adapter.fields(config) | text | ({PLUGINS: plugins} if plugins else {}) | tail
+    write_json(folder / "config.json", fields)
     if config.model.generates:
-        ids = {name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        ids = {name: fields.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         version = {"transformers_version": tail["transformers_version"]}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids, **version})
-    for name in adapter.files:
-        write_code(folder, name)
+    for name, source in adapter.files.items():
+        write_code(folder, name, source)
     if tokenizer is not None:
         shutil.copyfile(tokenizer.path, folder / tokenizer.file_name)
         for name, content in tokenizer.exported_files().items():
             (folder / name).write_bytes(content)
-    words = {"auto": "AutoModel", "use": EMBEDS}
-    if config.model.generates:
-        words = {"auto": "AutoModelForCausalLM", "use": GENERATES}
+    (folder / "README.md").write_text(_readme(adapter, tokenizer, architecture, config.model.generates))
+
+
+def _readme(adapter: Adapter, tokenizer: Tokenizer | None, architecture: str, generates: bool) -> str:
+    """How the folder is used."""
+    ours = adapter.processor_class == Adapter.processor_class
+    use, said = "", GENERATES if generates else EMBEDS
+    if adapter.processor_class is not None:
+        use = PROCESSES.format(prompt=PROMPT if ours else OWN_PROMPT, use=said)
+    auto = "AutoModelForCausalLM" if generates else "AutoModel"
     packages = ", ".join(("transformers", *(() if tokenizer is None else tokenizer.packages)))
-    (folder / "README.md").write_text(README.format(name=architecture, packages=packages, **words))
+    needs = (PACKAGES if ours else OWN_PACKAGES).format(packages=packages)
+    return README.format(name=architecture, needs=needs, auto=auto, use=use)
 
 
 # ----------------------------------------------------------------------------------------------------------- refreshing
@@ -236,11 +267,11 @@ def renew(
     made = folder.parent / f".{folder.name}.renewing-{os.getpid()}"
     try:
         made.mkdir()
-        beside = {} if tokenizer is None else tokenizer.exported_files()
-        code = [*adapter.files, *beside]
+        files, beside = adapter.files, {} if tokenizer is None else tokenizer.exported_files()
+        code = [*files, *beside]
         new = [*code, "config.json"]  # the configuration last: until then the command can be given again
-        for name in adapter.files:
-            write_code(made, name)
+        for name, source in files.items():
+            write_code(made, name, source)
         for name, content in beside.items():
             (made / name).write_bytes(content)
         write_json(made / "config.json", fields)

@@ -1,9 +1,9 @@
 """Weights of pretrained Hugging Face models as a checkpoint from which a recipe's run starts.
 
-The exported model keeps the names of its sources where it can, so an import is the system's list of entries, with the
-family's names in place of ours (families.py). Everything is checked from configurations and file headers before a
-tensor is read: a family that does not fit the system, and a function that would differ (heads, activation, rotary base,
-…), are refused like a shape that does not fit.
+The exported model keeps the names of its sources where it can, so an import is the list of entries of a part's nodes,
+with the family's names in place of ours (families.py). Everything is checked from configurations and file headers
+before a tensor is read: a family that does not fit the system, and a function that would differ (heads, activation,
+rotary base, …), are refused like a shape that does not fit.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import torch
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.conversion.convert import DTYPES, merge, write_training_checkpoint
-from megatron_mm.conversion.families import FAMILIES, Family, Stored, check_fits
+from megatron_mm.conversion.families import FAMILIES, Family, Stored, check_fits, section_in
 from megatron_mm.conversion.hf_folder import read_json
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.models.names import Entry, Part
-from megatron_mm.systems.export import model_entries
+from megatron_mm.systems.export import model_nodes
 
 
 class _Weights:
     """The tensors of one pretrained folder under our names."""
 
     def __init__(self, family: Family, folder: Path, config: Config, resize_vocab: bool):
-        check_fits(family, config)
-        self.family, self.folder, self.config, self.resize_vocab = family, folder, config, resize_vocab
+        check_fits(family, config.model)
+        self.family, self.folder, self.resize_vocab = family, folder, resize_vocab
+        self.path, section = section_in(config.model, family.kind)
         self.files = SafetensorsFolder(folder)
         raw = read_json(folder / "config.json")
         if raw.get("model_type", family.model_types[0]) not in family.model_types:
@@ -37,18 +38,19 @@ class _Weights:
             )
         fields = {**family.defaults, **family.fields(raw)}
         self.tied = bool(fields.get("tie_word_embeddings"))
-        entries = [
-            entry for entry in model_entries(config.model)
-            if entry.parts[0].name.startswith(family.ours)
-            and not any(piece in entry.parts[0].name for piece in family.lacks)
-        ]  # fmt: skip
+        entries = family.entries(model_nodes(config.model))
+        if not entries:
+            raise ValueError(
+                f"{family.name} does not fit {config.model.system}: {self.path} is a part that it could fill, and the "
+                f"graph has no nodes {' or '.join(f'{name}…' for name in family.nodes)} with names that are known here"
+            )
         self.prefix = self._prefix(entries[0])
         if family.optional and not any(self._there(e.parts[0]) for e in entries if self._is_optional(e)):
             entries = [entry for entry in entries if not self._is_optional(entry)]
         self.entries = entries
         differ = [
             f"{name} is {fields.get(name)!r} in the checkpoint, {wanted!r} in the recipe"
-            for name, wanted in family.expected(config, [entry.parts[0].name for entry in entries]).items()
+            for name, wanted in family.expected(section, config.model, [e.parts[0].name for e in entries]).items()
             if fields.get(name) != wanted
         ]
         self.config_problem = f"{folder}/config.json does not fit the recipe: {'; '.join(differ)}" if differ else None
@@ -101,15 +103,14 @@ class _Weights:
         shape, wanted = stored.shape(self.files.shape(name)), entry.part_shape(part)
         if part.name in self.family.vocabulary and shape[0] != wanted[0] and shape[1:] == wanted[1:]:
             if not self.resize_vocab:
-                section = "text" if part.name.startswith("text_encoder.") else "decoder"
                 raise ValueError(
-                    f"{self.folder}: {name} has {shape[0]} rows, model.{section}.vocab_size is {wanted[0]}; set it to "
+                    f"{self.folder}: {name} has {shape[0]} rows, {self.path}.vocab_size is {wanted[0]}; set it to "
                     f"{shape[0]} and use that model's tokenizer, or pass --resize-vocab"
                 )
         elif part.name == self.family.positions and shape[0] != wanted[0] and shape[1:] == wanted[1:]:
             if shape[0] < wanted[0]:
                 raise ValueError(
-                    f"{self.folder}: {name} has positions for {shape[0]} tokens, model.text.max_positions is "
+                    f"{self.folder}: {name} has positions for {shape[0]} tokens, {self.path}.max_positions is "
                     f"{wanted[0]}; lower it, with data.seq_length"
                 )
         else:

@@ -22,12 +22,22 @@ MEDIA = ("images", "audios", "videos")
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """How well a model knows the next token of true texts, of all tokens and the texts' ends."""
+
+    loss: float
+    """Mean cross-entropy, in nats."""
+    accuracy: float
+    """Share of tokens that the model finds the likeliest."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What one model does on one set of samples."""
 
     scores: CaptionScores
-    token_loss: float
-    """Mean cross-entropy of the true text's tokens and its end, in nats."""
+    tokens: TokenScores
+    """Of the true texts."""
     captions: list[str]
     """The generated captions, in order of the samples."""
 
@@ -35,7 +45,7 @@ class Evaluation:
 def evaluate(
     generator: Generator, samples: Sequence[dict], decoding: Decoding, batch_size: int = 32, progress: bool = False
 ) -> Evaluation:
-    """Generates a caption for every sample, scores it against its "text", and measures the text's loss.
+    """Generates a caption for every sample, scores it against its "text", and measures the text's tokens.
 
     Args:
         generator: the model.
@@ -50,14 +60,16 @@ def evaluate(
     check_references(samples)
     captions = list(generator.generate(list(samples), decoding, batch_size, progress))
     scores = score_captions(captions, [[sample["text"]] for sample in samples])
-    return Evaluation(scores, token_loss(generator, samples, batch_size, progress), captions)
+    return Evaluation(scores, token_scores(generator, samples, batch_size, progress), captions)
 
 
 @torch.inference_mode()
-def token_loss(generator: Generator, samples: Sequence[dict], batch_size: int = 32, progress: bool = False) -> float:
-    """Mean next-token cross-entropy in nats over all tokens of all texts, the end included, placeholders not.
+def token_scores(
+    generator: Generator, samples: Sequence[dict], batch_size: int = 32, progress: bool = False
+) -> TokenScores:
+    """Next-token prediction of all tokens of all texts, the end included where the model has one, placeholders not.
 
-    It is the training loss of these samples: prompts are read and not counted.
+    The loss is the training loss of these samples: prompts are read and not counted.
 
     Raises:
         ValueError: as `evaluate`.
@@ -66,11 +78,12 @@ def token_loss(generator: Generator, samples: Sequence[dict], batch_size: int = 
     model, processor = generator.model, generator.processor
     config, tokenizer = processor.config, processor.tokenizer
     placeholders = torch.tensor(list(tokenizer.placeholder_ids.values()), dtype=torch.long)
-    total, count = 0.0, 0
-    for start in tqdm(range(0, len(samples), batch_size), desc="token loss", unit="batch", disable=not progress):
+    end = [] if config.eos_token_id is None else [config.eos_token_id]
+    total, right, count = 0.0, 0, 0
+    for start in tqdm(range(0, len(samples), batch_size), desc="tokens", unit="batch", disable=not progress):
         batch = samples[start : start + batch_size]
         inputs = processor(batch)
-        texts = [[*tokenizer.encode(sample["text"]), config.eos_token_id] for sample in batch]
+        texts = [[*tokenizer.encode(sample["text"]), *end] for sample in batch]
         width = max(map(len, texts))
         ids = torch.full((len(batch), width), config.pad_token_id)
         real = torch.zeros(len(batch), width, dtype=torch.long)
@@ -83,8 +96,10 @@ def token_loss(generator: Generator, samples: Sequence[dict], batch_size: int = 
         logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1].float().cpu()
         counted = real.bool() & ~torch.isin(ids, placeholders)
         total += F.cross_entropy(logits[counted], ids[counted], reduction="sum").item()
+        likeliest = logits[counted][:, : tokenizer.vocab_size].argmax(dim=-1)  # rows beyond are never chosen
+        right += int((likeliest == ids[counted]).sum())
         count += int(counted.sum())
-    return total / count
+    return TokenScores(total / count, right / count)
 
 
 def swap_media(samples: Sequence[dict], seed: int = 0) -> list[dict]:

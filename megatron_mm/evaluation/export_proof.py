@@ -32,7 +32,7 @@ from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.streams import GraphReader
-from megatron_mm.systems.export import model_entries
+from megatron_mm.systems.export import Adapter, adapter_of, model_entries
 
 #: Largest difference of values, as a share of the largest of them, where both sides have the same weights: fp32 sums in
 #: other orders, through all layers.
@@ -42,7 +42,8 @@ ROUNDED = 0.1
 NEW_TOKENS = 6
 #: Tokens of the prompts: with and without media, every kind of row comes.
 PROMPTS = (5, 2, 9, 4, 7, 3, 6, 8)
-#: Fields of the exported model's output and the streams of the training graph that they are.
+#: Fields of the exported model's output and the streams of the training graph that they are; a system's adapter may
+#: add its own.
 FIELDS = {
     "logits": "logits",
     "text_embeds": "text_embedding",
@@ -211,7 +212,7 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
     adapter = adapter_of_folder(fields, folder / "config.json")
     recipe = load_config(find_checkpoint(checkpoint) / "config.yaml") if checkpoint is not None else None
     config = recipe or config_from_hf(fields, folder / "config.json")
-    hf_inputs = adapter.load_class(adapter.config_class)(**fields).inputs
+    hf_inputs = getattr(adapter.load_class(adapter.config_class)(**fields), "inputs", {})
     rows = Rows.of(config, config.model.generates)
     source = SafetensorsFolder(folder)
     numbers = sum(torch.Size(source.shape(name)).numel() for name in source.names)
@@ -219,7 +220,17 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
         _room_for(4 * numbers, "the exported model")
     except NoRoom as error:
         return f"the exported model was not run: {error}"
-    said = _run(folder, questions(config, rows, hf_inputs["padding_side"] == "left"))
+    asked = questions(config, rows, hf_inputs.get("padding_side", "left") == "left")
+    if not any(names for names in (asked["answered"], *(names for _, names in asked["calls"]))):
+        known = ", ".join(compared(adapter))
+        raise ValueError(
+            f"nothing of {adapter.name} can be compared: its graph writes none of the streams of {known}; name fields "
+            "of its output and their streams in Adapter.outputs, or leave the proof out (--no-prove)"
+        )
+    said = _run(folder, asked)
+    wanted = {name for names in (asked["answered"], *(names for _, names in asked["calls"])) for name in names}
+    if lacking := sorted(wanted - said["fields"].keys()):
+        raise ValueError(f"the exported model's output lacks {', '.join(lacking)}, which the training model computes")
     for name, value in said["fields"].items():
         if not value.isfinite().all():
             raise ValueError(f"{name} of the exported model is not finite")
@@ -238,6 +249,11 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
     tolerance = SAME if stored == source.dtype(source.names[-1]) else ROUNDED
     worst = _compare_streams(recipe, trained, rows, said, tolerance)
     return f"{_sentence(said, [*ways, 'by the training model'])} (values within {worst:.1e} of the largest)"
+
+
+def compared(adapter: Adapter) -> dict[str, str]:
+    """Fields of an exported model's output and the streams of its graph that they are, where it has them."""
+    return FIELDS | dict(adapter.outputs)
 
 
 def _sentence(said: dict, ways: Sequence[str]) -> str:
@@ -264,7 +280,8 @@ def questions(config: Config, rows: Rows, left: bool) -> dict:
     from megatron_mm.systems.graph import build_graph
 
     streams = build_graph(config.model, LayerSettings()).streams
-    names = [name for name, stream in FIELDS.items() if stream in streams]
+    of_stream = compared(adapter_of(config.model.system, "the recipe"))
+    names = [name for name, stream in of_stream.items() if stream in streams]
     if rows.generates:
         prompts = exported_inputs(rows.prompts, left)
         prompts.pop("patch_noise", None)
@@ -341,16 +358,17 @@ def training_fields(
     """What the training model says of rows, for each of FIELDS that is named.
 
     Returns:
-        by name: values of the rows that have what the field is of, and which rows [R] these are; None of `logits`,
-        which are of all real tokens, in the order of rows.
+        by name: values of the rows that have what the field is of (of a system's own field: all rows), and which rows
+        [R] these are; None of `logits`, which are of all real tokens, in the order of rows.
     """
-    streams, _ = reader.run(batch, [FIELDS[name] for name in names])
+    of_stream = compared(adapter_of(reader.config.model.system, "the recipe"))
+    streams, _ = reader.run(batch, [of_stream[name] for name in names])
     images, sounds = batch.image_slots_RK[:, 0] >= 0, batch.sound_slots_RJ[:, 0] >= 0
     seen = images if batch.clip_slots_R is None else images | (batch.clip_slots_R >= 0)
     of_media = {"image_embeds": images, "vision_embeds": seen, "audio_embeds": sounds, "mae_prediction": images}
     fields = {}
     for name in names:
-        value, chosen = streams[FIELDS[name]].float().cpu(), of_media.get(name, torch.ones_like(images))
+        value, chosen = streams[of_stream[name]].float().cpu(), of_media.get(name, torch.ones_like(images))
         if name == "logits":
             real_RT = batch.document_ids_RT >= 0
             fields[name] = value.view(*real_RT.shape, -1)[real_RT], None
@@ -358,5 +376,7 @@ def training_fields(
             fields[name] = value.chunk(3)[0][chosen], chosen
         else:
             of_images = name == "mae_prediction"  # one for each image, not for each row
+            if not of_images and len(value) != len(chosen):
+                raise ValueError(f"the stream {of_stream[name]}, {list(value.shape)}, has not one value for each row")
             fields[name] = value[batch.image_slots_RK[chosen, 0] if of_images else chosen], chosen
     return fields

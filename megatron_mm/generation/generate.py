@@ -6,7 +6,7 @@ generation, with its cache: a training checkpoint passes through the same list o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from megatron_mm.config.load import load_config
 from megatron_mm.conversion.convert import (
     DTYPES,
     check_checkpoint,
+    chosen_tokenizer,
     find_checkpoint,
     hf_tensors,
-    opened_tokenizer,
     text_fields,
     tokenizer_of,
 )
@@ -29,7 +29,7 @@ from megatron_mm.conversion.hf_folder import adapter_of_folder, is_hf_folder, re
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.data.tokens.tokenizer import tokenizer_in
 from megatron_mm.hf.processing_mm import MultimodalProcessor
-from megatron_mm.systems.export import adapter_of, model_entries
+from megatron_mm.systems.export import adapter_of, load_plugins, model_entries
 
 
 @dataclass
@@ -70,14 +70,23 @@ class Decoding:
 
 
 class Generator:
-    """A model and its processor, ready to answer prompts."""
+    """A model and its processor, ready to answer prompts.
+
+    A system may bring a processor of its own, which does what of `hf/processing_mm.py` is called here and by the
+    evaluation: it is called with prompts, has a `tokenizer` and decodes.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: MultimodalProcessor):
         self.model, self.processor = model.eval(), processor
 
     @classmethod
     def from_path(
-        cls, path: str | Path, dtype: str = "fp32", device: str = "cpu", tokenizer: str | Path | None = None
+        cls,
+        path: str | Path,
+        dtype: str = "fp32",
+        device: str = "cpu",
+        tokenizer: str | Path | None = None,
+        plugins: Sequence[str] = (),
     ) -> Generator:
         """Load an exported folder, or a training checkpoint (itself, a folder of them, or a run's output folder).
 
@@ -86,29 +95,38 @@ class Generator:
             dtype: "fp32" or "bf16".
             device: torch device.
             tokenizer: a file that `open_tokenizer` reads; None: the one beside the weights.
+            plugins: files or modules to import, of which one registers the system of an exported folder; a checkpoint's
+                recipe names its own.
 
         Raises:
-            ValueError: nothing to load there, or not whole, or no tokenizer of a model that reads text.
+            ValueError: nothing to load there, or not whole, or no tokenizer of a model that reads text; a system that
+                answers no prompts.
         """
         path = Path(path)
+        load_plugins(plugins)
         if is_hf_folder(path):
             fields = read_json(path / "config.json")
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
-            opened = opened_tokenizer(tokenizer or tokenizer_in(path))
+            opened = chosen_tokenizer(adapter, tokenizer, tokenizer_in(path))
         else:
             folder = find_checkpoint(path)
             recipe = load_config(folder / "config.yaml")
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
             check_checkpoint(model_entries(recipe.model), reader)
-            opened = opened_tokenizer(tokenizer or tokenizer_of(recipe, folder))
-            fields = adapter.fields(recipe) | text_fields(recipe.model, opened, folder)
+            opened = chosen_tokenizer(adapter, tokenizer, tokenizer_of(recipe, folder))
+            fields = adapter.fields(recipe) | text_fields(adapter, recipe.model, opened, folder)
             tensors = hf_tensors(recipe.model, reader)
+        if adapter.processor_class is None:
+            raise ValueError(
+                f"{path}: the system {adapter.name!r} has no processor of prompts (Adapter.processor_class), so it "
+                "answers none; load its exported folder by AutoModel"
+            )
         config = adapter.load_class(adapter.config_class)(**(fields | release_fields()))
-        if opened is not None:  # folders exported before do not say it
-            config.tokenizer_size = opened.vocab_size
-        elif getattr(config, "has_text", True):
+        if opened is None and adapter.reads_tokenizer and getattr(config, "has_text", True):
             raise ValueError(f"{path}: holds no tokenizer; name one with --tokenizer")
-        processor = MultimodalProcessor(config, opened)
+        processor = adapter.load_class(adapter.processor_class)(config, opened)
+        if processor.tokenizer is not None:  # folders exported before do not say it
+            config.tokenizer_size = processor.tokenizer.vocab_size
         model = build_model(adapter.load_class(adapter.model_class), config, tensors, DTYPES[dtype], device)
         return cls(model, processor)
 
@@ -160,11 +178,18 @@ def build_model(
     dtype: torch.dtype,
     device: str,
 ) -> PreTrainedModel:
-    """A modelling class with given weights, each converted as it comes: no second copy of the model exists."""
+    """A modelling class with given weights, each converted as it comes: no second copy of the model exists.
+
+    Raises:
+        ValueError: the class has other weights, or in other shapes, or a buffer that no file holds.
+    """
     with torch.device("meta"):
         model = kind(config)
-    missing = set(model.state_dict())
+    known = set(model.state_dict())
+    missing = set(known)
     for name, tensor in tensors:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no {name}; its weights are, for example, {min(known)}")
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         if tuple(tensor.shape) != tuple(getattr(owner, leaf).shape):
@@ -173,6 +198,8 @@ def build_model(
         missing.discard(name)
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, among them {min(missing)}")
+    if buffers := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise ValueError(f"{kind.__name__} has the buffer {buffers[0]}, which no file holds; compute it in forward")
     return model
 
 

@@ -110,6 +110,8 @@ def _replace(owner: Any, **attributes: Any) -> None:
 
 
 def _redirect_torch() -> None:
+    with torch.device("meta"):  # at its first use it notes the functions that make tensors: torch's own, not ours
+        torch.empty(0)
     _replace(
         torch.cuda,
         current_device=device,

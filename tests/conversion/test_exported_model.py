@@ -146,8 +146,8 @@ def test_a_release_that_was_not_tried_is_said(monkeypatch):
 def test_a_modelling_file_imports_itself_what_its_imports_import(system, tmp_path):
     """transformers before 5.6 copies the files that the loaded file names, and no others, out of a local folder."""
     adapter = adapter_of(system, "")
-    for name in adapter.files:
-        write_code(tmp_path, name)
+    for name, source in adapter.files.items():
+        write_code(tmp_path, name, source)
 
     def imports(module: str) -> set[str]:
         code = (tmp_path / f"{module}.py").read_text()

@@ -108,8 +108,9 @@ def exported(work, tmp_path_factory) -> dict[str, dict]:
     for name, make in RECIPES.items():
         recipe, folders[name] = make(), str(root / name)
         (root / name).mkdir()
-        text = text_fields(recipe.model, tokenizer, root)
-        write_hf_files(root / name, adapter_of(name, ""), recipe, text, torch.float32, tokenizer)
+        adapter = adapter_of(name, "")
+        text = text_fields(adapter, recipe.model, tokenizer, root)
+        write_hf_files(root / name, adapter, recipe, text, torch.float32, tokenizer)
     files = {name: (file.kind, str(work / "media" / name)) for name, file in (READABLE | REFUSED).items()}
     packages = {package: name for package, (name, _) in PACKAGES.items()}
     (root / "input.json").write_text(json.dumps({"folders": folders, "files": files, "packages": packages}))
@@ -224,7 +225,7 @@ def test_images_and_samples_of_the_callers_are_taken_and_checked(recipe, work, p
 def test_code_of_folders_is_the_package_s_with_flat_imports(tmp_path):
     """Nothing of megatron_mm is left, and nothing but these imports is another."""
     for name, source in CODE.items():
-        write_code(tmp_path, name)
+        write_code(tmp_path, name, source)
         code, was = ((folder / file).read_text() for folder, file in ((tmp_path, name), (source.parent, source.name)))
         pairs = list(zip(code.splitlines(), was.splitlines(), strict=True))
         changed = [pair for pair in pairs if pair[0] != pair[1]]

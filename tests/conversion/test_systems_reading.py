@@ -18,7 +18,7 @@ from megatron_mm.config.section import changed
 from megatron_mm.conversion.convert import export, restore
 from megatron_mm.conversion.hf_folder import adapter_of_folder
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
-from megatron_mm.evaluation.evaluate import token_loss
+from megatron_mm.evaluation.evaluate import token_scores
 from megatron_mm.evaluation.streams import all_rows, reading_jsonl
 from megatron_mm.generation.generate import Decoding, Generator
 from megatron_mm.generation.prompts import read_prompts
@@ -160,7 +160,7 @@ def test_checkpoint_and_export_answer_the_same(media, works, name):
     for decoding in (Decoding(6), Decoding(6, num_beams=3)):
         answers = list(exported.generate(prompts, decoding, batch_size=3))
         assert len(answers) == len(prompts) and answers == list(direct.generate(prompts, decoding, batch_size=16))
-    losses = [token_loss(exported, prompts, batch_size) for batch_size in (2, 16)]
+    losses = [token_scores(exported, prompts, batch_size).loss for batch_size in (2, 16)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.classification import word_f1
-from megatron_mm.evaluation.evaluate import swap_media, token_loss
+from megatron_mm.evaluation.evaluate import swap_media, token_scores
 from megatron_mm.generation.generate import Generator
 from megatron_mm.hf.processing_mm import MultimodalProcessor
 from tests.conversion.export_case import draw, hf_model, sing, tiny_recipe, train_tokenizer
@@ -40,8 +40,14 @@ def samples(tmp_path):
     ]
 
 
-def test_token_loss_is_the_mean_over_all_learned_tokens_however_batched(generator, samples):
-    total, count = 0.0, 0
+def test_loss_and_accuracy_are_means_over_all_learned_tokens_however_batched(generator, samples):
+    total, right, count = 0.0, 0, 0
+    states, head = [], generator.model.lm_head
+    hook = head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+    token_scores(generator, samples[2:3])
+    hook.remove()
+    with torch.no_grad():  # so that one end at least is likeliest, and no padded row counts
+        head.weight[generator.processor.config.eos_token_id] = 10 * states[0][0, -2]
     processor = generator.processor
     samples[3]["prompt"], samples[3]["text"] = "<image><image><image>", "green and blue"
     for sample in samples:
@@ -53,9 +59,13 @@ def test_token_loss_is_the_mean_over_all_learned_tokens_however_batched(generato
         with torch.no_grad():
             log_probabilities = generator.model(**inputs, use_cache=False).logits[0].log_softmax(-1)
         total -= sum(log_probabilities[start - 1 + i, token].item() for i, token in enumerate(text))
+        pieces = log_probabilities[:, : processor.tokenizer.vocab_size]
+        right += sum(pieces[start - 1 + i].argmax().item() == token for i, token in enumerate(text))
         count += len(text)
+    assert 0 < right < count
     for batch_size in (1, 4, 6):
-        assert token_loss(generator, samples, batch_size) == pytest.approx(total / count, rel=1e-5)
+        found = token_scores(generator, samples, batch_size)
+        assert (found.loss, found.accuracy) == (pytest.approx(total / count, rel=1e-5), right / count)
 
 
 def test_swapped_media_are_a_derangement_within_each_kind():
@@ -83,7 +93,7 @@ def test_media_that_cannot_be_swapped_are_refused():
 
 def test_a_sample_without_text_is_named(generator):
     with pytest.raises(ValueError, match='sample 7: field "text"'):
-        token_loss(generator, [{"id": "7", "prompt": "<image>", "text": " "}])
+        token_scores(generator, [{"id": "7", "prompt": "<image>", "text": " "}])
 
 
 @pytest.mark.slow
@@ -101,8 +111,9 @@ def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
     rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
     assert [row["media"] for row in rows] == ["true", "swapped"] and "exact match" in done.stdout
     assert rows[0]["samples"] == 4 and math.isfinite(rows[0]["token_loss"])
-    assert rows[0]["token_loss"] == pytest.approx(token_loss(generator, samples), rel=1e-4)
-    assert rows[1]["token_loss"] == pytest.approx(token_loss(generator, swap_media(samples)), rel=1e-4)
+    assert rows[0]["token_accuracy"] == token_scores(generator, samples).accuracy and "token accuracy" in done.stdout
+    assert rows[0]["token_loss"] == pytest.approx(token_scores(generator, samples).loss, rel=1e-4)
+    assert rows[1]["token_loss"] == pytest.approx(token_scores(generator, swap_media(samples)).loss, rel=1e-4)
     assert abs(rows[0]["token_loss"] - rows[1]["token_loss"]) > 1e-4
     captions = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert len(captions) == 8
@@ -114,11 +125,12 @@ def test_the_tool_scores_an_exported_folder(generator, samples, tmp_path):
         assert row["classes"] == 4 and row["majority"] == 0.25
         assert row["weighted_recall"] == row["unweighted_recall"] == row["exact_match"]
     header, *lines = done.stdout.splitlines()[-3:]
-    headings = "samples of media count classes exact match CIDEr-D word F1 WAR UAR macro F1 commonest token loss"
+    headings = "samples of media count classes exact match CIDEr-D word F1 WAR UAR macro F1 commonest token loss "
+    headings += "token accuracy"
     assert " ".join(header.split()) == headings
     for line, row in zip(lines, rows):
         shown = [row[key] for key in ("exact_match", "cider", "word_f1", "weighted_recall", "unweighted_recall")]
-        shown += [row[key] for key in ("macro_f1", "majority", "token_loss")]
+        shown += [row[key] for key in ("macro_f1", "majority", "token_loss", "token_accuracy")]
         assert line.split() == ["held.jsonl", row["media"], "4", "4", *(f"{value:.3f}" for value in shown)]
 
     done = subprocess.run([*map(str, command), "--limit", "1", "--swap-media"], capture_output=True, encoding="utf-8")

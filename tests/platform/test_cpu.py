@@ -83,6 +83,8 @@ def test_factories_and_types_behave_as_megatron_expects():
         "assert torch.zeros(2, device='cuda').device == device == torch.cuda.current_device()\n"
         "assert torch.empty_like(torch.zeros(2), device=0).device.type == 'cpu'\n"
         "assert torch.zeros(2).type() == 'torch.cuda.FloatTensor' and torch.zeros(2).cuda().device.type == 'cpu'\n"
+        "with torch.device('meta'):\n"  # of torch's own, first used after the platform
+        "    assert torch.nn.Linear(2, 2).weight.is_meta and torch.arange(3).is_meta\n"
         "cpu.set_device('meta')\n"
         "assert torch.ones(3, device=torch.cuda.current_device()).is_meta\n"
     )

@@ -11,5 +11,4 @@ ADAPTER = Adapter(
     tree=lambda fields: section_tree(fields, AVTConfig, "decoder", DECODER_NAMES),
     config_class="configuration_avt.AVTConfig",
     model_class="modeling_avt.AVTModel",
-    modules=("configuration_mm", "conformer", "exported_model", "swin", "text_layers"),
 )

@@ -27,5 +27,4 @@ ADAPTER = Adapter(
     tree=lambda fields: section_tree(fields, DualEncoderConfig, "text", TEXT_NAMES),
     config_class="configuration_dual_encoder.DualEncoderConfig",
     model_class="modeling_dual_encoder.DualEncoderModel",
-    modules=("configuration_mm", "exported_model", "image_text", "text_layers", "vit"),
 )

@@ -24,13 +24,4 @@ ADAPTER = Adapter(
     tree=lambda fields: section_tree(fields, PerceiverFusionConfig, "text", TEXT_NAMES),
     config_class="configuration_perceiver_fusion.PerceiverFusionConfig",
     model_class="modeling_perceiver_fusion.PerceiverFusionModel",
-    modules=(
-        "configuration_mm",
-        "exported_model",
-        "image_text",
-        "perceiver",
-        "text_layers",
-        "transformer_xl",
-        "vit",
-    ),
 )

@@ -63,5 +63,4 @@ ADAPTER = Adapter(
     config_class="configuration_synapse.SynapseConfig",
     model_class="modeling_synapse.SynapseForCausalLM",
     bare_class="modeling_synapse.SynapseModel",
-    modules=("exported_model", "text_layers"),
 )

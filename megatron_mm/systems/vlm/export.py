@@ -12,5 +12,4 @@ ADAPTER = Adapter(
     tree=lambda fields: section_tree(fields, VLMConfig, "decoder", DECODER_NAMES),
     config_class="configuration_vlm.VLMConfig",
     model_class="modeling_vlm.VLMModel",
-    modules=("configuration_mm", "exported_model", "image_text", "text_layers", "vit"),
 )
