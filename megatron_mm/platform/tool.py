@@ -71,6 +71,9 @@ def run_tool(main: Callable[[], int | None], left: str = "nothing was left behin
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     _keep_from_forks(signal.SIGTERM)
-    sys.exit(status_of(main, left))
+    try:
+        sys.exit(status_of(main, left))
+    finally:
+        signal.signal(signal.SIGTERM, before)

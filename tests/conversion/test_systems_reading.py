@@ -195,8 +195,8 @@ def test_folders_and_recipes_that_do_not_belong_together_are_refused(works, tmp_
         restore(works["vlm"].exported, tmp_path / "out", config=tmp_path / "mae.yaml", quiet=True)
     with pytest.raises(ValueError, match="model_type is 'llama', not one of synapse, avt"):
         adapter_of_folder({"model_type": "llama"}, tmp_path)
-    with pytest.raises(ValueError, match="no export of the system 'byte_mixer'; there is one of synapse"):
-        adapter_of("byte_mixer", tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="no export of the system 'none_such'; there is one of synapse"):
+        adapter_of("none_such", tmp_path / "config.yaml")
 
 
 def test_a_tower_alone_needs_no_tokenizer(media, tmp_path):
