@@ -4,8 +4,9 @@
         --pipeline-model-parallel-size 2
 
 The layer is a gated causal convolution over bytes (GLU, arXiv:1612.08083), the objective the likelihood of the next
-byte with smoothed labels, the dataset the sources of Python's standard library, which every machine has. The recipe
-names this file under `plugins` and under `data.builder`. Pipeline, data parallelism, checkpoints, resuming and the
+byte with smoothed labels, the dataset the sources of Python's standard library, which every machine has. The tokens are
+those of the package's tokenizer of bytes. The recipe names this file under `plugins` and under `data.builder`, and
+bytes.json under `data.tokenizer`. Pipeline, data parallelism, checkpoints, resuming and the
 tools work as for any other system; the layer is whole on every tensor-parallel process.
 
 What an exported folder runs on is beside this file, in plain torch: configuration_byte_mixer.py, modeling_byte_mixer.py
@@ -35,6 +36,7 @@ from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import System, register
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan
 from megatron_mm.data.reading.rows import Document, collate
+from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm.models.graph import ForwardContext, Graph, Kind, Loss, Node, NodeCost, Stream
 from megatron_mm.models.layers.parameters import describe, empty_parameter
 from megatron_mm.models.layers.settings import LayerSettings
@@ -43,10 +45,6 @@ from megatron_mm.models.work import MatrixProduct, Moved
 from megatron_mm.objectives.measures import TokenAccuracy
 from megatron_mm.systems.export import Adapter, section_fields, section_tree
 
-BYTES = 256
-#: What config.json says of bytes: NUL pads, a text begins on a new line, and nothing marks its end.
-SPECIAL_BYTES = {"pad_token_id": 0, "bos_token_id": ord("\n"), "eos_token_id": None}
-
 
 @section
 class ByteMixerConfig(SystemConfig):
@@ -54,6 +52,8 @@ class ByteMixerConfig(SystemConfig):
 
     system: Literal["byte_mixer"] = "byte_mixer"
     """Name of the system."""
+    vocab_size: int = 264
+    """Rows of the embedding: the tokenizer's 256 bytes and eight special tokens."""
     num_layers: int = 6
     """Convolution layers."""
     hidden_size: int = 96
@@ -66,7 +66,7 @@ class ByteMixerConfig(SystemConfig):
     @property
     def inputs(self) -> InputFormat:
         """Rows of one piece of text."""
-        return InputFormat(vocab_size=BYTES, packed=False)
+        return InputFormat(vocab_size=self.vocab_size, packed=False)
 
     @property
     def generates(self) -> bool:
@@ -87,7 +87,7 @@ class ByteEmbedding(nn.Module):
 
     def __init__(self, config: ByteMixerConfig, settings: LayerSettings) -> None:
         super().__init__()
-        self.table = empty_parameter(BYTES, config.hidden_size, dtype=settings.dtype)
+        self.table = empty_parameter(config.vocab_size, config.hidden_size, dtype=settings.dtype)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         """The microbatch's tokens as vectors."""
@@ -112,14 +112,14 @@ class GatedConvolution(nn.Module):
 
 
 class ByteHead(nn.Module):
-    """States -> logits [R, T, 256]."""
+    """States -> logits [R, T, V]."""
 
     def __init__(self, config: ByteMixerConfig, settings: LayerSettings) -> None:
         super().__init__()
-        self.output = empty_parameter(BYTES, config.hidden_size, dtype=settings.dtype)
+        self.output = empty_parameter(config.vocab_size, config.hidden_size, dtype=settings.dtype)
 
     def forward(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[R, T, C] -> [R, T, 256]."""
+        """[R, T, C] -> [R, T, V]."""
         return functional.linear(hidden, self.output)
 
 
@@ -155,10 +155,10 @@ def smoothed_loss(label_smoothing: float) -> Loss:
 
 def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
     """Embedding, convolutions, head: each layer a node, so that a pipeline can be cut between any two."""
-    width, inputs = config.hidden_size, config.hidden_size * config.kernel_size
+    vocabulary, width, inputs = config.vocab_size, config.hidden_size, config.hidden_size * config.kernel_size
     matrix = 2 * width * inputs
     hidden = Stream("hidden", lambda plan: (plan.num_rows, plan.row_length, width))
-    logits = Stream("logits", lambda plan: (plan.num_rows, plan.row_length, BYTES))
+    logits = Stream("logits", lambda plan: (plan.num_rows, plan.row_length, vocabulary))
 
     def make(kind: type[nn.Module]) -> nn.Module:
         return describe(kind(config, settings), init_std=config.init_std)
@@ -175,16 +175,16 @@ def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
         return of_plan
 
     def embedding_names(node: str, exported: str) -> Iterator[Entry]:
-        yield plain(f"{node}.table", f"{exported}.weight", BYTES, width)
+        yield plain(f"{node}.table", f"{exported}.weight", vocabulary, width)
 
     def layer_names(node: str, exported: str) -> Iterator[Entry]:
         yield from norm(f"{node}.input_layernorm", f"{exported}.norm", width, bias=True)
         yield plain(f"{node}.kernel", f"{exported}.conv.weight", 2 * width, width, config.kernel_size)
 
     def head_names(node: str, exported: str) -> Iterator[Entry]:
-        yield plain(f"{node}.output", f"{exported}.weight", BYTES, width)
+        yield plain(f"{node}.output", f"{exported}.weight", vocabulary, width)
 
-    table = BYTES * width
+    table = vocabulary * width
     embedding = Kind(partial(make, ByteEmbedding), cost(table), embedding_names)
     nodes = [Node("embedding", embedding, (), (hidden,), "embed_tokens", frozenset({"tokens_RT"}))]
     for index in range(config.num_layers):
@@ -192,7 +192,7 @@ def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
         figures = cost(matrix + 2 * width, 2 * width, inputs, kernels=4)
         layer = Kind(partial(make, GatedConvolution), figures, layer_names)
         nodes.append(Node(name, layer, ("hidden",), (hidden,), exported=name, recomputable=True))
-    head = Kind(partial(make, ByteHead), cost(table, BYTES, width), head_names)
+    head = Kind(partial(make, ByteHead), cost(table, vocabulary, width), head_names)
     nodes.append(Node("output", head, ("hidden",), (logits,), "lm_head"))
     return Graph(nodes, [smoothed_loss(config.label_smoothing)])
 
@@ -205,12 +205,11 @@ DATA = ("seq_length",)
 
 ADAPTER = Adapter(
     name="byte_mixer",
-    fields=lambda config: section_fields(config, None, NAMES, DATA) | {"vocab_size": BYTES} | SPECIAL_BYTES,
+    fields=lambda config: section_fields(config, None, NAMES, DATA),
     tree=lambda fields: section_tree(fields, ByteMixerConfig, None, NAMES, DATA),
     config_class="configuration_byte_mixer.ByteMixerConfig",
     model_class="modeling_byte_mixer.ByteMixerModel",
     processor_class="processing_byte_mixer.ByteProcessor",
-    reads_tokenizer=False,
     source=Path(__file__).parent,
 )
 
@@ -220,31 +219,31 @@ register(System("byte_mixer", ByteMixerConfig, build_graph, ADAPTER))
 
 
 class StandardLibrary:
-    """A split of the standard library's modules: sample n is a piece of the text that a keyed draw chooses.
+    """A split of the standard library's modules: sample n is a paragraph that a keyed draw chooses.
 
     Args:
         files: the modules of the split.
-        length: bytes of a row.
+        length: tokens of a row.
     """
 
-    def __init__(self, files: list[Path], inputs: InputFormat, length: int, seed: int) -> None:
-        text = b"\n".join(path.read_bytes() for path in files)
-        self.text = np.frombuffer(text, np.uint8).astype(np.int64)
+    def __init__(self, files: list[Path], tokenizer: Tokenizer, inputs: InputFormat, length: int, seed: int) -> None:
+        self.texts, self.tokenizer = tokenizer.encode_batch(paragraphs(files)), tokenizer
         self.inputs, self.length, self.seed, self.files = inputs, length, seed, len(files)
 
     def report_lines(self) -> list[str]:
         """What the console is told."""
-        return [f"{self.files} modules of Python's standard library, {self.text.size:,} bytes"]
+        return [f"{self.files} modules of Python's standard library, {len(self.texts):,} paragraphs"]
 
     def microbatch(self, index: Sequence[int], fields: Collection[str], task: str = "") -> Microbatch:
         """The samples of these numbers (contract: megatron_mm/data/reading/dataset.py)."""
-        rows = []
+        rows, tokenizer = [], self.tokenizer
         for number in index:
             draw = np.random.Generator(np.random.Philox(key=[self.seed, number]))
-            start = int(draw.integers(0, self.text.size - self.length))
-            tokens = self.text[start : start + self.length]
-            rows.append([Document(tokens, np.ones(tokens.size, bool), f"stdlib/{number}")])
-        return collate(rows, self.inputs, self.length, index, task).microbatch
+            text = self.texts[draw.integers(len(self.texts))]
+            tokens = np.concatenate([[tokenizer.bos_id], text, [tokenizer.eos_id]])[: self.length]
+            learned = ~np.isin(tokens, tokenizer.unlearned_ids)
+            rows.append([Document(tokens, learned, f"stdlib/{number}")])
+        return collate(rows, self.inputs, self.length, index, task, pad_id=tokenizer.pad_id).microbatch
 
 
 def modules() -> tuple[list[Path], list[Path]]:
@@ -253,8 +252,17 @@ def modules() -> tuple[list[Path], list[Path]]:
     return [path for number, path in enumerate(files) if number % 10], files[::10]
 
 
+def paragraphs(files: list[Path]) -> list[str]:
+    """What empty lines separate in these modules."""
+    parts = (part for path in files for part in path.read_text(encoding="utf-8").split("\n\n"))
+    return [part.strip("\n") for part in parts if part.strip()]
+
+
 def build_datasets(config: Config) -> SimpleNamespace:
-    """The splits of a run."""
-    args = (config.model.inputs, config.data.seq_length, config.training.seed)
+    """The splits of a run, and their tokenizer."""
+    if config.data.tokenizer is None:
+        raise ValueError("data.tokenizer is not set; name examples/own_system/bytes.json")
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    args = (tokenizer, config.model.inputs, config.data.seq_length, config.training.seed)
     train, valid = (StandardLibrary(files, *args) for files in modules())
-    return SimpleNamespace(train=train, valid=valid)
+    return SimpleNamespace(train=train, valid=valid, tokenizer=tokenizer)

@@ -11,7 +11,7 @@ class ByteMixerConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vocab_size=256,
+        vocab_size=264,
         hidden_size=96,
         num_hidden_layers=6,
         kernel_size=5,
@@ -20,8 +20,8 @@ class ByteMixerConfig(PreTrainedConfig):
         seq_length=128,
         use_cache=True,
         pad_token_id=0,
-        bos_token_id=10,
-        eos_token_id=None,
+        bos_token_id=2,
+        eos_token_id=3,
         tie_word_embeddings=False,
         **kwargs,
     ):

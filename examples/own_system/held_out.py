@@ -1,4 +1,4 @@
-"""Held-out pieces of Python's standard library as samples of tools/evaluate.py: a prompt, and the text that follows.
+"""Held-out paragraphs of Python's standard library as samples of tools/evaluate.py: a beginning, and how it goes on.
 
     python -m examples.own_system.held_out --output held_out.jsonl --samples 64
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tyro
 
-from examples.own_system.byte_mixer import modules
+from examples.own_system.byte_mixer import modules, paragraphs
 
-PROMPT, TEXT = 64, 32  # characters
+SHORTEST, LONGEST = 48, 96  # characters
 
 
 @dataclass
@@ -24,21 +24,17 @@ class Arguments:
     output: Path
     """JSONL to write."""
     samples: int = 64
-    """Lines of it."""
+    """Lines of it; fewer where there are not so many paragraphs."""
     seed: int = 0
-    """Chooses the pieces."""
+    """Chooses the paragraphs."""
 
 
 def samples(count: int, seed: int) -> list[dict]:
-    """Pieces of modules that no run learns."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in modules()[1])
-    chance, found = random.Random(seed), []
-    while len(found) < count:
-        start = chance.randrange(len(text) - PROMPT - TEXT)
-        end = start + PROMPT
-        if text[end : end + TEXT].strip():
-            found.append({"id": str(start), "prompt": text[start:end], "text": text[end : end + TEXT]})
-    return found
+    """Paragraphs of modules that no run learns: two thirds are the prompt."""
+    found = [part for part in paragraphs(modules()[1]) if SHORTEST <= len(part) <= LONGEST]
+    random.Random(seed).shuffle(found)
+    cuts = [(part, len(part) * 2 // 3) for part in found[:count]]
+    return [{"id": str(i), "prompt": part[:cut], "text": part[cut:]} for i, (part, cut) in enumerate(cuts)]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ before it. A row begins with zeros in training, so states of padding are zero he
 The cache holds the normed states that each layer has read. The last `kernel_size - 1` would do, but transformers' own
 growing cache, whose keys they are (its values are empty), knows how beams are reordered and how tokens are taken back.
 
-Shapes: B rows, T bytes, C width, K bytes of a kernel.
+Shapes: B rows, T bytes, C width, K bytes of a kernel, V rows of the vocabulary.
 """
 
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class ByteMixerModel(ExportedModel, GenerationMixin):
         num_items_in_batch=None,
         **kwargs,
     ):
-        """Logits [B, T, 256], and with `labels` [B, T] the mean loss of the next byte, whose labels are not smoothed.
+        """Logits [B, T, V], and with `labels` [B, T] the mean loss of the next byte, whose labels are not smoothed.
 
         `attention_mask` [B, bytes in the cache + T] is 1 for bytes and 0 for padding; None: all are bytes. A byte has
         no position, so `position_ids` are compared with the cache and not used. The cache comes as `past_key_values` or

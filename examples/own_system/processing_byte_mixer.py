@@ -5,40 +5,25 @@ transformers only.
 """
 
 import torch
-from transformers import AutoConfig
-
-
-class ByteTokenizer:
-    """UTF-8: a token is a byte, and there are no others."""
-
-    vocab_size = 256
-    #: No byte stands for an image, a sound or a video.
-    placeholder_ids = {}
-
-    def encode(self, text):
-        """Text to ids."""
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids):
-        """Ids to text; bytes that are no UTF-8 show as U+FFFD."""
-        return bytes(ids).decode("utf-8", errors="replace")
+from transformers import AutoConfig, AutoTokenizer
 
 
 class ByteProcessor:
     """Prompts to model inputs, and generated ids to text.
 
     Args:
-        config: the model's configuration.
-        tokenizer: None; bytes need no file.
+        config: the model's configuration, which has the ids of special tokens.
+        tokenizer: has encode(text) -> ids and decode(ids) -> text.
     """
 
-    def __init__(self, config, tokenizer=None):
-        self.config, self.tokenizer = config, ByteTokenizer()
+    def __init__(self, config, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
         """The processor of an exported folder."""
-        return cls(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        return cls(config, AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
@@ -70,8 +55,11 @@ class ByteProcessor:
         return {"input_ids": ids, "attention_mask": mask}
 
     def decode(self, ids):
-        """Text of generated ids."""
-        return self.tokenizer.decode([int(i) for i in ids])
+        """Text of generated ids, up to the first </s>."""
+        ids, config = [int(i) for i in ids], self.config
+        if config.eos_token_id in ids:
+            ids = ids[: ids.index(config.eos_token_id)]
+        return self.tokenizer.decode([i for i in ids if i not in (config.pad_token_id, config.bos_token_id)])
 
     def batch_decode(self, sequences):
         """Texts of several sequences of ids."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from examples.own_system.answer import NEW_BYTES
 from megatron_mm.checkpoints import folder as checkpoint_folder
@@ -23,6 +24,7 @@ from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.systems import SYSTEMS
 from megatron_mm.conversion.convert import export, refresh, restore
 from megatron_mm.data.reading.rows import Document, collate
+from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.evaluate import token_scores
 from megatron_mm.evaluation.export_proof import exact_reader, proof, prove
 from megatron_mm.generation.generate import Decoding, Generator
@@ -34,6 +36,7 @@ from tests.support.waiting import HANG_SECONDS
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "own_system"
 PLUGIN = EXAMPLE / "byte_mixer.py"
+BYTES = EXAMPLE / "bytes.json"
 PROMPTS = [{"prompt": text} for text in ("import os", "x", "def f(x):\n    return ", "größe")]
 SAMPLES = [
     {"id": "a", "prompt": "import ", "text": "sys\n"},
@@ -54,6 +57,7 @@ def run(tmp_path_factory):
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     write_checkpoint_weights(part, shapes, torch.float32, weights.__getitem__, {"iteration": 7})
     dump_config(config, part / "config.yaml")
+    shutil.copyfile(BYTES, part / "byte_tokenizer.json")
     checkpoint_folder.finish(part, {"iteration": 7})
     return root
 
@@ -100,10 +104,13 @@ def test_the_folder_has_the_plugins_files_and_what_they_import(exported):
     names = {path.name for path in exported.glob("*.py")}
     assert names == {
         "configuration_byte_mixer.py", "modeling_byte_mixer.py", "processing_byte_mixer.py",
-        "exported_model.py", "text_layers.py",
+        "exported_model.py", "text_layers.py", "tokenization_bytes.py",
     }  # fmt: skip
+    assert (exported / "byte_tokenizer.json").read_bytes() == BYTES.read_bytes()
     assert not (exported / "tokenizer.model").exists()
     fields = json.loads((exported / "config.json").read_text())
+    special = {role: fields[f"{role}_token_id"] for role in ("pad", "bos", "eos")}
+    assert special == {"pad": 0, "bos": 2, "eos": 3} and fields["vocab_size"] == fields["tokenizer_size"] == 264
     assert fields[PLUGINS] == ["byte_mixer.py"]  # no folder of this machine
     assert str(ROOT) not in (exported / "config.json").read_text()
     readme = (exported / "README.md").read_text()
@@ -171,12 +178,12 @@ def test_a_cache_that_was_lost_is_refused(exported):
 
 
 def test_tokens_are_scored_as_the_training_model_scores_them(run, exported):
-    config = load_config(checkpoint(run) / "config.yaml")
+    config, tokenizer = load_config(checkpoint(run) / "config.yaml"), open_tokenizer(BYTES)
     reader = exact_reader(config, checkpoint(run))
     loss, right, count = 0.0, 0, 0
     for sample in SAMPLES:
-        prompt = ("\n" + (sample["prompt"] or "")).encode()
-        row = np.frombuffer(prompt + sample["text"].encode(), np.uint8).astype(np.int64)
+        prompt = [tokenizer.bos_id, *tokenizer.encode(sample["prompt"] or "")]
+        row = np.array([*prompt, *tokenizer.encode(sample["text"]), tokenizer.eos_id])
         documents = [[Document(row, np.ones(row.size, bool), sample["id"])]]
         batch = collate(documents, config.model.inputs, config.data.seq_length, [0], "").microbatch
         logits = reader.run(batch, ["logits"])[0]["logits"].cpu()[0, len(prompt) - 1 : len(row) - 1]
@@ -189,10 +196,42 @@ def test_tokens_are_scored_as_the_training_model_scores_them(run, exported):
         assert (found.loss, found.accuracy) == (pytest.approx(loss / count, rel=1e-5), right / count)
 
 
-def test_what_bytes_cannot_hold_is_refused(run, exported, tmp_path):
+def test_an_answer_shows_what_stands_before_the_end(exported):
+    """By the protocol's tokenizer and by AutoTokenizer's."""
+    alone = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+    for processor in (Generator.from_path(exported).processor, alone):
+        ids = [0, 2, *processor.tokenizer.encode("größe"), 3, *processor.tokenizer.encode("x"), 3]
+        assert processor.decode(torch.tensor(ids)) == "größe" and processor.batch_decode([ids, [3]]) == ["größe", ""]
+
+
+def test_generation_stops_at_the_end(exported):
+    """Where the model says the end in the place of another token, the answer is what it was up to that token."""
     generator = Generator.from_path(exported)
+    model, inputs = generator.model, generator.processor(PROMPTS[:1])
+    start = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, start:].tolist()
+    token = ids[4]
+    assert len(ids) == 12 and 3 not in ids
+    weight = model.lm_head.weight.data
+    weight[[3, token]] = weight[[token, 3]]
+    found = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, start:].tolist()
+    assert found == [*ids[: ids.index(token)], 3]
+
+
+def test_prompts_with_media_are_refused(exported):
     with pytest.raises(ValueError, match="reads text alone; a prompt has images"):
-        list(generator.generate([{"prompt": "x", "images": ["a.png"]}]))
+        list(Generator.from_path(exported).generate([{"prompt": "x", "images": ["a.png"]}]))
+
+
+def test_a_system_that_needs_no_tokenizers_file_says_its_special_ids_itself(run, exported, tmp_path, monkeypatch):
+    system = SYSTEMS["byte_mixer"]
+    special = {"pad_token_id": 1, "bos_token_id": 4, "eos_token_id": None}
+    fields = system.export.fields
+    adapter = replace(system.export, reads_tokenizer=False, fields=lambda config: fields(config) | special)
+    monkeypatch.setitem(SYSTEMS, "byte_mixer", replace(system, export=adapter))
+    hf = export(run, tmp_path / "itself", quiet=True)
+    found = json.loads((hf / "config.json").read_text())
+    assert special.items() <= found.items() and not list(hf.glob("*tokeniz*"))
     for path in (run, exported):
         with pytest.raises(ValueError, match="byte_mixer reads text without a tokenizer's file; leave it out"):
             Generator.from_path(path, tokenizer=tmp_path / "spm.model")
