@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a process (several processes run on two cores), and nothing of the user's home."""
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -36,9 +37,11 @@ def _what_the_package_starts_is_forked():
     """And what the tests start by tests/support/programs.py."""
     from tests.support.programs import INTERPRETER, PYTHON
 
-    sys.executable = PYTHON
-    yield
-    sys.executable = INTERPRETER
+    for python in (PYTHON, INTERPRETER):
+        sys.executable = python
+        multiprocessing.set_executable(python)
+        if python == PYTHON:
+            yield
 
 
 def pytest_collection_modifyitems(items):

@@ -19,8 +19,8 @@ def build(smoke: bool) -> TowerCase:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     tower, images = sizes(smoke)
-    mae = MAEConfig(num_layers=2, hidden_size=tower.hidden_size // 2, num_attention_heads=2)
-    mae.ffn_hidden_size = 4 * mae.hidden_size
+    width = tower.hidden_size // 2
+    mae = MAEConfig(num_layers=2, hidden_size=width, num_attention_heads=2, ffn_hidden_size=4 * width)
     settings = LayerSettings()
     nodes = vit_nodes(tower, settings, 0.02, full=False, masked=mae) + mae_nodes(tower, mae, settings, 0.02)
     ours, loss = Tower(nodes).train(), mae_loss(tower, mae)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import PYTHON
+from tests.support.programs import INTERPRETER, PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_a_case_that_is_none(tmp_path):
 
 
 def test_killed_builds_end_with_the_same_bytes(tmp_path):
-    command = [PYTHON, "-m", "tests.data.killed_builds", "--smoke", "--folder", str(tmp_path)]
+    command = [INTERPRETER, "-m", "tests.data.killed_builds", "--smoke", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("the same bytes") == 2 and done.stdout.count("killed 10 times") == 2

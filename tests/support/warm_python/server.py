@@ -12,6 +12,7 @@ import array
 import ast
 import atexit
 import contextlib
+import multiprocessing
 import os
 import resource
 import selectors
@@ -42,7 +43,7 @@ IMPORTED = (
     "yaml",
 )
 #: Variables that are read when packages are imported, by the beginnings of their names; and those that are not, or of
-#: which nothing depends but what is logged.
+#: which nothing depends but what is logged, or what CUDA does once it is used.
 _READ = (
     *("OMP_", "MKL_", "KMP_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "PYTHON"),
     *("CUDA_", "LD_", "MALLOC_", "GLIBC_", "TQDM_", "NLTK_", "XDG_", "HOME", "TMPDIR", "LANG", "LC_", "TZ"),
@@ -50,6 +51,7 @@ _READ = (
 _NOT_READ = (
     *("PYTHONPATH", "PYTHON_EXEC", "TORCH_CPP_LOG_LEVEL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
     *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHINDUCTOR_CACHE_DIR", "HF_MODULES_CACHE"),
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"),
 )
 
 
@@ -152,7 +154,7 @@ class Server:
     def _can(self, request: dict) -> bool:
         """Whether a fork is what the program asks for."""
         words = request["words"]
-        while words and words[0] == "-u":
+        while words and words[0] in ("-u", "-B"):
             words = words[1:]
         if not words or (words[0].startswith("-") and (words[0] not in ("-c", "-m") or len(words) < 2)):
             return False
@@ -238,6 +240,7 @@ class Server:
 
         np.random.seed()
         sys.executable = self._command
+        multiprocessing.set_executable(self._command)
         # What transformers took from the environment when it was imported.
         if folder := environment.get("HF_MODULES_CACHE"):
             for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
@@ -247,9 +250,12 @@ class Server:
 
 def run(words: list[str]) -> None:
     """What the interpreter does with its arguments."""
-    while words[0] == "-u":
+    while words[0] in ("-u", "-B"):
+        if words[0] == "-u":
+            sys.stdout.reconfigure(write_through=True)
+        else:
+            sys.dont_write_bytecode = True
         words = words[1:]
-        sys.stdout.reconfigure(write_through=True)
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     main = type(sys)("__main__")
     main.__builtins__ = __builtins__
