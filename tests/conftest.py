@@ -1,7 +1,6 @@
 """Shared by all tests: one thread a process (several processes run on two cores), and nothing of the user's home."""
 
 import contextlib
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -37,11 +36,9 @@ def _what_the_package_starts_is_forked():
     """And what the tests start by tests/support/programs.py."""
     from tests.support.programs import INTERPRETER, PYTHON
 
-    for python in (PYTHON, INTERPRETER):
-        sys.executable = python
-        multiprocessing.set_executable(python)
-        if python == PYTHON:
-            yield
+    sys.executable = PYTHON
+    yield
+    sys.executable = INTERPRETER
 
 
 def pytest_collection_modifyitems(items):

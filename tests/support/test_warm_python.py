@@ -123,28 +123,6 @@ def test_what_a_fork_cannot_be_is_a_new_interpreter(tmp_path):
     assert [said for _, said, _ in both(tmp_path, ["-c", code], env={**os.environ, "PYTHONPATH": "."})] == [False, True]
 
 
-SPAWN = """
-import multiprocessing, sys
-
-def work(number):
-    return number * 2, "torch" in sys.modules
-
-if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        print(sorted(pool.map(work, range(3))))
-"""
-
-
-def test_processes_that_a_program_spawns_are_forked_too(tmp_path):
-    (tmp_path / "spawns.py").write_text(SPAWN)
-    said = []
-    for python in (INTERPRETER, PYTHON):
-        done = subprocess.run([python, "spawns.py"], capture_output=True, encoding="utf-8", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert said == [f"{[(number, torch) for number in (0, 2, 4)]}\n" for torch in (False, True)]
-
-
 def test_two_programs_draw_other_numbers():
     code = "import random, numpy, uuid; print(random.random(), numpy.random.rand(), uuid.uuid4())"
     said = [subprocess.run([PYTHON, "-c", code], capture_output=True, encoding="utf-8").stdout.split() for _ in "ab"]

@@ -24,7 +24,7 @@ def real(words):
 
 def main():
     words = [*WORDS, *sys.argv[1:]]
-    if not words:
+    if not words or "--multiprocessing-fork" in words:
         real(words)
     numbers = []
     for name in os.listdir("/proc/self/fd"):

@@ -12,7 +12,6 @@ import array
 import ast
 import atexit
 import contextlib
-import multiprocessing
 import os
 import resource
 import selectors
@@ -240,7 +239,6 @@ class Server:
 
         np.random.seed()
         sys.executable = self._command
-        multiprocessing.set_executable(self._command)
         # What transformers took from the environment when it was imported.
         if folder := environment.get("HF_MODULES_CACHE"):
             for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
