@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The tests, from nothing: makes the environment if it is missing, checks style, runs pytest.
 #
-#   tests/run.sh            everything (under half an hour on two cores), with tests/gpu_stack/run.sh
-#   tests/run.sh --fast     what one runs while working: no whole runs, no layouts, no quick start
+#   tests/run.sh            everything (under 20 minutes on two cores), with tests/gpu_stack/run.sh
+#   tests/run.sh --fast     what one runs while working, 2 minutes: no whole runs, no layouts, no test of over a second
 #   tests/run.sh --newest   what touches another package's interface (marked so), with the newest releases that setup.py
 #                           allows, torch apart; in .venv-newest, brought up to date each time
 #   tests/run.sh --lowest   the same with the lowest releases (locks/lowest.txt, for Python 3.11), in .venv-lowest

@@ -39,6 +39,7 @@ def of_a_users_own_builder(path: Path) -> str:
     return "tokenizer.model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [trained, of_bytes, of_a_users_own_builder])
 def test_the_copy_is_found_by_its_kind(built, make, tmp_path):
     config, pipeline, optimizer = built

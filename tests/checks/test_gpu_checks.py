@@ -249,6 +249,7 @@ def test_a_run_that_fails_is_quoted(tmp_path):
     assert gpu_checks._reason(log) == "Killed"
 
 
+@pytest.mark.slow
 def test_usage_is_refused_by_name():
     done = run("node", "--gpus", 2)
     assert done.returncode == 2 and "error: --gpus is 2; `node` needs at least 4" in done.stderr

@@ -205,6 +205,7 @@ def test_a_builder_that_was_moved_is_found():
     assert pkgutil.resolve_name(config.data.builder)
 
 
+@pytest.mark.slow
 def test_usage_errors_exit_with_2_and_help_with_0():
     def run(*words):
         command = [PYTHON, "pretrain_multimodal.py", *words]

@@ -149,6 +149,7 @@ def test_a_file_is_no_folder(tmp_path):
             begin_folder(tmp_path / name, "tool.py", "--output", never)
 
 
+@pytest.mark.slow
 def test_json_of_the_tools_is_checked_before_they_work(tmp_path):
     """Each tool ends within its start: what it should work on is not even there."""
     recipe = tmp_path / "recipe.yaml"

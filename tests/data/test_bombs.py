@@ -139,6 +139,7 @@ def flac(total: int | None = None) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_media_that_claim_gigabytes_are_refused(tmp_path):
     bomb = deflated_zeros(256)
     wav = io.BytesIO()
@@ -167,6 +168,7 @@ def test_media_that_claim_gigabytes_are_refused(tmp_path):
     assert len(found) == len(cases)
 
 
+@pytest.mark.slow
 def test_a_sound_whose_length_nobody_says_is_refused_while_it_decodes(tmp_path):
     (tmp_path / "unknown.sound.flac").write_bytes(flac(0))
     ((_, peak, message),) = outcome(DECODE, tmp_path / "unknown.sound.flac")
@@ -213,6 +215,7 @@ def zeros(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".gz", ".zst", ""])
 def test_a_line_without_end_is_refused(zeros, tmp_path, tokenizer_path, ending):
     ((_, peak, message),) = outcome(BUILD, zeros / f"zeros.jsonl{ending}", tmp_path / "x", tokenizer_path)
@@ -231,6 +234,7 @@ def write_parquet(path: Path, values: str, rows: list[int], **fields) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_columns_that_expand_are_measured_first(tmp_path):
     """200 GB of one repeated megabyte, in 500 bytes; 260 MiB of zeros, in 8 KB; the first, as Arrow."""
     path = write_parquet(tmp_path / "list.parquet", "x" * MIB, [200_000], text=["a"])
@@ -287,6 +291,7 @@ run_tool(lambda: build_multimodal([sys.argv[1]], sys.argv[2], sys.argv[3], worke
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_stops_cleanly_and_is_gone_on_from(samples, tmp_path, tokenizer_path):
     """A disk of 400 KiB is filled, enlarged, and the same command ends with the bytes of an undisturbed build."""
@@ -314,6 +319,7 @@ def test_a_full_disk_stops_cleanly_and_is_gone_on_from(samples, tmp_path, tokeni
         subprocess.run(["umount", str(disk)], check=False)
 
 
+@pytest.mark.slow
 def test_bombs_among_samples_are_left_out_and_named(samples, tmp_path, tokenizer_path):
     """With --on-error skip, a build goes on past them; its memory is limited to 4 GiB of addresses."""
     (samples.parent / "billion.png").write_bytes(png(40000, 25000))

@@ -112,6 +112,7 @@ def test_bad_line_is_named_and_nothing_is_left(source, tmp_path, tokenizer_path,
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tool_exit_status_no_check_and_media_root(source, tmp_path, tokenizer_path):
     (source / "1-0.png").write_bytes(b"\x89PNG garbage")
     elsewhere = tmp_path / "lines" / "s.jsonl"
@@ -135,6 +136,7 @@ def test_tool_exit_status_no_check_and_media_root(source, tmp_path, tokenizer_pa
     assert figures["documents"] == 60 and len(figures["problems"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["preprocess_multimodal", "preprocess_data"])
 def test_disk_full_leaves_nothing(samples, tmp_path, tokenizer_path, tool):
     """A limit on the size of files stands in for the full disk: writes fail in the middle in the same way."""

@@ -40,6 +40,7 @@ def model(request, tmp_path_factory, corpus) -> str:
     return path
 
 
+@pytest.mark.slow
 def test_same_bytes_as_the_per_document_loop(tmp_path, corpus, model):
     """The oracle is megatron-core's builder fed one document at a time, as Megatron's script does."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -65,6 +65,7 @@ def crawl(folder: Path, records: int) -> list[Path]:
     return [one, two]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     inputs = crawl(tmp_path, 4000)
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -261,6 +262,7 @@ def test_a_list_of_other_inputs_is_refused(cleaned, samples, tokenizer_path, tmp
     refused(r"copy.jsonl: has \d+ bytes, but \d+ when .*; run tools/clean_corpus.py again", copy, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_the_tools(samples, tokenizer_path, tmp_path):
     (tmp_path / "words.txt").write_text("orange\n")
 

@@ -233,6 +233,7 @@ def test_exact_hashes_in_partitions(tmp_path):
             assert wanted != EXACT or verdicts["original"][number] == original
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_partition(tmp_path, monkeypatch):
     """400,000 hashes, each twice, in parts of 1 MB: less than an eighth of what all at once take."""
     monkeypatch.setattr(duplicates, "_CHUNK", 1 << 12)

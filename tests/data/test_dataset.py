@@ -270,6 +270,7 @@ def test_resume_in_any_layout_continues_the_same_sequence(config, text_prefix):
     assert share == 54, "3 of 4 rows come from the first dataset"
 
 
+@pytest.mark.slow
 def test_workers_read_the_same(config):
     train = build_datasets(config).train
     for options in ({"num_workers": 2}, {"num_workers": 1, "start_method": "spawn"}):

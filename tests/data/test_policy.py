@@ -81,6 +81,7 @@ def test_bad_samples_are_left_out_and_listed(samples, tmp_path, tokenizer_path, 
     assert verify(shard, open_tokenizer(tokenizer_path), progress=False) == []
 
 
+@pytest.mark.slow
 def test_the_tools_say_how_many_and_where(samples, tmp_path, tokenizer_path):
     bad, good = with_bad_lines(samples)
     command = [PYTHON, str(TOOLS / "preprocess_multimodal.py"), "--input", str(bad), "--tokenizer-model",
@@ -147,6 +148,7 @@ build([source], output, tokenizer, workers=int(workers), progress=False, on_erro
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multimodal", "text"])
 def test_a_killed_build_ends_with_the_same_list(kind, samples, tmp_path, tokenizer_path):
     lines = samples.read_bytes().splitlines()

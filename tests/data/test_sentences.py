@@ -74,6 +74,7 @@ def test_bytes_are_those_of_megatrons_builder(corpus, tokenizer_path, nltk_data,
     assert np.array_equal(reader.document_lengths(), [reader.document(d).size for d in range(len(reader))])
 
 
+@pytest.mark.slow
 def test_sentences(nltk_data):
     split = SentenceSplitter(folder=nltk_data)
     assert split(TEXTS[0])[:2] == ["Dr. Smith went to Washington.", "He arrived at 3.14 p.m. on Jan. 5th!"]
@@ -101,6 +102,7 @@ def test_no_document_takes_too_long(nltk_data, monkeypatch):
     assert redos.DEFAULT_TIMEOUT == 0.0, "the limit of others stays"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_long_documents_are_cut_and_counted(tokenizer_path, nltk_data, tmp_path, workers, monkeypatch):
     """Also by a build that was stopped by a bad line and continued. Truth: nltk on pieces that were cut here."""
@@ -139,6 +141,7 @@ def test_missing_tables_and_languages_are_named(nltk_data, tmp_path):
         SentenceSplitter("english", str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 def test_the_tool(corpus, tokenizer_path, nltk_data, tmp_path):
     with corpus.open("a") as stream:
         stream.write(json.dumps({"text": LONG}) + "\n")

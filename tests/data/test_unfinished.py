@@ -56,6 +56,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files if not file.name.endswith(".json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multimodal", "text"])
 def test_killed_again_and_again(kind, many, tmp_path, tokenizer_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -99,6 +100,7 @@ def test_a_mended_line_continues(packed, many, samples, tmp_path, tokenizer_path
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["options", "source", "journal", "files"])
 def test_what_does_not_fit_starts_anew(change, many, samples, tmp_path, tokenizer_path, journal_every_block, capsys):
     source, out = samples.parent / "changing.jsonl", tmp_path / "x"

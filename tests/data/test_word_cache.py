@@ -73,6 +73,7 @@ def test_ids_are_sentencepieces(model, eod):
         assert lengths.sum() == ids.size
 
 
+@pytest.mark.slow
 def test_long_texts_are_encoded_part_by_part(model, monkeypatch):
     """Scores of unigram models run on from part to part, past where SentencePiece takes them back to zero."""
     monkeypatch.setattr(word_cache, "_BATCH", 1 << 12)

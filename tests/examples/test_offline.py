@@ -91,6 +91,7 @@ def cache(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_called_if_everything_is_there(module, offline, cache, tmp_path):
     write_sounds(tmp_path / "data", list(NAMES.values()))

@@ -23,6 +23,7 @@ def plugin():
     return sys.modules[type(load_config(RECIPE).model).__module__]
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_a_pipeline():
     """One process is the truth; two stages and two data-parallel processes must give its losses and gradients."""
     config = load_config(RECIPE)

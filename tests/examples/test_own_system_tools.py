@@ -37,6 +37,7 @@ def own_recipe(folder: Path, source: str, lines: str = "") -> Path:
     return folder / "r.yaml"
 
 
+@pytest.mark.slow
 def test_a_cost_that_counts_other_parameters_is_refused_with_its_node(tmp_path):
     wrong = SOURCE.read_text().replace("cost(matrix + 2 * width, ", "cost(7, ")
     assert wrong != SOURCE.read_text()

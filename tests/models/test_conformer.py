@@ -167,6 +167,7 @@ def test_convolution_is_wav2vec2_berts_shifted_by_half_a_kernel():
     compare_gradients(layer, oracle, entries, "convolution")
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_processes_are_one(tmp_path: Path):
     found = differences("tests.models.conformer_case:tensor_parallel_case", tmp_path)
     assert len(found) > 50

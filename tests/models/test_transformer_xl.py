@@ -194,6 +194,7 @@ def slow_encoder(weights: dict[str, torch.Tensor], text: TransformerXLConfig, ba
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 def test_encoder_is_a_loop_over_segments():
     """All parameters, padded and empty rows included; gradients of u and v are the sum over layers."""
     text, batch = tiny(), text_batch()

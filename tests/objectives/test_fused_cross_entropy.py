@@ -54,6 +54,7 @@ def test_transformer_engines_kernel_is_for_cuda(monkeypatch):
     assert losses.flatten().tolist() == pytest.approx([math.log(4.0)] * 2)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_vocabulary(tmp_path):
     output = tmp_path / "found.pt"
     words = [*TORCHRUN, "2"]

@@ -32,6 +32,7 @@ def test_a_negative_has_an_image_and_another_text():
                     assert not torch.equal(batch.tokens_RT[chosen], batch.tokens_RT[row])
 
 
+@pytest.mark.slow
 def test_negatives_follow_the_softmax_of_similarity():
     """Chi-square of 2000 draws of texts and of images over four kinds of candidates, and of how often each is drawn."""
     count, kinds, scale = 2000, 4, 3.0

@@ -58,6 +58,7 @@ def test_synapse_70b_is_cut_as_well_as_whole_nodes_allow():
     assert not can_do_better(times, 8, slowest(times, cuts) * (1 - 1e-9))
 
 
+@pytest.mark.slow
 def test_a_memory_limit_in_the_recipe_moves_the_cut_or_is_refused():
     """The balanced cut's first stage holds most (towers, embedding, eight microbatches in flight)."""
     pytest.importorskip("megatron.core")

@@ -41,6 +41,7 @@ def small(recipe: str, layout: dict[str, int | str]) -> tuple[Config, int]:
     return changed(config, changes), tp * pp * cp * dp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "layout"),
     [

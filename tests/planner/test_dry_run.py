@@ -26,6 +26,7 @@ def run_dry(path, world_size: int, output, *words: str) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_small_model(tmp_path):
     """One process against four: the same parameters in all, FLOPs that add up to the costs, and shards of them."""
     setup.apply_platform()
@@ -58,6 +59,7 @@ def test_small_model(tmp_path):
     assert full["stages"][0]["flops"] > 1.2 * one["stages"][0]["flops"]
 
 
+@pytest.mark.slow
 def test_activations_on_the_host_leave_the_device(tmp_path):
     """No more leaves than arrives: what a later layer reads too stays as well."""
     config = changed(
@@ -76,6 +78,7 @@ def test_activations_on_the_host_leave_the_device(tmp_path):
     assert 0.3 * some["host_bytes"] < none["activation_bytes"] - some["activation_bytes"] <= some["host_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute, monkeypatch):
     setup.apply_platform()
@@ -95,6 +98,7 @@ def test_the_partitioner_counts_as_the_dry_run_what_waits_on_the_host(recompute,
     assert before[0] - after[0] == pytest.approx(before[1] - after[1], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_balance_counts_the_first_pass_of_losses_over_the_whole_batch(tmp_path):
     """Towers run it and fusion does not; truth is the nodes' own costs, by which the pipeline is cut."""
     setup.apply_platform()
@@ -148,6 +152,7 @@ def test_what_fails_in_a_dry_run_is_raised_or_said(monkeypatch, capsys):
     """Its fake group has no other ranks, so that no error may be left to one of them to say."""
     monkeypatch.delenv("MEGATRON_MM_TRACEBACK", raising=False)
     monkeypatch.setattr(setup, "exit_at_once", sys.exit)
+    setup.shutdown()  # of an earlier test's group
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         with pytest.raises(NotImplementedError, match="no kernel"), setup.reporting_errors():

@@ -23,6 +23,7 @@ def test_every_redirection_says_why():
     assert all(len(reason) >= len("the same") for reason in cpu.REDIRECTIONS.values())
 
 
+@pytest.mark.slow
 def test_what_is_listed_is_what_is_redirected():
     """Each name of the list exists in the installed torch and megatron-core, is redirected, and nothing else is."""
     script = """if True:
@@ -75,6 +76,7 @@ def test_nothing_else_patches_torch_or_megatron():
             assert not patched, f"{path}:{patched[0].lineno if patched else ''}"
 
 
+@pytest.mark.slow
 def test_factories_and_types_behave_as_megatron_expects():
     script = (
         "from megatron_mm.platform import setup, cpu\n"

@@ -30,6 +30,7 @@ def imported(*words: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_needs_no_megatron_core(program):
     modules = imported(HELP, program)
@@ -37,6 +38,7 @@ def test_help_needs_no_megatron_core(program):
     assert not {name for name in modules if name.partition(".")[0] in ("megatron", "transformers")}
 
 
+@pytest.mark.slow
 def test_what_reads_a_graph_leaves_megatron_core_to_the_platform():
     """The platform redirects it and silences its notices, so that it comes first."""
     rooms = ("config", "conversion", "evaluation", "generation")
@@ -48,6 +50,7 @@ def test_what_reads_a_graph_leaves_megatron_core_to_the_platform():
     assert "torch" in modules and not {name for name in modules if name.startswith("megatron.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoding", "encoding", "errors", "transforms"])
 def test_media_need_nothing_of_the_package(name):
     modules = imported(f"import json, sys, megatron_mm.media.{name}; print(json.dumps(sorted(sys.modules)))")

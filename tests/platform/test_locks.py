@@ -195,6 +195,7 @@ def update(tmp_path):
     return run_script
 
 
+@pytest.mark.slow
 def test_update_writes_every_file_says_what_changed_and_what_must_pass(update, tmp_path):
     before = releases("python-3.12.txt")["numpy"]
     status, said = update("--dry-run")

@@ -7,6 +7,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import megatron_mm
 from megatron_mm.platform import notices
 from tests.support.programs import INTERPRETER
@@ -83,6 +85,7 @@ def shown(said: list[tuple[str, str, str]]) -> list[int]:
     return [number for number in range(len(said)) if f"#{number}#" in done.stderr]
 
 
+@pytest.mark.slow
 def test_known_notices_are_silent_and_all_others_are_shown():
     assert [SAID[number] for number in shown(SAID)] == []
     assert shown(OTHERS) == list(range(len(OTHERS)))

@@ -46,6 +46,7 @@ def site(tmp_path, wheels) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_release_that_is_not_there_is_named(wheels, tmp_path):
     offline = ["--no-index", "--find-links", str(wheels), "--target", str(tmp_path / "site")]
     version = f"Python {sys.version.split()[0]}"
