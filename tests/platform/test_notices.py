@@ -108,3 +108,12 @@ def test_the_package_calls_collectives_by_their_new_names():
         if path != package / "platform" / "collectives.py":
             text = path.read_text()
             assert "all_gather_into_tensor" not in text and "reduce_scatter_tensor" not in text, path
+
+
+@pytest.mark.slow
+def test_a_plugin_that_imports_layers_first_brings_no_notices():
+    """A tool reads a recipe, and with it the plugin's file, before it has a platform."""
+    read = "from megatron_mm.config.load import load_config; load_config('examples/own_system/byte-mixer.yaml')"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([INTERPRETER, "-c", read], capture_output=True, encoding="utf-8", cwd=root)
+    assert (done.returncode, done.stderr) == (0, "")
