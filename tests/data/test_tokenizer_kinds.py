@@ -197,7 +197,8 @@ def test_text_shards_of_bytes(byte_path, tmp_path):
 
 def test_names_are_taken_once(registered):
     byte = tokenizer_kinds()[1]
-    with pytest.raises(ValueError, match="Half lacks __init__, decode, encode, file_name, piece, reads, recognises"):
+    lacks = r"Half lacks (__init__, )?decode, encode, file_name, piece, reads, recognises"  # Python 3.10 gives it one
+    with pytest.raises(ValueError, match=lacks):
         register_tokenizer(type("Half", (registry.Tokenizer,), {"kind": "half"}))
     with pytest.raises(ValueError, match="already a kind of tokenizer 'bytes'"):
         register_tokenizer(byte)
