@@ -62,6 +62,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
         "raise SystemExit('said')",
         "raise SystemExit",
         "raise SystemExit(300)",
+        "raise SystemExit(-3)",
         "raise KeyboardInterrupt",
         "import os; os.kill(os.getpid(), 15)",
         "import os; os.abort()",
@@ -121,6 +122,15 @@ def test_what_a_fork_cannot_be_is_a_new_interpreter(tmp_path):
         assert [said for _, said, _ in both(tmp_path, words, **options)] == [False, False]
     assert [said for _, said, _ in both(tmp_path, ["-c", code])] == [False, True]
     assert [said for _, said, _ in both(tmp_path, ["-c", code], env={**os.environ, "PYTHONPATH": "."})] == [False, True]
+
+
+def test_only_the_folders_that_it_is_told_of_are_on_its_path(tmp_path):
+    """In the interpreter's order, without the server's own."""
+    code = "import json, sys; print(json.dumps(sys.path))"
+    for told in ({}, {"PYTHONPATH": f"{tmp_path}:/elsewhere"}, {"PYTHONPATH": ""}):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | told
+        real, warm = both(tmp_path, ["-c", code], env=environment)
+        assert warm == real
 
 
 def test_two_programs_draw_other_numbers():

@@ -52,6 +52,10 @@ _NOT_READ = (
     *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHINDUCTOR_CACHE_DIR", "HF_MODULES_CACHE"),
     *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"),
 )
+#: Signals that a command passes on.
+_PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+#: Folders that this server was told of, and a program perhaps not.
+_OWN_PATH = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def _read(environment: dict[str, str]) -> dict[str, str]:
@@ -132,10 +136,16 @@ class Server:
         if request is None:
             self._close(connection, files)
             return None
+        # No handler of this server runs in the fork: one would end its neighbours.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)
         process = os.fork()
         if process == 0:
             self._become(request, files, connection)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
             return request
+        with contextlib.suppress(OSError):  # the fork does so too: whoever is first
+            os.setpgid(process, process)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
         for number in files:
             os.close(number)
         handle = os.pidfd_open(process)
@@ -224,8 +234,8 @@ class Server:
         for wanted, number in zip(request["files"], moved, strict=True):
             os.dup2(number, wanted)
             os.close(number)
-        for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        for number in _PASSED:
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for name in request["ignored"]:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -254,23 +264,24 @@ def run(words: list[str]) -> None:
         else:
             sys.dont_write_bytecode = True
         words = words[1:]
-    more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    told = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    more = [*told, *(path for path in sys.path[1:] if path not in _OWN_PATH and path not in told)]
     main = type(sys)("__main__")
     main.__builtins__ = __builtins__
     sys.modules["__main__"] = main
     if words[0] == "-m":
         import runpy
 
-        sys.path[:1] = [os.getcwd(), *more]
+        sys.path[:] = [os.getcwd(), *more]
         sys.argv = ["-m", *words[2:]]
         runpy._run_module_as_main(words[1])
         return
     if words[0] == "-c":
-        sys.path[:1] = ["", *more]
+        sys.path[:] = ["", *more]
         sys.argv = ["-c", *words[2:]]
         code = compile(words[1], "<string>", "exec")
     else:
-        sys.path[:1] = [os.path.dirname(os.path.realpath(words[0])), *more]
+        sys.path[:] = [os.path.dirname(os.path.realpath(words[0])), *more]
         sys.argv = words
         main.__file__ = words[0]
         try:
@@ -283,7 +294,7 @@ def run(words: list[str]) -> None:
 
 def finish(words: list[str]) -> NoReturn:
     """Runs a program and ends as the interpreter would, but for taking all modules apart, which takes half a second."""
-    status = 0
+    status, interrupted = 0, False
     try:
         run(words)
     except SystemExit as end:
@@ -291,7 +302,7 @@ def finish(words: list[str]) -> NoReturn:
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
-        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
         error.__traceback__ = error.__traceback__.tb_next.tb_next
         sys.excepthook(type(error), error, error.__traceback__)
     threading._shutdown()
@@ -301,9 +312,9 @@ def finish(words: list[str]) -> NoReturn:
             stream.flush()
         except OSError:
             status = status or 120
-    if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(status & 0xFF)
 
 
