@@ -18,6 +18,7 @@ set -euo pipefail
 cd "$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)/.."
 
 MARKER=.megatron_mm-output
+downloads=${downloads:-yes} # a script that needs nothing of the registries says no before it reads this
 
 heading() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 usage() { echo "${script##*/}: $1 (see --help)" >&2 && exit 2; }
@@ -61,17 +62,24 @@ read_options() {
 
 options_help() { # OUTPUT RECIPE: the script's own comment, and what all scripts take
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "examples/$script"
+    printf '\n  --output DIR     default %s\n' "$1"
+    if [ "$downloads" = no ]; then
+        echo "  --cache DIR      of no use here: nothing is downloaded"
+    else
+        echo "  --cache DIR      downloaded packages; default DIR/data/packages of the output"
+    fi
     cat <<END
-
-  --output DIR     default $1
-  --cache DIR      downloaded packages; default DIR/data/packages of the output
   --recipe FILE    default $2
   --seed N         of training; default: the recipe's
   --smoke          see above
 
-Needs Python 3.10 or later and npm. Data are kept in DIR/data of the output: with them, and the environment, it runs
-offline. Everything else there is made again on each run.
 END
+    if [ "$downloads" = no ]; then
+        echo "Needs Python 3.10 or later. Everything in the output folder is made again on each run."
+    else
+        echo "Needs Python 3.10 or later and npm. Data are kept in DIR/data of the output: with them, and the environment,"
+        echo "it runs offline. Everything else there is made again on each run."
+    fi
 }
 
 without_slash() { # PATH: without slashes at its end, which would make a file look like nothing; the root stays

@@ -24,11 +24,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.config.outputs import check_file, figures
+from megatron_mm.config.plugins import load_plugins
 from megatron_mm.data.build.estimate import Estimate, Figure, estimate, multimodal_build, text_build
 from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.view.readable import readable_size, readable_time
 from megatron_mm.platform.atomic_files import write_figures
-from megatron_mm.platform.tool import load_plugins, run_tool
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass

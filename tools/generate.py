@@ -20,7 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
-from megatron_mm.config.outputs import check_file, is_stream, records
+from megatron_mm.config.outputs import UsageError, check_file, is_stream, records
 from megatron_mm.platform.atomic_files import give_name
 from megatron_mm.platform.tool import run_tool
 
@@ -73,7 +73,7 @@ def prompts_of(arguments: Arguments) -> list[dict]:
 
     single = arguments.prompt is not None or arguments.image or arguments.audio or arguments.video
     if bool(single) == (arguments.input is not None):
-        raise SystemExit(usage("give either --input JSONL, or --prompt and --image, --audio, --video"))
+        raise UsageError("give either --input JSONL, or --prompt and --image, --audio, --video")
     if arguments.input is not None:
         return read_prompts(arguments.input, arguments.media_root)
     prompt = {"id": "prompt", "prompt": arguments.prompt or ""}
@@ -81,12 +81,6 @@ def prompts_of(arguments: Arguments) -> list[dict]:
         prompt[f"{kind}s"] = [str(path) for path in getattr(arguments, kind)]
     check_prompt(prompt, "command line")
     return [prompt]
-
-
-def usage(message: str) -> int:
-    """Print a usage error; its exit status."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 def run(arguments: Arguments) -> None:

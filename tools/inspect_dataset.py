@@ -19,6 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
 from megatron_mm.config.outputs import check_file, figures
+from megatron_mm.config.plugins import load_plugins
 from megatron_mm.data.store.remote import localize
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
@@ -26,7 +27,7 @@ from megatron_mm.data.view.html_page import Entry, check_page, write_page
 from megatron_mm.data.view.inspection import describe_sample, summary, verify
 from megatron_mm.data.view.readable import readable_size
 from megatron_mm.platform.atomic_files import write_figures
-from megatron_mm.platform.tool import load_plugins, run_tool
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass

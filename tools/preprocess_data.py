@@ -19,11 +19,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, not an installed one
 
+from megatron_mm.config.plugins import load_plugins
 from megatron_mm.data.build.text import Sentences, build_text
 from megatron_mm.data.corpus.text_input import expand_inputs
 from megatron_mm.data.jobs.skipped import OnError
 from megatron_mm.data.tokens.sentences import MAX_CHARACTERS
-from megatron_mm.platform.tool import load_plugins, run_tool
+from megatron_mm.platform.tool import run_tool
 
 
 @dataclass

@@ -200,7 +200,7 @@ def build_graph(config: ByteMixerConfig, settings: LayerSettings) -> Graph:
 # ------------------------------------------------------------------------------------------------------ export
 
 #: Fields of the section and their names in config.json; the others keep theirs.
-NAMES = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size"}
+NAMES = {"num_layers": "num_hidden_layers"}
 DATA = ("seq_length",)
 
 ADAPTER = Adapter(

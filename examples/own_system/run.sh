@@ -4,9 +4,8 @@
 #   examples/own_system/run.sh            under two minutes on two cores
 #   examples/own_system/run.sh --smoke    the same steps on a few bytes, to see that they work
 #
-# Options: --output DIR (default outputs/own_system), --recipe FILE (default examples/own_system/byte-mixer.yaml),
-# --seed N (of training; default: the recipe's), --cache DIR (has no use here: the data are Python's own sources).
-# Everything in DIR is made again on each run.
+# The data are Python's own sources.
+downloads=no
 . "$(dirname "$0")/../common.sh"
 read_options own_system/run.sh byte_mixer outputs/own_system examples/own_system/byte-mixer.yaml "$@"
 begin run exported held_out.jsonl scores.json answer_{tool,alone}.txt

@@ -79,11 +79,10 @@ def finish(part: Path, facts: dict | None = None) -> Path:
     (part / MANIFEST).write_text(json.dumps({**(facts or {}), "files": files}, indent=1))
     folder = part.with_suffix("")
     aside = folder.with_suffix(".old")
-    if replaces := folder.exists():  # an abandoned branch's: set aside until the new one stands
+    if folder.exists():  # an abandoned branch's: set aside until the new one stands
         _check_removable(folder)
         remove(aside)
-    give_name(part, folder, aside)
-    if replaces:
+    if give_name(part, folder, aside):
         remove(aside)
     write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
     return folder

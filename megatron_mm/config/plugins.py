@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -81,3 +81,21 @@ def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
         del sys.modules[module_name]  # what is half made must not be found later
         raise
     return module
+
+
+def load_plugins(names: Sequence[str]) -> list[str]:
+    """Imports what a user names by --plugins: his own systems and kinds of tokenizers are known then.
+
+    Args:
+        names: Python files, from the working directory, or names of modules.
+
+    Returns:
+        the names as a recipe may hold them.
+
+    Raises:
+        ValueError: there is no such file or module.
+    """
+    here = Path.cwd()
+    for name in names:
+        load_plugin(name, here, "--plugins")
+    return [locate_plugin(name, here) for name in names]

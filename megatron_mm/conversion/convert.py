@@ -17,6 +17,7 @@ from tqdm import tqdm
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.stream import CheckpointReader, write_checkpoint_weights
 from megatron_mm.config.load import config_from_tree, dump_config, load_config
+from megatron_mm.config.plugins import load_plugins
 from megatron_mm.config.schema import Config
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.conversion.hf_folder import (
@@ -25,12 +26,13 @@ from megatron_mm.conversion.hf_folder import (
     read_json,
     release_fields,
     renew,
+    tokenizer_of_folder,
     write_hf_files,
 )
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder, SafetensorsWriter
 from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
 from megatron_mm.models.names import Entry, Part, checkpoint_key
-from megatron_mm.systems.export import Adapter, adapter_of, differences, load_plugins, model_entries
+from megatron_mm.systems.export import Adapter, adapter_of, differences, model_entries
 
 #: Fields of config.json that say how long a run's rows were, which another run may choose anew.
 ROW_LENGTH = frozenset({"seq_length", "max_position_embeddings"})
@@ -41,7 +43,7 @@ def config_from_hf(fields: dict, source: Path, plugins: Sequence[str] = ()) -> C
     """The configuration of an exported model: its architecture and preprocessing, defaults elsewhere.
 
     Args:
-        plugins: of the configuration; they were imported (`systems.export.load_plugins`).
+        plugins: of the configuration; they were imported (`config.plugins.load_plugins`).
     """
     try:
         tree = adapter_of_folder(fields, source).tree(fields)
@@ -221,7 +223,7 @@ def refresh(
     fields, plugins = read_json(hf_folder / "config.json"), load_plugins(plugins)
     adapter = adapter_of_folder(fields, hf_folder / "config.json")
     config = config_from_hf(fields, hf_folder / "config.json", plugins)
-    tokenizer = chosen_tokenizer(adapter, None, tokenizer_in(hf_folder))
+    tokenizer = chosen_tokenizer(adapter, None, tokenizer_of_folder(fields, hf_folder))
     fields |= text_fields(adapter, config.model, tokenizer, hf_folder) | release_fields()
     return renew(hf_folder, adapter, fields, tokenizer, check)
 
@@ -320,7 +322,7 @@ def restore(
         differ = differences(fields, {name: value for name, value in ours.items() if name not in ROW_LENGTH})
         if differ:
             raise ValueError(f"{config} does not describe {hf_folder}: {'; '.join(differ)}")
-    entries = model_entries(tree.model)
+    tokenizer, entries = tokenizer_of_folder(fields, hf_folder), model_entries(tree.model)
     for entry in entries:
         for part in entry.parts:
             if part.name is not None:
@@ -330,7 +332,7 @@ def restore(
     torch_dtype = DTYPES[dtype] if dtype else source.dtype(source.names[-1])
     return write_training_checkpoint(
         Path(output), tree, entries, lambda entry: merge(entry, lambda part: source.read(part.name)), torch_dtype,
-        tokenizer_in(hf_folder), overwrite, quiet, "restore",
+        tokenizer, overwrite, quiet, "restore",
     )  # fmt: skip
 
 

@@ -23,8 +23,7 @@ from megatron_mm import hf, media
 from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import exported
 from megatron_mm.conversion.safetensors_stream import INDEX
-from megatron_mm.data.tokens.tokenizer import Tokenizer, open_tokenizer, tokenizer_in
-from megatron_mm.media.errors import DataError
+from megatron_mm.data.tokens.tokenizer import Tokenizer, kind_named, tokenizer_in
 from megatron_mm.platform.atomic_files import give_name
 from megatron_mm.systems.export import MEDIA, PLUGINS, Adapter, adapter_of, needed_plugins
 
@@ -96,6 +95,24 @@ def adapter_of_folder(fields: dict, source: Path) -> Adapter:
     return adapter_of(name, source)
 
 
+def tokenizer_of_folder(fields: dict, folder: Path) -> Path | None:
+    """The tokenizer that an exported folder holds; None where it has none.
+
+    Args:
+        fields: its config.json.
+
+    Raises:
+        ValueError: its kind comes with a plugin that nobody named; as `adapter_of_folder`.
+    """
+    found = tokenizer_in(folder)
+    if found is None and fields.get(PLUGINS) and "tokenizer_size" in fields:
+        raise ValueError(
+            f"{folder}: the kind of its tokenizer comes with a plugin of its recipe, {_listed(fields[PLUGINS])}; name "
+            "that file or module with --plugins (it is code, which runs only where you name it)"
+        )
+    return found
+
+
 def _listed(plugins: object) -> str:
     """The plugins that a folder names, whatever stands there."""
     return ", ".join(map(str, plugins)) if isinstance(plugins, list) else str(plugins)
@@ -116,11 +133,11 @@ def not_exported(folder: Path) -> str | None:
         return f"{folder / 'config.json'} names no class of export's (auto_map)"
     names = {"config.json", "generation_config.json", "README.md", INDEX}
     names |= {*CODE, *adapter.files}  # of a folder of before: what its system no longer needs too
-    if (tokenizer := tokenizer_in(folder)) is not None:
-        try:
-            names |= {tokenizer.name, *open_tokenizer(tokenizer, require_media=False).exported_files()}
-        except DataError as error:
-            return str(error)
+    try:
+        if (tokenizer := tokenizer_of_folder(fields, folder)) is not None:
+            names |= {tokenizer.name, *kind_named(tokenizer.name).exported_names}
+    except ValueError as error:
+        return str(error)
     for path in sorted(folder.iterdir()):
         shard = re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name)
         if path.is_symlink() or not path.is_file() or not (shard or path.name in names):
@@ -135,8 +152,8 @@ def not_exported(folder: Path) -> str | None:
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
 
-    Only a folder that export wrote, with nothing of anyone else's in it, is ever replaced; it is there until the new
-    one has its name.
+    Only a folder that export wrote, with nothing of anyone else's in it, is ever replaced; it is set aside beside
+    `path` while the new one gets its name.
 
     Raises:
         ValueError: `path` is empty or a root, or exists and holds something else.
@@ -159,8 +176,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         aside = path.parent / f".{path.name}.replaced-{os.getpid()}"
-        give_name(temporary, path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        if give_name(temporary, path, aside):
+            shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_mm.checkpoints.stream import CheckpointReader
 from megatron_mm.config.load import load_config
+from megatron_mm.config.plugins import load_plugins
 from megatron_mm.conversion.convert import (
     DTYPES,
     check_checkpoint,
@@ -25,11 +26,16 @@ from megatron_mm.conversion.convert import (
     text_fields,
     tokenizer_of,
 )
-from megatron_mm.conversion.hf_folder import adapter_of_folder, is_hf_folder, read_json, release_fields
+from megatron_mm.conversion.hf_folder import (
+    adapter_of_folder,
+    is_hf_folder,
+    read_json,
+    release_fields,
+    tokenizer_of_folder,
+)
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
-from megatron_mm.data.tokens.tokenizer import tokenizer_in
 from megatron_mm.hf.processing_mm import MultimodalProcessor
-from megatron_mm.systems.export import adapter_of, load_plugins, model_entries
+from megatron_mm.systems.export import adapter_of, model_entries
 
 
 @dataclass
@@ -107,7 +113,8 @@ class Generator:
         if is_hf_folder(path):
             fields = read_json(path / "config.json")
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
-            opened = chosen_tokenizer(adapter, tokenizer, tokenizer_in(path))
+            beside = None if tokenizer else tokenizer_of_folder(fields, path)
+            opened = chosen_tokenizer(adapter, tokenizer, beside)
         else:
             folder = find_checkpoint(path)
             recipe = load_config(folder / "config.yaml")

@@ -15,7 +15,15 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_mm.media.decoding import check_samples, decode_sound, decode_video, read_image, resample, to_rgb
+from megatron_mm.media.decoding import (
+    check_samples,
+    decode_clip,
+    decode_sound,
+    decode_video,
+    read_image,
+    resample,
+    to_rgb,
+)
 from megatron_mm.media.errors import DataError
 from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram, size_of, waveform
 
@@ -119,7 +127,7 @@ class MultimodalProcessor:
             raise DataError(f"{path}: {error.strerror}") from error
         try:
             return self._decoded(kind, data)
-        except ValueError as error:  # a DataError, or Pillow's where a frame is smaller than the first of its clip
+        except DataError as error:
             raise DataError(f"{path}: cannot be read as one of the {kind}: {error}") from error
 
     def _decoded(self, kind, data):
@@ -127,10 +135,11 @@ class MultimodalProcessor:
             return [(self.image(read_image(data)), -1)]
         if kind == "audios":
             return [(self.sound(resample(*decode_sound(data), self.inputs["sample_rate"])), -1)]
-        frames = decode_video(data, self.inputs["frames_per_video"])
         if self.inputs["video"] == "clips":  # all frames are seen alike
+            frames = decode_clip(data, self.inputs["frames_per_video"])
             box = center_crop_box(*size_of(frames[0]))
             return [(torch.stack([self._pixels(frame, box) for frame in frames]), -1)]
+        frames = decode_video(data, self.inputs["frames_per_video"])
         return [(self.image(frame), i) for i, frame in enumerate(frames)]
 
     @staticmethod

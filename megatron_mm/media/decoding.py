@@ -210,6 +210,20 @@ def decode_video(data: bytes, num_frames: int) -> list[Image.Image]:
     return _animation_frames(data, num_frames) if is_animation(data) else _video_frames(data, num_frames)
 
 
+def decode_clip(data: bytes, num_frames: int) -> list[Image.Image]:
+    """As `decode_video`, of a video whose frames are all cropped as the first is.
+
+    Raises:
+        DataError: also where a frame is smaller than the first.
+    """
+    frames = decode_video(data, num_frames)
+    (width, height), *others = (frame.size for frame in frames)
+    for number, (w, h) in enumerate(others, 1):
+        if w < width or h < height:
+            raise DataError(f"frame {number} of {w} × {h} pixels is smaller than the first, of {width} × {height}")
+    return frames
+
+
 def is_animation(data: bytes) -> bool:
     """Whether a video is an image format's (GIF, PNG, WebP), read by Pillow; any other is FFmpeg's."""
     return data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")

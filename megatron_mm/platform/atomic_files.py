@@ -1,4 +1,7 @@
-"""Files and folders that get their name once they are whole: a kill leaves what was there before, and a leftover.
+"""Files and folders that get their name once they are whole.
+
+After a kill, a file is as it was before, with a leftover beside it. A folder is not replaced in one step: a kill
+between two renames leaves the old one whole, under the name it has aside.
 
     PATH.PID.partial ─ written, closed ─ PATH                    written_whole, write_whole, write_figures
     a folder beside it, filled ─ the old one aside ─ its name    give_name
@@ -75,13 +78,23 @@ def sync(stream: IO) -> None:
     os.fsync(stream.fileno())
 
 
-def give_name(made: AnyPath, final: AnyPath, aside: AnyPath | None = None) -> None:
+def give_name(made: AnyPath, final: AnyPath, aside: AnyPath | None = None) -> bool:
     """Renames what is whole to its name, on the same file system. A file replaces a file.
 
     Args:
-        aside: where a folder that has the name goes first, as a folder replaces none that holds something. The caller
-            removes it.
+        aside: where a folder that has the name goes first, as a folder replaces none that holds something; it goes back
+            where the new one cannot have the name.
+
+    Returns:
+        whether a folder is aside now, which the caller removes.
     """
-    if aside is not None and os.path.isdir(final):
+    replaces = aside is not None and os.path.isdir(final)
+    if replaces:
         os.rename(final, aside)
-    os.replace(made, final)
+    try:
+        os.replace(made, final)
+    except BaseException:
+        if replaces:
+            os.rename(aside, final)
+        raise
+    return replaces

@@ -1,16 +1,13 @@
-"""How a command line tool ends: with a message alone, without a traceback, where a user can mend the cause; and how it
-loads what a user names by --plugins."""
+"""How a command line tool ends: with a message alone, without a traceback, where a user can mend the cause."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from megatron_mm.config.outputs import exit_status
-from megatron_mm.config.plugins import load_plugin
 
 
 def _keep_from_forks(number: int) -> None:
@@ -29,16 +26,6 @@ def _keep_from_forks(number: int) -> None:
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {number}),
         after_in_child=in_child,
     )
-
-
-def load_plugins(names: Sequence[str]) -> None:
-    """Imports what --plugins names, before workers are forked.
-
-    Raises:
-        ValueError: there is no such file or module.
-    """
-    for name in names:
-        load_plugin(name, Path(), "--plugins")
 
 
 def status_of(main: Callable[[], int | None], left: str = "") -> int:

@@ -23,7 +23,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from megatron_mm.config.plugins import load_plugin, locate_plugin
 from megatron_mm.config.schema import Config
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import SYSTEMS, exported
@@ -235,28 +234,6 @@ def model_entries(model: SystemConfig) -> list[Entry]:
         model: the section of a system.
     """
     return names_of(model_nodes(model))
-
-
-def load_plugins(names: Sequence[str]) -> list[str]:
-    """Imports a user's own code that the caller was told to import, by which systems of his own are known.
-
-    Args:
-        names: Python files, from the working directory, or names of modules.
-
-    Returns:
-        the names as a recipe may hold them.
-
-    Raises:
-        ValueError: there is no such file or module.
-    """
-    if names:
-        from megatron_mm.platform import setup
-
-        setup.apply_platform()  # plugins import megatron-core
-    here = Path.cwd()
-    for name in names:
-        load_plugin(name, here, "--plugins")
-    return [locate_plugin(name, here) for name in names]
 
 
 def needed_plugins(config: Config) -> list[str]:

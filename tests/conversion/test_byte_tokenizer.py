@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_mm.conversion.convert import export, refresh, restore
 from megatron_mm.data.tokens.tokenizer import open_tokenizer
 from megatron_mm.evaluation.evaluate import token_scores
 from megatron_mm.generation.generate import Decoding, Generator
+from megatron_mm.systems.export import PLUGINS
 from tests.conversion.export_case import draw, random_weights, tiny_recipe, train_tokenizer, write_training_folder
 
 pytestmark = pytest.mark.interface
@@ -111,3 +113,30 @@ def test_another_tokenizer_is_named_where_it_does_not_fit(work, tmp_path):
     (tmp_path / "unknown.json").write_text('{"kind": "words"}')
     with pytest.raises(ValueError, match=r"unknown\.json: is of the kind 'words'; known kinds"):
         export(work / "run", tmp_path / "out", tokenizer=tmp_path / "unknown.json", quiet=True)
+
+
+def test_a_kind_that_comes_with_a_plugin_is_asked_for(work, tmp_path):
+    """A folder's tokenizer of a kind that this process does not know is not passed over."""
+    folder = tmp_path / "hf"
+    shutil.copytree(work / "exported", folder)
+    (folder / "byte_tokenizer.json").rename(folder / "letters.json")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {PLUGINS: ["letters.py"]}))
+    asked = r"the kind of its tokenizer comes with a plugin of its recipe, letters\.py; .* --plugins"
+    with pytest.raises(ValueError, match=asked):
+        restore(folder, tmp_path / "restored", quiet=True)
+    with pytest.raises(ValueError, match=asked):
+        Generator.from_path(folder)
+    with pytest.raises(ValueError, match=asked):
+        refresh(folder)
+    with pytest.raises(ValueError, match=asked):
+        export(work / "run", folder, quiet=True, overwrite=True)
+    assert not (tmp_path / "restored").exists()
+    assert Generator.from_path(folder, tokenizer=work / "bytes.json").processor.tokenizer.vocab_size == 264
+
+
+def test_a_damaged_tokenizer_does_not_keep_a_folder_from_being_replaced(work, tmp_path):
+    export(work / "run", tmp_path / "hf", quiet=True)
+    (tmp_path / "hf" / "byte_tokenizer.json").write_text("{")
+    export(work / "run", tmp_path / "hf", quiet=True, overwrite=True)
+    assert (tmp_path / "hf" / "byte_tokenizer.json").read_bytes() == (work / "bytes.json").read_bytes()

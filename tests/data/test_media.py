@@ -17,6 +17,7 @@ from megatron_mm.media import decoding as media
 from megatron_mm.media.decoding import decode_image, decode_sound, decode_video, evenly_spaced, read_image, resample
 from megatron_mm.media.errors import DataError
 from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram, resize, waveform
+from tests.support import media_files
 
 pytestmark = pytest.mark.interface
 
@@ -237,3 +238,13 @@ def test_resizing_by_torch_is_pillows_but_for_rounding():
             assert difference.max() <= 2 and (difference > 1).mean() < 1e-3
     halves = (0.5, 0, 240.5, 240)
     assert resize(np.array(image), 32, halves) == resize(image, 32, halves)
+
+
+def test_a_clip_whose_frames_shrink_is_refused():
+    """The first frame's crop would reach beyond the others. Frames that are seen one by one may have any sizes."""
+    large, small = (media_files.picture(photo(*size), "JPEG") for size in ((48, 36), (24, 18)))
+    shrinking, growing = large + small, small + large
+    assert [frame.size for frame in decode_video(shrinking, 2)] == [(48, 36), (24, 18)]
+    with pytest.raises(DataError, match="frame 1 of 24 × 18 pixels is smaller than the first, of 48 × 36"):
+        media.decode_clip(shrinking, 2)
+    assert [frame.size for frame in media.decode_clip(growing, 2)] == [(24, 18), (48, 36)]

@@ -142,6 +142,11 @@ def test_folders_name_the_file_by_its_kind(tokenizer, tmp_path):
         (b'["bytes"]', "mine: not a SentencePiece model"),
     ],
 )
+def test_a_line_end_before_the_json_is_none_of_sentencepiece(tmp_path):
+    (tmp_path / "bytes.json").write_text('\n{"kind": "bytes"}\n')
+    assert open_tokenizer(tmp_path / "bytes.json").kind == "bytes"
+
+
 def test_what_nobody_reads_is_refused_by_name(content, message, tmp_path):
     (tmp_path / "mine").write_bytes(content)
     with pytest.raises(DataError, match=message):

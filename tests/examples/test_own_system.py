@@ -67,7 +67,8 @@ def test_without_a_tokenizer_there_is_no_dataset():
 
 
 def test_held_out_samples_are_of_modules_that_are_not_learned(monkeypatch):
-    monkeypatch.delitem(SYSTEMS, "byte_mixer", raising=False)  # the program is to import its own
+    plugin()  # so that it is registered, and is again after this test
+    monkeypatch.delitem(SYSTEMS, "byte_mixer")  # the program is to import its own
     samples = importlib.import_module("examples.own_system.held_out").samples
     monkeypatch.undo()
     found, held_out = samples(16, seed=0), set(plugin().paragraphs(plugin().modules()[1]))

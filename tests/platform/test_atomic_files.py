@@ -77,13 +77,21 @@ def test_what_must_outlive_the_machine_is_on_the_disk_before_it_has_its_name(tmp
 def test_a_folder_replaces_one_that_goes_aside(tmp_path):
     made, final, aside = (tmp_path / name for name in ("made", "final", "aside"))
     made.mkdir(), (made / "new").write_text("1")
-    give_name(made, final, aside)
+    assert not give_name(made, final, aside)
     assert os.listdir(final) == ["new"] and not aside.exists() and not made.exists()
     made.mkdir(), (made / "newer").write_text("2")
     with pytest.raises(OSError, match="not empty"):
         give_name(made, final)
-    give_name(made, final, aside)
+    assert give_name(made, final, aside)
     assert os.listdir(final) == ["newer"] and os.listdir(aside) == ["new"]
+
+
+def test_a_folder_that_went_aside_comes_back(tmp_path):
+    final, aside = tmp_path / "final", tmp_path / "aside"
+    final.mkdir(), (final / "old").write_text("1")
+    with pytest.raises(FileNotFoundError):
+        give_name(tmp_path / "never made", final, aside)
+    assert os.listdir(final) == ["old"] and not aside.exists()
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

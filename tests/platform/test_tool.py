@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from megatron_mm.config.outputs import OutputError, UsageError
-from megatron_mm.platform.tool import status_of
+from megatron_mm.platform.tool import run_tool, status_of
 from tests.support.programs import PYTHON
 
 SCRIPT = """
@@ -50,7 +50,13 @@ def test_a_terminated_tool_says_so(tmp_path):
     done = run(tmp_path, "terminate")
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "interrupted: nothing was left behind\n"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "only the tool's own process has the handler"
+
+
+def test_who_calls_a_tool_has_the_handler_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_tool(lambda: 0 if signal.getsignal(signal.SIGTERM) != before else 5)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(

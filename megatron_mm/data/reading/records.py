@@ -21,7 +21,7 @@ from megatron_mm.data.reading.masking import patch_noise
 from megatron_mm.data.reading.order import Purpose
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.data.tokens.tokenizer import Tokenizer
-from megatron_mm.media.decoding import decode_sound, decode_video, read_image, resample
+from megatron_mm.media.decoding import decode_clip, decode_sound, decode_video, read_image, resample
 from megatron_mm.media.errors import DataError
 from megatron_mm.media.transforms import log_mel_spectrogram, pixel_tensor, size_of, waveform
 
@@ -179,7 +179,7 @@ class MediaReader:
         size = self.inputs.image_size
         out = torch.zeros(len(media), self.frames_per_video, 3, size, size)
         for clip, medium in zip(out, media):
-            frames = self._decode(medium, decode_video, self.frames_per_video)
+            frames = self._decode(medium, decode_clip, self.frames_per_video)
             if frames is None:
                 continue
             view = self._view(medium, frames[0])

@@ -80,6 +80,8 @@ class ByteTokenizer(Tokenizer):
         byte = index - _FIRST
         return chr(byte) if 33 <= byte < 127 else f"<0x{byte:02X}>"
 
+    exported_names: ClassVar[tuple[str, ...]] = (_PORTABLE.name, "tokenizer_config.json")
+
     def exported_files(self) -> dict[str, bytes]:
         module = _PORTABLE.stem
         fields = {
@@ -87,4 +89,4 @@ class ByteTokenizer(Tokenizer):
             "auto_map": {"AutoTokenizer": [f"{module}.ByteTokenizer", None]},
         }
         written = (json.dumps(fields, indent=2) + "\n").encode()
-        return {_PORTABLE.name: _PORTABLE.read_bytes(), "tokenizer_config.json": written}
+        return dict(zip(self.exported_names, (_PORTABLE.read_bytes(), written)))

@@ -13,7 +13,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_mm.data.tokens.block_encoder import BlockEncoder
-from megatron_mm.data.tokens.tokenizer import AUDIO, BOS, EOS, IMAGE, MASK, PAD, UNK, VIDEO, Tokenizer
+from megatron_mm.data.tokens.tokenizer import AUDIO, BOS, EOS, IMAGE, MASK, PAD, UNK, VIDEO, Tokenizer, json_fields
 from megatron_mm.media.errors import DataError
 
 
@@ -42,7 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @staticmethod
     def recognises(content: bytes) -> bool:
-        return content[:1] == b"\n"  # its first field, the pieces
+        return content[:1] == b"\n" and json_fields(content) is None  # its first field, the pieces; or a line end
 
     def _id(self, piece: str, other: int = -1) -> int | None:
         index = self.processor.piece_to_id(piece)

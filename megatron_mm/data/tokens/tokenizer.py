@@ -51,6 +51,8 @@ class Tokenizer(Protocol):
     """What its files are, for the message about a file that no kind reads."""
     file_name: ClassVar[str]
     """What checkpoints and exported folders call a copy of the file; no other kind has it."""
+    exported_names: ClassVar[tuple[str, ...]] = ()
+    """Names of `exported_files`."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages without which an exported folder's tokenizer does not load, besides transformers and Pillow."""
 
@@ -216,6 +218,11 @@ def tokenizer_in(folder: str | os.PathLike[str]) -> Path | None:
     """The tokenizer that a checkpoint or an exported folder holds; None: it holds none of a known kind."""
     files = (Path(folder, kind.file_name) for kind in tokenizer_kinds())
     return next((file for file in files if file.exists()), None)
+
+
+def kind_named(file_name: str) -> type[Tokenizer]:
+    """The kind whose file has this name in a checkpoint or an exported folder."""
+    return next(kind for kind in tokenizer_kinds() if kind.file_name == file_name)
 
 
 def json_fields(content: bytes, kind: str | None = None) -> Mapping[str, object] | None:
