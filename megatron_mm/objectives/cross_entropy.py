@@ -42,7 +42,7 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     size = group.size()
     if size == 1:
         return logits.argmax(dim=-1)
-    value, index = logits.float().max(dim=-1)
+    value, index = logits.max(dim=-1)
     index = index + group.rank() * logits.shape[-1]
     values, indices = ([torch.empty_like(own) for _ in range(size)] for own in (value, index))
     distributed.all_gather(values, value.contiguous(), group=group)

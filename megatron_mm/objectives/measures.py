@@ -8,8 +8,9 @@
 
 A loss names its measure (`models.graph.Loss.measure`), as one of a user's own does. Each process adds what it has of
 the microbatches; what they counted is merged (`counts`, `merge`) before any figure is made of it, so that the figures
-are the same in every layout. Scores (evaluation/objectives.py) and validation (training/validation.py) read the same.
-Scoring imports this before the platform is set up, so what needs megatron-core is imported where it is used.
+are the same in every layout (but for Matching's, whose negatives are of one microbatch). Scores
+(evaluation/objectives.py) and validation (training/validation.py) read the same. Scoring imports this before the
+platform is set up, so what needs megatron-core is imported where it is used.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_
 from megatron_mm.training.shared_reading import SharedLoader
 from megatron_mm.training.start import start
 from megatron_mm.training.tracking import Tracker, peak_tflops
-from megatron_mm.training.validation import Validation, console_line
+from megatron_mm.training.validation import Validation
 
 
 class Trainer:
@@ -82,6 +82,7 @@ class Trainer:
         self.watchdog.beat("building the model")
         self.assembly = Assembly.of(self.config, self.sizes, self.device.type, iteration)
         self.pipeline = self.assembly.build(self.device, seed)
+        Validation(self.pipeline)  # a measure that it would refuse is refused before any step
         self.optimizer = Optimizer(self.config, self.pipeline)
         # MFU counts useful work: the same nodes without what context and tensor parallel processes repeat.
         self.plain_graph = Assembly.of(self.config, ParallelSizes(), iteration=iteration).graph
@@ -180,8 +181,6 @@ class Trainer:
                 if training.eval_interval and (position.iteration % training.eval_interval == 0 or last):
                     figures.update(self.validate())
                 tracker.record(figures)
-                if measured := console_line(figures, self.pipeline.graph.losses):
-                    self._say(measured)
                 stopped = signals.agreed()
                 interval, ended = config.checkpoint.save_interval, position.iteration in phases
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
@@ -286,7 +285,10 @@ class Trainer:
         loader.close()
         for chunk in self.pipeline.chunks:
             chunk.train()
-        return validation.figures()
+        figures = validation.figures()
+        if line := validation.console_line():
+            self._say(line)
+        return figures
 
     def _save(self, needed: bool) -> None:
         self.watchdog.beat(f"saving iteration {self.position.iteration}")

@@ -1,7 +1,8 @@
-"""Losses and measures of a run on held-out samples, the same figures in every layout.
+"""Losses and measures of a run on held-out samples.
 
 The last stage's processes measure what they have of each microbatch; the counts of all of them are merged, and figures
-are made of the whole.
+are made of the whole. They are the same in every layout, but for those of an objective whose rows meet in a microbatch
+(contrastive loss without `negatives: batch`, hard negatives of matching): these depend on how large that is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Validation:
         self._last = pipeline.bare_chunks[-1].post_process
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self._found: list[tuple[str, list[tuple[str, float]]]] = []
+        self._failed: list[tuple[str, str]] = []
 
     @property
     def fields(self) -> frozenset[str]:
@@ -53,43 +56,57 @@ class Validation:
 
         Collective over all processes, which all get them.
         """
+        self._measured()
         means = {name: self._sums[name] / max(1.0, self._counts[name]) for name in self._sums}
         return {
             "validation_loss": sum(loss.weight * means.get(name, 0.0) for name, loss in self.losses.items()),
             **({f"validation_{name}": mean for name, mean in means.items()} if len(self.losses) > 1 else {}),
-            **{f"validation_{name}_{key}": value for name, key, value in self._measured()},
+            **{f"validation_{name}_{key}": value for name, found in self._found for key, value in found},
         }
 
-    def _measured(self) -> list[tuple[str, str, float]]:
-        """(loss, figure, value) of every measure."""
-        found: list = []
-        if self._last and self.measures:
+    def console_line(self) -> str:
+        """What the measures found, for the console; empty where there is none. After `figures`."""
+        parts = [f"{name} {', '.join(f'{key} {value:.4g}' for key, value in found)}" for name, found in self._found]
+        parts += [f"{name} not measured: {why}" for name, why in self._failed]
+        return f"validation of {'; '.join(parts)}" if parts else ""
+
+    def _measured(self) -> None:
+        """Merges what all processes have counted; one process a group makes figures of it, and all get them.
+
+        A measure that has none, such as recall of embeddings that are not finite, does not end a run: the step's
+        checkpoint is not written yet.
+        """
+        if not self.measures:
+            return
+        message: list = [None]
+        if self._last:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            first = dist.get_process_group_ranks(group)[0]
             own = {name: measure.counts() for name, measure in self.measures.items()}
-            everyone: list = [None] * group.size()
-            dist.all_gather_object(everyone, (parallel_state.get_context_parallel_rank(), own), group=group)
-            for name in self.measures:
-                loss, whole = self.losses[name], _measure(self.losses[name])
-                for context_rank, counts in everyone:
-                    if loss.sharded or context_rank == 0:  # the others have counted the same
-                        whole.merge(counts[name])
-                found += [(name, key, value) for key, value in whole.figures().items()]
-        if self.pipeline.sizes.pp > 1 and self.measures:
-            message = [found]
+            everyone: list | None = [None] * group.size() if dist.get_rank() == first else None
+            dist.gather_object((parallel_state.get_context_parallel_rank(), own), everyone, first, group)
+            if everyone is not None:
+                message = [self._merged(everyone)]
+            dist.broadcast_object_list(message, first, group)
+        if self.pipeline.sizes.pp > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast_object_list(message, last, parallel_state.get_pipeline_model_parallel_group())
-            (found,) = message
-        return found
+        self._found, self._failed = message[0]
 
-
-def console_line(figures: dict[str, float], losses: list[Loss]) -> str:
-    """What the measures found, for the console; empty where there is none."""
-    parts = []
-    for loss in losses:
-        start = f"validation_{loss.name}_"
-        found = [f"{key.removeprefix(start)} {value:.4g}" for key, value in figures.items() if key.startswith(start)]
-        parts += [f"{loss.name} {', '.join(found)}"] if loss.measure is not None and found else []
-    return f"validation of {'; '.join(parts)}" if parts else ""
+    def _merged(self, everyone: list) -> tuple[list, list]:
+        """Of (context-parallel rank, counts) of each process: (loss, its figures) and (loss, why it has none)."""
+        found, failed = [], []
+        for name in self.measures:
+            loss, whole = self.losses[name], _measure(self.losses[name])
+            for context_rank, counts in everyone:
+                if loss.sharded or context_rank == 0:  # the others have counted the same
+                    whole.merge(counts[name])
+            try:
+                if figures := list(whole.figures().items()):
+                    found.append((name, figures))
+            except ValueError as error:
+                failed.append((name, str(error)))
+        return found, failed
 
 
 def _measure(loss: Loss) -> Measure:

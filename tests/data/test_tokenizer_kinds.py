@@ -142,11 +142,6 @@ def test_folders_name_the_file_by_its_kind(tokenizer, tmp_path):
         (b'["bytes"]', "mine: not a SentencePiece model"),
     ],
 )
-def test_a_line_end_before_the_json_is_none_of_sentencepiece(tmp_path):
-    (tmp_path / "bytes.json").write_text('\n{"kind": "bytes"}\n')
-    assert open_tokenizer(tmp_path / "bytes.json").kind == "bytes"
-
-
 def test_what_nobody_reads_is_refused_by_name(content, message, tmp_path):
     (tmp_path / "mine").write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -224,3 +219,8 @@ def test_a_plugins_kind_is_found_by_the_tools(tmp_path):
     show = [PYTHON, str(TOOLS / "inspect_dataset.py"), "--path", str(tmp_path / "o_text_document"), *files, *plugins]
     run = subprocess.run(show, capture_output=True, encoding="utf-8", check=True)
     assert "text: cab a" in run.stdout and "text: bb" in run.stdout
+
+
+def test_a_line_end_before_the_json_is_none_of_sentencepiece(tmp_path):
+    (tmp_path / "bytes.json").write_text('\n{"kind": "bytes"}\n')
+    assert open_tokenizer(tmp_path / "bytes.json").kind == "bytes"

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.section import changed
@@ -17,10 +18,10 @@ from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.evaluation.objectives import score_objectives
 from megatron_mm.evaluation.streams import GraphReader, validation_rows
-from megatron_mm.objectives.measures import TokenAccuracy
+from megatron_mm.objectives.measures import Retrieval, TokenAccuracy
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
-from megatron_mm.training.validation import Validation, console_line
+from megatron_mm.training.validation import Validation
 from tests.support.programs import PYTHON, TORCHRUN
 from tests.support.recipes import small_perceiver_fusion, small_sensor
 
@@ -91,7 +92,8 @@ def test_it_is_what_the_checkpoint_scores(one):
 def test_every_layout_logs_the_same(one, parallel, tmp_path):
     lines, console = own_run(tmp_path / "run", 4, **parallel)
     for ours, theirs in zip(lines, one[1], strict=True):
-        assert measured(ours) == pytest.approx(measured(theirs), rel=1e-6)
+        # Of 336 tokens, one may be found or not by the order in which layouts add.
+        assert measured(ours) == pytest.approx(measured(theirs), abs=1.01 / 336)
         wanted = {key: value for key, value in theirs.items() if key in ("loss", "validation_loss")}
         assert {key: ours[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
     assert console.count("validation of causal_lm") == 2, "by the first process alone"
@@ -116,7 +118,24 @@ def test_a_system_of_several_objectives_is_measured_by_each():
         key = f"validation_{loss}" if figure == "loss" else f"validation_{loss}_{figure}"
         assert found[key] == pytest.approx(value, rel=1e-5), name
     assert len(found) == len(expected) + 2, "the sum of the losses, and the contrastive one"
-    assert console_line(found, pipeline.graph.losses).count(";") == 2 and console_line({}, pipeline.graph.losses) == ""
+    assert validation.console_line().count(";") == 2 and Validation(pipeline).console_line() == ""
+
+
+def test_a_measure_without_figures_does_not_end_a_run():
+    """Embeddings that are not finite have no recall: the others are measured, and the console says why it is not."""
+    config = small_perceiver_fusion()
+    device = setup.initialize(ParallelSizes(), 1)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, config.training.seed)
+    for chunk in pipeline.chunks:
+        chunk.eval()
+    validation = Validation(pipeline)
+    validation.add([GeneratedRows(config).microbatch(range(4))])
+    (recall,) = (measure for measure in validation.measures.values() if isinstance(measure, Retrieval))
+    recall.embeddings[0][0][0] = torch.nan
+    found, line = validation.figures(), validation.console_line()
+    assert "validation_loss" in found and any(key.endswith("_accuracy") for key in found)
+    assert not any("recall" in key for key in found)
+    assert f"{recall.loss.name} not measured: " in line and "not finite" in line
 
 
 def test_what_was_counted_apart_is_merged():
