@@ -9,6 +9,7 @@ the same way (config/inputs.py).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,6 +18,8 @@ from typing import Literal, get_args
 SIZES = "RTDIAVFKJ"
 #: What a microbatch lists without being told.
 BUILT_IN_LISTS = ("image", "sound", "clip")
+#: Smallest and largest number of the dtypes of whole numbers.
+WHOLE = {"int64": (-(2**63), 2**63 - 1), "int32": (-(2**31), 2**31 - 1), "uint8": (0, 255)}
 DType = Literal["int64", "int32", "uint8", "bool", "float32", "bfloat16", "float16"]
 
 
@@ -139,8 +142,15 @@ def _check_field(field: Field, letters: dict[str, str], packed: bool) -> None:
         )
     if field.dtype not in get_args(DType):
         raise ValueError(f"{where}: its dtype is {field.dtype!r}; it must be one of {', '.join(get_args(DType))}")
-    if field.dtype in ("int64", "int32", "uint8") and None in (field.low, field.high):
+    if field.dtype in WHOLE and None in (field.low, field.high):
         raise ValueError(f"{where}: a field of whole numbers needs its range, low and high")
+    if not math.isfinite(field.pad):
+        raise ValueError(f"{where}: pad is {field.pad}; it must be a number that equals itself")
+    if field.dtype in WHOLE:
+        least, most = WHOLE[field.dtype]
+        for name, value in (("low", field.low), ("high", field.high), ("pad", field.pad)):
+            if not isinstance(value, str) and (value != int(value) or not least <= value <= most):
+                raise ValueError(f"{where}: {name} is {value}, which {field.dtype} does not hold")
     if isinstance(field.high, str) and field.high != "T":  # an index into what a microbatch lists is what slots are
         raise ValueError(f"{where}: high is {field.high!r}; it must be a number, or 'T', a position in a row")
     if not isinstance(field.high, str) and None not in (field.low, field.high) and field.low > field.high:

@@ -85,11 +85,15 @@ class NodeCost:
         return float(self.work)
 
     def __add__(self, other: NodeCost) -> NodeCost:
-        """Of two parts of one node.
+        """Of two parts of one node. A part that does no work goes with any.
 
         Raises:
             ValueError: only one has records, or they are of other numbers of processes.
         """
+        for idle, working in ((self, other), (other, self)):
+            if idle.work == ():
+                kept = idle.activation_bytes + working.activation_bytes
+                return replace(working, parameters=idle.parameters + working.parameters, activation_bytes=kept)
         if isinstance(self.work, tuple) != isinstance(other.work, tuple) or self.processes != other.processes:
             raise ValueError(
                 f"costs of two parts of a node count work alike, both in records or both in a number, of equally many "

@@ -51,6 +51,10 @@ def own(*fields: Field, lists: tuple[Listed, ...] = (PULSE,), **format) -> Input
         ([Field("kinds_S", ("S",), "int64", 0, "S")], (PULSE,), {}, "high is 'S'; it must be a number, or 'T'"),
         ([Field("pulses_S", ("S",), low=2, high=1)], (PULSE,), {}, "low must not be above high"),
         ([Field("pulses_S", ("S",), "float64")], (PULSE,), {}, "its dtype is 'float64'; it must be one of int64"),
+        ([Field("kinds_S", ("S",), "uint8", 0, 300)], (PULSE,), {}, "high is 300, which uint8 does not hold"),
+        ([Field("kinds_S", ("S",), "int64", 0.5, 3)], (PULSE,), {}, "low is 0.5, which int64 does not hold"),
+        ([Field("kinds_S", ("S",), "uint8", 0, 3, pad=-1)], (PULSE,), {}, "pad is -1, which uint8 does not hold"),
+        ([Field("pulses_S", ("S",), pad=float("nan"))], (PULSE,), {}, "pad is nan; it must be a number that equals"),
         ([Field("pulses_S", ("S",), always=True)], (PULSE,), {}, "always is for fields of the package"),
         ([Field("depths_IHW", ("I", 4, 4))], (), {}, "a value for each I, which are not read"),
         ([], (PULSE,), {}, "Listed 'pulse': no field begins with its letter S"),
@@ -126,6 +130,8 @@ def test_a_row_of_one_document_has_a_value_of_its_own():
     rows = [[Document(np.array([2, 3]), np.ones(2, bool), own={"depth_RHW": np.ones((2, 2))})]]
     rows.append([Document(np.array([2, 3]), np.ones(2, bool))])
     assert collate(rows, inputs, 4, [0, 1]).microbatch.depth_RHW.flatten(1).tolist() == [[1] * 4, [7] * 4]
+    alone = collate(rows[1:], inputs, 4, [1]).microbatch
+    assert alone.depth_RHW.flatten(1).tolist() == [[7] * 4], "padded as in the company of others"
 
 
 def test_a_microbatch_holds_moves_and_sends_them():
@@ -221,7 +227,7 @@ def test_the_proof_of_an_export_gives_them_to_the_exported_model():
 
 
 @pytest.mark.slow
-def test_a_dry_run_has_them_on_the_stages_that_read_them(tmp_path):
+def test_a_dry_run_plans_a_system_that_has_them(tmp_path):
     planned = changed(small_sensor(), {"parallel.pipeline_model_parallel_size": 2})
     dump_config(planned, tmp_path / "r.yaml")
     words = [PYTHON, "pretrain_multimodal.py", "--config", str(tmp_path / "r.yaml"), "--dry-run", "--world-size", "2"]

@@ -96,4 +96,6 @@ def test_a_plain_number_stands_for_work_that_is_not_told():
     with pytest.raises(ValueError, match="both in records or both in a number"):
         number + records
     with pytest.raises(ValueError, match=r"equally many processes \(2 and 1 here\)"):
-        records + NodeCost(1)
+        records + NodeCost(1, (MatrixProduct(1, 2, 3),))
+    idle = records + NodeCost(5, activation_bytes=1.0)  # of any number of processes: it does no work
+    assert idle == NodeCost(5, activation_bytes=1.0) + records == NodeCost(7, records.work, 5.0, processes=2)

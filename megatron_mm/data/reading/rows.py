@@ -184,7 +184,7 @@ def collate(
     microbatch = Microbatch.of(plan, {**dict.fromkeys(own.name for own in inputs.own_fields), **tensors})
     microbatch.sample_ids = [document.id for document in everything]
     for declared in inputs.own_fields:
-        if declared.shape[0] == "R" and any(declared.name in document.own for document in everything):
+        if declared.shape[0] == "R":  # whatever documents these are: what one of them lacks is padded
             setattr(microbatch, declared.name, _of_rows(declared, rows, row_length))
     things = {one.name: of_list for one, (of_list, *_) in zip(inputs.own_lists, listed)}
     return Collated(microbatch, images, clips, sounds, things, inputs)
