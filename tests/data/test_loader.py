@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -45,12 +44,23 @@ def test_microbatches_are_unpacked_before_they_are_asked_for(loader):
     assert thread.is_alive()
 
 
-def test_a_worker_that_is_killed_ends_the_reading(loader, others):
+@pytest.fixture
+def no_handler_of_torch():
+    """torch's handler of SIGCHLD raises in whatever the main thread does, be it pytest's own code.
+
+    It is back only after the loader, a fixture made later, is closed and has forgotten the worker.
+    """
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_worker_that_is_killed_ends_the_reading(others, no_handler_of_torch, loader):
     next(loader)
-    with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD may raise it, wherever the main thread is
-        worker = min(running() - others)
-        os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: worker not in running(), "the worker has ended")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the first loader of a process sets it
+    worker = min(running() - others)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: worker not in running(), "the worker has ended")
     with pytest.raises(RuntimeError, match="worker"):  # what the thread was waiting for
         for _ in range(50):
             next(loader)
