@@ -121,6 +121,27 @@ def test_a_system_of_several_objectives_is_measured_by_each():
     assert validation.console_line().count(";") == 2 and Validation(pipeline).console_line() == ""
 
 
+def test_counts_of_two_processes_are_those_of_one():
+    """Of every measure of the system: recall, accuracy of masked tokens, accuracy of pairs."""
+    config = small_perceiver_fusion()
+    device = setup.initialize(ParallelSizes(), 1)
+    pipeline = Assembly.of(config, ParallelSizes()).build(device, config.training.seed)
+    for chunk in pipeline.chunks:
+        chunk.eval()
+    rows = GeneratedRows(config)
+    batches = [rows.microbatch(range(at, at + 4)) for at in (0, 4)]
+    whole, *parts = (Validation(pipeline) for _ in range(3))
+    whole.add(batches)
+    for part, batch in zip(parts, batches):
+        part.add([batch])
+    merged = Validation(pipeline).measures
+    for name, measure in merged.items():
+        for part in parts:
+            measure.merge(part.measures[name].counts())
+        assert measure.figures() == pytest.approx(whole.measures[name].figures()) and measure.figures(), name
+    assert len({type(measure) for measure in merged.values()}) == 3
+
+
 def test_a_measure_without_figures_does_not_end_a_run():
     """Embeddings that are not finite have no recall: the others are measured, and the console says why it is not."""
     config = small_perceiver_fusion()
