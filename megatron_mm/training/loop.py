@@ -19,7 +19,9 @@ from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.block_file import DamagedError
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import SaveError, Saver
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
@@ -68,14 +70,31 @@ class Trainer:
         self.corrupt = CorruptMedia(config)
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
-        load = Path(config.checkpoint.load) if config.checkpoint.load else self.root
-        folder = checkpoint.find(load)
-        if folder is None and config.checkpoint.load:
-            raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
-        self._build(0 if folder is None else checkpoint_folder.recorded_iteration(folder), config.training.seed)
-        self.watchdog.beat("loading weights")
-        self.position = self._begin() if folder is None else self._resume(folder)
+        self.position = self._start()
         self._say(self._describe(), f"attention: {'; '.join(self._attention())}")
+
+    def _start(self) -> Position:
+        """Model, optimizer and position: of the newest checkpoint that is whole when it is read, or of a new run."""
+        settings = self.config.checkpoint
+        load = Path(settings.load) if settings.load else self.root
+        passed_over: dict[Path, str] = {}
+        while True:
+            folder = checkpoint.find(load, passed_over)
+            if folder is None and settings.load:
+                raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
+            iteration = 0 if folder is None else checkpoint_folder.recorded_iteration(folder)
+            self._build(iteration, self.config.training.seed)
+            self.watchdog.beat("loading weights")
+            if folder is None:
+                return self._begin()
+            try:
+                return self._resume(folder)
+            except DamagedError as error:
+                if folder == load:
+                    raise
+                self._say(f"warning: a damaged checkpoint is passed over: {error}")
+                passed_over[folder] = str(error)
+            self._drop()
 
     def _build(self, iteration: int, seed: int | None) -> None:
         """Model and optimizer of the phase that follows `iteration` steps."""
@@ -171,8 +190,9 @@ class Trainer:
             self.watchdog.stop()
             return position
         signals, tracker = StopSignal(), Tracker(config, self.first_rank, position.iteration)
+        saver = Saver(config, self.root, config.checkpoint.async_save)
         loader = self._train_loader()
-        phases, stopped = phase_ends(config.optimizer.groups), False
+        phases, stopped, prepared = phase_ends(config.optimizer.groups), False, False
         try:
             while position.iteration < training.train_iters and not stopped:
                 self.watchdog.beat(f"iteration {position.iteration + 1}")
@@ -182,16 +202,21 @@ class Trainer:
                     figures.update(self.validate())
                 tracker.record(figures)
                 stopped = signals.agreed()
+                if not prepared:  # now that the optimizer has its state
+                    self._say(*saver.prepare(self.pipeline, self.optimizer))
+                    prepared = True
+                self._go_on_saving(saver)
                 interval, ended = config.checkpoint.save_interval, position.iteration in phases
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
-                    self._save(needed=last or stopped or ended)
+                    self._save(saver, needed=last or stopped or ended)
                 if ended and not (last or stopped):
                     loader.close()
                     self._next_phase()
-                    loader = self._train_loader()
+                    loader, prepared = self._train_loader(), False
         finally:
             loader.close()
             tracker.close()
+            saver.close()
             self.watchdog.stop()
         self._say(*self.corrupt.report_lines())
         verb = "stopped by a signal" if stopped else "finished"
@@ -205,13 +230,17 @@ class Trainer:
     def _next_phase(self) -> None:
         """Goes on from the checkpoint just written with another part of the model frozen, cut and sharded anew."""
         iteration = self.position.iteration
-        del self.pipeline, self.optimizer  # before the next are built: both would not fit
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._drop()
         self._build(iteration, seed=None)
         self.watchdog.beat("loading weights")
         checkpoint.load(checkpoint_folder.folder_of(self.root, iteration), self.pipeline, self.optimizer)
         self._say(f"iteration {iteration}: nodes that were frozen learn from here on; {self._describe()}")
+
+    def _drop(self) -> None:
+        """Lets go of model and optimizer, before the next are built: both would not fit."""
+        del self.pipeline, self.optimizer
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _step(self, loader: MicrobatchLoader | SharedLoader) -> dict:
         """One optimizer step; its figures."""
@@ -290,12 +319,33 @@ class Trainer:
             self._say(line)
         return figures
 
-    def _save(self, needed: bool) -> None:
+    def _go_on_saving(self, saver: Saver) -> None:
+        """Looks after a checkpoint that is being written. Collective."""
+        try:
+            folder = saver.poll()
+        except SaveError as error:
+            self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")
+        else:
+            self._say_saved(saver, folder)
+
+    def _save(self, saver: Saver, needed: bool) -> None:
+        """Begins to save, once what is being written is there; where it is needed, returns when it is there."""
         self.watchdog.beat(f"saving iteration {self.position.iteration}")
         try:
-            folder = checkpoint.save(self.config, self.root, self.pipeline, self.optimizer, self.position)
-            self._say(f"saved {folder}")
-        except checkpoint.SaveError as error:
+            if saver.busy:
+                began = time.perf_counter()
+                self._say_saved(saver, saver.wait())
+                self._say(f"training waited {time.perf_counter() - began:.1f} s for that before the next save")
+        except SaveError as error:
+            self._say(f"warning: {error}")
+        try:
+            folder = saver.begin(self.pipeline, self.optimizer, self.position)
+            self._say_saved(saver, folder or (saver.wait() if needed else None))
+        except SaveError as error:
             if needed:  # nothing will try again: whoever started the run must know
                 raise
             self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")
+
+    def _say_saved(self, saver: Saver, folder: Path | None) -> None:
+        if folder is not None:
+            self._say(f"saved {folder} ({saver.seconds:.1f} s)")

@@ -19,6 +19,7 @@ from megatron_mm.pipeline.schedule import BatchResult, Pipeline, run_batch
 from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.platform import setup
 from megatron_mm.platform.atomic_files import written_whole
+from megatron_mm.platform.collectives import communication_device
 
 
 class StopSignal:
@@ -43,11 +44,6 @@ class StopSignal:
         flag = torch.tensor([float(self.received is not None)], device=communication_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-
-def communication_device() -> torch.device:
-    """Where the tensors of a collective over all processes lie."""
-    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 #: How long a process that gives up waits for the others to have left their stacks: the launcher ends them with it.
