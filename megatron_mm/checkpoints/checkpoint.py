@@ -17,8 +17,9 @@ from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.block_file import DamagedError
+from megatron_mm.checkpoints.held import Held, held
 from megatron_mm.checkpoints.reader import CheckpointReader
-from megatron_mm.checkpoints.slots import Held, Slot, held
+from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
 

@@ -26,7 +26,7 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes that are brought to the host at once where a file is written from where its tensors are.
-STAGED_AT_ONCE = 16 * BLOCK
+STAGED_AT_ONCE = 4 * BLOCK
 
 
 def pieces_file(number: int) -> str:

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.background import BackgroundWriter
 from megatron_mm.checkpoints.checkpoint import Position, weights_of
+from megatron_mm.checkpoints.held import shares
 from megatron_mm.checkpoints.image import Image
-from megatron_mm.checkpoints.slots import shares
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.data.tokens.tokenizer import stored_name

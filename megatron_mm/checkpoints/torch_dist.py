@@ -30,6 +30,9 @@ _ADMITTED = {
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )
 } | {
+    ("torch.distributed.checkpoint.planner", name)
+    for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+} | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),

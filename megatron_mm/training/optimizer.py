@@ -25,7 +25,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mm.checkpoints.slots import Held, Slot
+from megatron_mm.checkpoints.held import Held
+from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.config.schema import Config
 from megatron_mm.models.phases import group_of
 from megatron_mm.pipeline.schedule import Pipeline

@@ -11,8 +11,8 @@ import torch
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.held import shares
 from megatron_mm.checkpoints.image import Image
-from megatron_mm.checkpoints.slots import shares
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
