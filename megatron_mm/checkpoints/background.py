@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import megatron_mm
 from megatron_mm.checkpoints.image import Image, own_paths
@@ -41,17 +45,30 @@ class BackgroundWriter:
             start_new_session=True,  # what a terminal sends to the run is not for it
         )
         self._mapped: mmap.mmap | None = None
+        self._reserving: threading.Thread | None = None
         self._unread = b""
         self._waiting = 0
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
 
     def reserve(self, size: int) -> None:
-        """Asks the other process to take memory for a file of so many bytes, before the first one is copied."""
-        self._ask({"do": "reserve", "bytes": size})
+        """Takes memory for a file of so many bytes, in a thread: the first copy would otherwise wait for its pages.
+
+        Where there is not enough, the first `write` says so.
+        """
+        self._reserving = threading.Thread(target=self._take, args=(size,), daemon=True, name="checkpoint memory")
+        self._reserving.start()
+
+    def _take(self, size: int) -> None:
+        with contextlib.suppress(OSError):
+            self._room(size)
+            assert self._mapped is not None
+            torch.frombuffer(self._mapped, dtype=torch.uint8)[:: mmap.PAGESIZE].zero_()
 
     def write(self, image: Image, folder: Path, number: int) -> None:
         """Copies an image, then asks for its file and its index to be written into a folder."""
+        if self._reserving is not None:
+            self._reserving.join()
         self._room(image.size)
         assert self._mapped is not None
         with memoryview(self._mapped) as whole, whole[: image.size] as memory:
@@ -91,9 +108,11 @@ class BackgroundWriter:
         """Maps at least so many bytes of the memory."""
         if self._mapped is not None and len(self._mapped) >= size:
             return
-        if os.fstat(self._memory).st_size < size:
-            os.ftruncate(self._memory, size)
+        os.posix_fallocate(self._memory, 0, size)  # an error here, instead of a signal when a page is written
         self._mapped = mmap.mmap(self._memory, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._mapped.madvise(mmap.MADV_HUGEPAGE)
 
     def _ask(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -110,6 +129,8 @@ class BackgroundWriter:
             if pipe is not None:
                 pipe.close()
         self._process.wait()
+        if self._reserving is not None:
+            self._reserving.join()
         if self._mapped is not None:
             self._mapped.close()
         os.close(self._memory)

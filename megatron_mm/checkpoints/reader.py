@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,27 @@ def check_whole(folder: Path, key: str, stored: StoredTensor) -> None:
         raise ValueError(f"{folder}: pieces of {key} hold {held} of {math.prod(stored.shape)} values")
 
 
+_Job = tuple[int, int, int, Region, Slot]
+"""(first byte, one past the last, first byte of the piece, its region, what wants a part of it)."""
+
+
+def _by_block(jobs: Iterable[_Job]) -> Iterator[tuple[int, list[_Job]]]:
+    """Blocks of a file that jobs, in the order of their bytes, want, each once, and which do."""
+    waiting, active = iter(jobs), []
+    following = next(waiting, None)
+    block = 0
+    while active or following:
+        if not active and following:
+            block = following[0] // BLOCK
+        end = (block + 1) * BLOCK
+        while following and following[0] < end:
+            active.append(following)
+            following = next(waiting, None)
+        yield block, active
+        active = [job for job in active if job[1] > end]
+        block += 1
+
+
 class _Pieces:
     """A checkpoint of files of pieces."""
 
@@ -165,7 +188,7 @@ class _Pieces:
 
     def read(self, wanted: dict[tuple[int, int], list[tuple[Region, Slot]]]) -> None:
         """Reads block after block of each file what is wanted of its pieces, by (file, first byte)."""
-        by_file: dict[int, list[tuple[int, int, int, Region, Slot]]] = defaultdict(list)
+        by_file: dict[int, list[_Job]] = defaultdict(list)
         for (number, at), takers in wanted.items():
             for region, slot in takers:
                 common = overlap(region, slot.region)
@@ -173,31 +196,35 @@ class _Pieces:
                 first, last = flat_range(common, region)
                 item = self.tensors[slot.key].dtype.itemsize
                 by_file[number].append((at + first * item, at + last * item, at, region, slot))
-        buffer = memoryview(bytearray(BLOCK))
-        for number, jobs in sorted(by_file.items()):
-            self._read_file(number, sorted(jobs, key=lambda job: job[:2]), buffer)
+        with ThreadPoolExecutor(1, "checkpoint blocks") as ahead:
+            for number, jobs in sorted(by_file.items()):
+                self._read_file(number, _by_block(sorted(jobs, key=lambda job: job[:2])), ahead)
 
-    def _read_file(self, number: int, jobs: list[tuple[int, int, int, Region, Slot]], buffer: memoryview) -> None:
+    def _read_file(self, number: int, blocks: Iterator[tuple[int, list[_Job]]], ahead: Executor) -> None:
+        """Copies from blocks of a file; the next one is read and checked while one is copied from."""
         path, size, sums = self._files[number]
         descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        buffers = cycle(memoryview(bytearray(BLOCK)) for _ in range(2))
+        reading: deque[tuple[int, list[_Job], memoryview, Future[int]]] = deque()
         try:
-            waiting, active = iter(jobs), []
-            following = next(waiting, None)
-            block = 0
-            while active or following:
-                if not active:
-                    block = following[0] // BLOCK
-                begin, end = block * BLOCK, (block + 1) * BLOCK
-                while following and following[0] < end:
-                    active.append(following)
-                    following = next(waiting, None)
-                length = read_block(descriptor, block, size, sums[block], buffer, path)
-                for _, _, at, region, slot in active:
-                    self._take(buffer[:length], begin, at, region, slot)
-                active = [job for job in active if job[1] > end]
-                block += 1
+            for block, jobs in blocks:
+                buffer = next(buffers)
+                length = ahead.submit(read_block, descriptor, block, size, sums[block], buffer, path)
+                reading.append((block, jobs, buffer, length))
+                if len(reading) == 2:
+                    self._copy(*reading.popleft())
+            while reading:
+                self._copy(*reading.popleft())
         finally:
+            wait([length for *_, length in reading])
             os.close(descriptor)
+
+    def _copy(self, block: int, jobs: list[_Job], buffer: memoryview, length: Future[int]) -> None:
+        data = buffer[: length.result()]
+        for _, _, at, region, slot in jobs:
+            self._take(data, block * BLOCK, at, region, slot)
 
     def _take(self, data: memoryview, begin: int, at: int, region: Region, slot: Slot) -> None:
         """Copies what a block, which begins at a byte of its file, holds of a piece to where it is wanted."""

@@ -46,9 +46,7 @@ def main(memory: int) -> None:
 
 
 def _serve(request: dict[str, Any], memory: int) -> dict[str, Any]:
-    if request["do"] == "reserve":
-        os.posix_fallocate(memory, 0, max(1, request["bytes"]))
-    elif request["do"] == "write":
+    if request["do"] == "write":
         with mmap.mmap(memory, request["bytes"], prot=mmap.PROT_READ) as mapped, memoryview(mapped) as whole:
             write_pieces(Path(request["path"]), Path(request["index"]), _watched(whole), request["tensors"])
     else:

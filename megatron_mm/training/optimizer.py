@@ -198,8 +198,8 @@ class Optimizer:
                     state = adam.state[parameter]
                     if isinstance(adam, torch.optim.Adam) and not state:
                         state["step"] = torch.tensor(float(self._steps_of(group)))
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state.setdefault(name, torch.zeros_like(parameter))
+                    for name in {"exp_avg", "exp_avg_sq"} - state.keys():
+                        state[name] = torch.zeros_like(parameter)
 
     def _owners(self, parameter: torch.nn.Parameter) -> Iterator:
         """The optimizers that hold state of a parameter on this process (none, if another DP rank has all of it)."""
