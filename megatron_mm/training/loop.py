@@ -9,6 +9,7 @@ Every process runs this same code; what differs is the chunk it holds and the sa
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
 from pathlib import Path
@@ -37,9 +38,10 @@ from megatron_mm.training import warm_start
 from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.identity import checkpoint_root
 from megatron_mm.training.optimizer import Optimizer
-from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_gradient, explain_loss
+from megatron_mm.training.resilience import NotFiniteError, explain_gradient, explain_loss
 from megatron_mm.training.shared_reading import SharedLoader
 from megatron_mm.training.start import start
+from megatron_mm.training.stop import Patience, Stop
 from megatron_mm.training.tracking import Tracker, peak_tflops
 from megatron_mm.training.validation import Validation
 
@@ -57,6 +59,7 @@ class Trainer:
     def __init__(self, config: Config, sizes: ParallelSizes) -> None:
         self.config, self.sizes = config, sizes
         self.device, self.watchdog = start(config, sizes)
+        self.stop, self.patience = Stop(), Patience()
         self.first_rank = dist.get_rank() == 0
         self.output = Path(config.logging.output)
         self.root = checkpoint_root(config)
@@ -100,7 +103,7 @@ class Trainer:
             )
 
     def _say(self, *lines: str) -> None:
-        if self.first_rank:
+        if self.first_rank and lines:
             print(*lines, sep="\n", flush=True)
 
     def _describe(self) -> str:
@@ -126,6 +129,7 @@ class Trainer:
             for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
                 print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
         self._say(f"resumed from {folder} at iteration {position.iteration}")
+        self._say(*self.patience.lines(_recorded_seconds(folder)))
         return position
 
     def _begin(self) -> Position:
@@ -159,7 +163,9 @@ class Trainer:
         return SharedLoader(make, training.global_batch_size // (training.micro_batch_size * self.sizes.dp))
 
     def run(self) -> Position:
-        """Trains to the last iteration, or until a stop signal; the last state is saved either way.
+        """Trains to the last iteration, or until a signal; the last state is saved either way.
+
+        Told to stop, the processes finish the step in hand, leave out or break off its validation, and save.
 
         Raises:
             NotFiniteError: a loss or gradient is NaN or infinite; the weights are those of the step before.
@@ -170,31 +176,34 @@ class Trainer:
             self._say(f"nothing to do: iteration {position.iteration} of {training.train_iters} is done")
             self.watchdog.stop()
             return position
-        signals, tracker = StopSignal(), Tracker(config, self.first_rank, position.iteration)
-        loader = self._train_loader()
+        tracker, loader = Tracker(config, self.first_rank, position.iteration), self._train_loader()
         phases, stopped = phase_ends(config.optimizer.groups), False
         try:
             while position.iteration < training.train_iters and not stopped:
                 self.watchdog.beat(f"iteration {position.iteration + 1}")
                 figures = self._step(loader)
+                stopped = self.stop.agreed()
                 last = position.iteration == training.train_iters
-                if training.eval_interval and (position.iteration % training.eval_interval == 0 or last):
+                due = training.eval_interval and (position.iteration % training.eval_interval == 0 or last)
+                if due and not stopped:
                     figures.update(self.validate())
+                    stopped = self.stop.agreed()
                 tracker.record(figures)
-                stopped = signals.agreed()
                 interval, ended = config.checkpoint.save_interval, position.iteration in phases
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
-                    self._save(needed=last or stopped or ended)
+                    saved = self._save(needed=last or stopped or ended)
+                    stopped = saved and self.stop.agreed()  # also by a signal that came while it was written
                 if ended and not (last or stopped):
                     loader.close()
                     self._next_phase()
                     loader = self._train_loader()
+                    stopped = self.stop.agreed()  # nothing has changed since that checkpoint
         finally:
             loader.close()
             tracker.close()
             self.watchdog.stop()
         self._say(*self.corrupt.report_lines())
-        verb = "stopped by a signal" if stopped else "finished"
+        verb = "finished" if position.iteration == training.train_iters else "stopped by a signal"
         self._say(f"{verb} at iteration {position.iteration}; metrics in {self.output}, checkpoints in {self.root}")
         return position
 
@@ -270,7 +279,10 @@ class Trainer:
         return [name for pool in zip(*everyone) for ids in pool for name in ids]
 
     def validate(self) -> dict:
-        """Losses and measures over `training.eval_iters` global batches of the validation split, always the same."""
+        """Losses and measures over `training.eval_iters` global batches of the validation split, always the same.
+
+        Nothing where there is no such split, and where the run is told to stop meanwhile.
+        """
         if self.datasets.valid is None or self.config.training.eval_iters < 1:
             return {}
         for chunk in self.pipeline.chunks:
@@ -282,20 +294,33 @@ class Trainer:
             microbatches = [next(loader) for _ in range(loader.num_microbatches)]
             self.corrupt.count(microbatches)
             validation.add(microbatches)
+            if self.stop.agreed():
+                break
         loader.close()
         for chunk in self.pipeline.chunks:
             chunk.train()
+        if self.stop.agreed():
+            return {}
         figures = validation.figures()
         if line := validation.console_line():
             self._say(line)
         return figures
 
-    def _save(self, needed: bool) -> None:
+    def _save(self, needed: bool) -> bool:
+        """Whether the checkpoint was written; the same on every process."""
         self.watchdog.beat(f"saving iteration {self.position.iteration}")
+        began = time.perf_counter()
         try:
             folder = checkpoint.save(self.config, self.root, self.pipeline, self.optimizer, self.position)
-            self._say(f"saved {folder}")
+            self._say(f"saved {folder}", *self.patience.lines(time.perf_counter() - began))
+            return True
         except checkpoint.SaveError as error:
             if needed:  # nothing will try again: whoever started the run must know
                 raise
             self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")
+            return False
+
+
+def _recorded_seconds(folder: Path) -> float | None:
+    """Seconds that the save of a whole checkpoint took, where its manifest has them."""
+    return json.loads((folder / checkpoint_folder.MANIFEST).read_text()).get("seconds")

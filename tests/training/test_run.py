@@ -189,7 +189,7 @@ def test_sigterm_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stdout.read()
-    assert process.wait() == 0 and "stopped by a signal at iteration 2" in rest
+    assert process.wait() == 0 and "stopped by a signal at iteration 3" in rest
     assert run(path).returncode == 0
     assert_same_history(tmp_path, uninterrupted)
 
@@ -205,7 +205,7 @@ def test_sigterm_to_the_launcher_saves_in_every_process(corpus, uninterrupted, t
             break
     rest = process.stdout.read()
     process.wait()
-    assert "stopped by a signal at iteration 2" in rest and "saved" in rest
+    assert "stopped by a signal at iteration 3" in rest and "saved" in rest
     folder, problems = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
     assert folder is not None and not problems
     done = run(path)
