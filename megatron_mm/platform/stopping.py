@@ -63,16 +63,21 @@ class _Signals:
 
     def start(self) -> None:
         """Blocks the signals in this thread and all that it starts, and waits for them in another."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        self.block()
+        os.register_at_fork(before=self.block)
         for number in self._numbers:
             signal.signal(number, self._unblocked)
         threading.Thread(target=self._wait, daemon=True, name="signals").start()
         if self._launcher is not None:
             threading.Thread(target=self._watch_launcher, daemon=True, name="launcher").start()
 
-    def _unblocked(self, number: int, _frame: object) -> None:
-        """Takes a signal in the main thread: multiprocessing's resource tracker unblocks two where it is started."""
+    def block(self) -> None:
+        """Blocks the signals in this thread, and so in the children that it forks. Others may have unblocked them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+
+    def _unblocked(self, number: int, _frame: object) -> None:
+        """Takes a signal in the main thread, where a library has unblocked it."""
+        self.block()
         if os.getpid() == self._process:  # a child inherits this handler
             self._take(signal.Signals(number), None)
 
@@ -166,6 +171,18 @@ def is_installed() -> bool:
 def asked() -> signal.Signals | None:
     """The signal that told this process to stop; None: there was none."""
     return _signals.asked if _signals else None
+
+
+def keep_blocked() -> None:
+    """Starts multiprocessing's resource tracker, which unblocks two signals in the thread that does, and blocks again.
+
+    What is spawned later (megatron-core's writer has a process of that kind) then inherits the mask. Main thread only.
+    """
+    if _signals:
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()
+        _signals.block()
 
 
 def remember() -> None:

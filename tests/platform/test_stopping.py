@@ -174,11 +174,25 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def test_a_signal_that_a_library_unblocks_is_taken():
-    """multiprocessing's resource tracker unblocks SIGINT and SIGTERM where it is started, blocked before or not."""
-    unblock = "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})\n"
-    process = ready(RUNNING.replace("print", f"{unblock}print") + f"{ASKED}print(stopping.asked().name)")
+    program = f"{RUNNING}{ASKED}print(stopping.asked().name)"
+    unblocked = program.replace("print", "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})\nprint", 1)
+    process = ready(unblocked)
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "SIGTERM\n" and process.returncode == 0
+
+
+TRACKED = f"""{INSTALL}from multiprocessing import resource_tracker
+resource_tracker.ensure_running()
+if not (child := os.fork()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_children_do_not_see_signals_where_multiprocessing_has_unblocked_them():
+    """Its resource tracker does so in the thread that starts it, for ever."""
+    assert start(TRACKED).communicate() == ("7\n", "")
 
 
 #: Starts the program that follows it, says its number, and waits to be killed.
