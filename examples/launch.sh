@@ -35,8 +35,8 @@ launch() {
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
         exec python "${options[@]}" "$@"
     fi
-    # Less than the minutes that pretrain.slurm asks for; torch 2.9 and 2.10 kill after 30 s whatever this says. SIGUSR1,
-    # which Slurm sends before a time limit (--signal), would otherwise end torchrun itself.
+    # Less than the minutes that pretrain.slurm asks for; torch 2.9 and 2.10 kill after 30 s whatever this says.
+    # SIGUSR1, which Slurm sends before a time limit (--signal), would otherwise end torchrun itself.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     exec torchrun --nnodes "$nodes" --nproc-per-node "$GPUS_PER_NODE" --node-rank "$NODE_RANK" \

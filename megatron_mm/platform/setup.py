@@ -22,7 +22,6 @@ from megatron_mm.config.load import report
 from megatron_mm.config.performance import Device
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.platform import cpu, megatron_versions, stopping
-from megatron_mm.platform.stopping import exit_at_once
 
 #: What the groups of now were made for: (world, sizes, timeout, whether with gloo ones), None without groups.
 _made: tuple | None = None
@@ -162,7 +161,7 @@ def reporting_errors() -> Iterator[None]:
             report(f"error: {error}")
         elif _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        exit_at_once(1)
+        stopping.exit_at_once(1)
     except RuntimeError:
         # A collective fails when another rank has ended: that rank has said why.
         time.sleep(0.5)
@@ -170,7 +169,7 @@ def reporting_errors() -> Iterator[None]:
             stopping.end_as_told(within_seconds=1.5)
         if os.environ.get("MEGATRON_MM_TRACEBACK") or not _another_failed():
             raise
-        exit_at_once(1)
+        stopping.exit_at_once(1)
 
 
 def _among_others() -> bool:

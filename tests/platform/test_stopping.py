@@ -68,6 +68,13 @@ def test_after_the_first_step_a_signal_is_remembered(number):
     assert told.startswith(f"{number.name}: the run ends when the step in hand is done and saved")
 
 
+def test_a_system_that_names_no_sender_takes_signals_too():
+    """macOS."""
+    process = ready(f"import signal\ndel signal.sigwaitinfo\n{RUNNING}{ASKED}print(stopping.asked().name)")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[0] == "SIGINT\n" and process.returncode == 0
+
+
 def test_who_waits_for_the_first_agreement_ends_when_nobody_comes():
     """Another rank was told to stop before its own first step ended."""
     alone = "stopping.AGREEMENT_SECONDS = 0.1\nstopping.remember()\nprint('ready', flush=True)\ntime.sleep(86400)"

@@ -199,7 +199,7 @@ def main() -> None:
                     if when == "after":
                         found.append(after_first_step(corpus, folder, workers, dice))
                     else:
-                        found.append(before_first_step(corpus, folder, workers, starts * (number + 0.5) / rounds))
+                        found.append(before_first_step(corpus, folder, workers, 0.7 * starts * (number + 0.5) / rounds))
                     if not found[-1].is_right:
                         print(f"  wrong: {found[-1]}\n{(folder / 'told').read_text()[-3000:]}", flush=True)
                 if found:
