@@ -213,6 +213,17 @@ def test_sigterm_to_the_launcher_saves_in_every_process(corpus, uninterrupted, t
     assert_same_history(tmp_path, uninterrupted)
 
 
+def test_a_run_whose_saves_are_slow_says_what_to_raise(corpus, tmp_path):
+    """The manifest of a checkpoint records how long it took to write."""
+    path = recipe(corpus, tmp_path)
+    assert run(path, 1, "--train-iters", "1").returncode == 0
+    folder, _ = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
+    manifest = folder / checkpoint_folder.MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "seconds": 31.0}))
+    said = run(path, 1, "--train-iters", "2").stdout
+    assert said.count("warning: a save took 31 s") == 1 and "--shutdown-timeout 62" in said
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
     """A weight of a checkpoint is NaN: the run names rank, stage and samples, and saves nothing on top."""
     path = recipe(corpus, tmp_path)
