@@ -24,10 +24,11 @@ setup(
         # Tensors, autograd, collectives. Below 2.13 only parts were tried: the tests of the dry run in 2.10.0, those of
         # models and pipeline in 2.9.1, before the package's folders were moved.
         "torch>=2.9",
-        # Parallel groups and layers, schedules, DDP, optimizer, checkpoints, shards. The releases that
+        # Parallel groups and layers, schedules, DDP, optimizer, places of weights, shards. The releases that
         # platform/megatron_versions.py knows; those after 0.16 need Python 3.12, so that an older one gets 0.16.
         "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
-        "psutil>=6.0",  # dist_checkpointing imports it without declaring it; ending child processes
+        "psutil>=6.0",  # dist_checkpointing imports it without declaring it; memory of hosts; ending child processes
+        "xxhash>=3.5",  # checksums of checkpoints, at 10 GB/s; zlib's CRC-32 takes as long as the disk
         "numpy>=2.0",  # shards, spectrogram filters, sample order; from 2.0 it counts bits
         "pydantic>=2.7",  # typed recipes: errors that name the field
         "tyro>=1.0",  # command lines from the typed tree

@@ -1,9 +1,10 @@
 """Checkpoint folders on disk: named by iteration, whole or not there, newest first, old ones removed.
 
-A checkpoint is written as `iter_0000100.part`; `finish` records every file's size in `manifest.json` and renames it, so
-a folder without `.part` was whole when it was written, and `verify` finds what was cut off later. What is removed holds
-files of a checkpoint and nothing else: a folder of that name with something of the user's in it stays. No torch here:
-conversion tools and the trainer share it.
+A checkpoint is written as `iter_0000100.part`; `finish` records every file's size in `manifest.json`, with its checksum
+unless it is a file of pieces, whose index has those, and renames the folder. So a folder without `.part` was whole when
+it was written, and `verify` finds what was cut off or changed later. What is removed holds files of a checkpoint and
+nothing else: a folder of that name with something of the user's in it stays. No torch here: conversion tools, the
+trainer and its background writer share it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,28 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import xxhash
+
+from megatron_mm.checkpoints import block_file
+from megatron_mm.checkpoints.block_file import checksum_of
+from megatron_mm.checkpoints.regions import Region, tile
 from megatron_mm.data.tokens.tokenizer import tokenizer_kinds
-from megatron_mm.platform.atomic_files import give_name, write_whole
+from megatron_mm.platform.atomic_files import give_name, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 #: What is written into a checkpoint, at its top, besides the tokenizer.
-_FILES = re.compile(r"[^/]+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|config\.yaml|manifest\.json")
+_FILES = re.compile(
+    r"pieces_\d+\.(safetensors|json)|config\.yaml|manifest\.json"
+    r"|[^/]+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json"  # of torch's distributed checkpoints
+)
 
 
 def folder_of(root: str | Path, iteration: int) -> Path:
@@ -66,17 +77,29 @@ def _check_removable(folder: Path) -> None:
         raise ValueError(f"{folder} is no folder of a checkpoint, so it stays; move it away")
     listed = {kind.file_name for kind in tokenizer_kinds()}
     with suppress(OSError, ValueError, LookupError, TypeError):
-        listed |= set(json.loads((folder / MANIFEST).read_text())["files"])
+        listed |= set(recorded(folder)["files"])
     names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not path.is_dir())
     other = next((name for name in names if name not in listed and not _FILES.fullmatch(name)), None)
     if other is not None:
         raise ValueError(f"{folder} holds {other}, which is no part of a checkpoint, so it stays; move it away")
 
 
-def finish(part: Path, facts: dict | None = None) -> Path:
-    """Records file sizes, renames `iter_….part` to `iter_…` and points the tracker at it."""
-    files = {str(path.relative_to(part)): path.stat().st_size for path in sorted(part.rglob("*")) if path.is_file()}
-    (part / MANIFEST).write_text(json.dumps({**(facts or {}), "files": files}, indent=1))
+def finish(part: Path, facts: dict[str, Any]) -> Path:
+    """Records files, renames `iter_….part` to `iter_…` and points the tracker at it.
+
+    Args:
+        part: the written folder.
+        facts: what its manifest says besides: `iteration`, and what a run needs to go on.
+
+    Raises:
+        ValueError: its pieces do not make up whole tensors.
+    """
+    files = {str(path.relative_to(part)): path for path in sorted(part.rglob("*")) if path.is_file()}
+    _check_pieces(part, files)
+    recorded = {name: _recorded(name, path) for name, path in files.items()}
+    with open(part / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(_sealed({**facts, "files": recorded}), file, indent=1)
+        sync(file)
     folder = part.with_suffix("")
     aside = folder.with_suffix(".old")
     if folder.exists():  # an abandoned branch's: set aside until the new one stands
@@ -86,6 +109,36 @@ def finish(part: Path, facts: dict | None = None) -> Path:
         remove(aside)
     write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
     return folder
+
+
+def _recorded(name: str, path: Path) -> dict[str, int]:
+    """What a manifest says of a file. Blocks of pieces have checksums of their own, in the index beside them."""
+    size = {"bytes": path.stat().st_size}
+    return size if name.endswith(".safetensors") else {**size, "checksum": checksum_of(path)}
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with a checksum of itself."""
+    text = json.dumps({key: value for key, value in manifest.items() if key != "checksum"}, sort_keys=True)
+    return {**manifest, "checksum": xxhash.xxh3_64_intdigest(text.encode())}
+
+
+def _check_pieces(part: Path, files: dict[str, Path]) -> None:
+    """Raises ValueError unless files of pieces are as long as their indices say, and their pieces make up tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    regions: dict[str, list[Region]] = {}
+    for name in [name for name in files if name.endswith(".safetensors")]:
+        index = json.loads((part / name).with_suffix(".json").read_text())
+        if (size := files[name].stat().st_size) != index["bytes"]:
+            raise ValueError(f"{name} has {size} bytes instead of {index['bytes']}")
+        for key, entry in index["tensors"].items():
+            shape = tuple(entry["shape"])
+            if shapes.setdefault(key, shape) != shape:
+                raise ValueError(f"{key} is {shape} in {name} and {shapes[key]} before")
+            regions.setdefault(key, []).extend((tuple(at), tuple(size)) for at, size, _ in entry["pieces"])
+    for key, pieces in regions.items():
+        if not tile(pieces, shapes[key]):
+            raise ValueError(f"{len(pieces)} pieces of {key} do not make up a tensor of {shapes[key]}")
 
 
 def iteration_of(folder: Path) -> int:
@@ -100,9 +153,19 @@ def iteration_of(folder: Path) -> int:
     return int(digits)
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the manifest of a whole checkpoint says: `iteration` and, since pieces are written, how the run goes on."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
 def recorded_iteration(folder: Path) -> int:
     """Iteration that the manifest of a whole checkpoint records."""
-    return json.loads((folder / MANIFEST).read_text())["iteration"]
+    return recorded(folder)["iteration"]
+
+
+def recorded_seconds(folder: Path) -> float | None:
+    """How long it took to save a whole checkpoint, if its manifest says so."""
+    return recorded(folder).get("seconds")
 
 
 def checkpoints(root: str | Path) -> list[Path]:
@@ -111,24 +174,55 @@ def checkpoints(root: str | Path) -> list[Path]:
     return sorted(found, key=iteration_of)
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: files are compared with the manifest by size."""
+def verify(folder: Path, everything: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder, or None.
+
+    Sizes of all files and the checksums of small ones are compared with the manifest. Blocks of pieces are checked when
+    they are read, or here.
+
+    Args:
+        everything: read all blocks too.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, iteration = manifest["files"], manifest["iteration"]
+        if "checksum" in manifest and _sealed(manifest) != manifest:
+            return f"{folder / MANIFEST} is damaged: its checksum differs"
+        if not files or type(iteration) is not int:
+            return f"{folder / MANIFEST} names no files or no iteration"
+        return next(filter(None, (_wrong(folder, name, said, everything) for name, said in files.items())), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder} has no readable {MANIFEST}"
-    for name, size in files.items():
-        path = folder / name
-        actual = path.stat().st_size if path.exists() else None
+
+
+def _wrong(folder: Path, name: str, said: Any, everything: bool) -> str | None:
+    """What is wrong with a file of a checkpoint."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{folder / MANIFEST} names {name}, which is not in its folder"
+    size, checksum = (said, None) if isinstance(said, int) else (said["bytes"], said.get("checksum"))
+    try:
+        actual = path.stat().st_size
         if actual != size:
-            return f"{path} has {actual} bytes instead of {size}" if actual is not None else f"{path} is missing"
+            return f"{path} has {actual} bytes instead of {size}"
+        if checksum is not None and checksum_of(path) != checksum:
+            return f"{path} is damaged: its checksum differs"
+        if everything and name.endswith(".safetensors"):
+            stated = json.loads(path.with_suffix(".json").read_text())
+            return block_file.verify(path, size, stated["checksums"])
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
     return None
 
 
-def newest_whole(root: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+def newest_whole(root: str | Path, passed_over: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones; those passed over are not looked at."""
     problems = []
     for folder in reversed(checkpoints(root)):
+        if folder in passed_over:
+            continue
         problem = verify(folder)
         if problem is None:
             return folder, problems
@@ -152,6 +246,12 @@ def resolve(path: str | Path) -> Path:
     if folder is None:
         raise ValueError("; ".join(problems) or f"{path} holds no checkpoint (iter_NNNNNNN)")
     return folder
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, as is said of a checkpoint that was not written."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def prune(root: str | Path, keep: int, newest: int) -> None:

@@ -27,9 +27,7 @@ class ParallelConfig:
     """Processes that share each layer."""
     pipeline_model_parallel_size: Annotated[int, megatron("pipeline-model-parallel-size")] = 1
     """Processes in the pipeline."""
-    virtual_pipeline_model_parallel_size: Annotated[
-        int | None, megatron("virtual-pipeline-model-parallel-size")
-    ] = None
+    virtual_pipeline_model_parallel_size: Annotated[int | None, megatron("virtual-pipeline-model-parallel-size")] = None
     """Chunks a pipeline stage holds in the interleaved schedule."""
     context_parallel_size: Annotated[int, megatron("context-parallel-size")] = 1
     """Processes that share each text sequence."""
@@ -41,9 +39,7 @@ class ParallelConfig:
     """Shard norms and dropout of text over the tensor-parallel group."""
     use_distributed_optimizer: Annotated[bool, megatron("use-distributed-optimizer")] = False
     """Shard optimizer state over data-parallel processes."""
-    recompute_granularity: Annotated[
-        Literal["none", "selective", "full"], megatron("recompute-granularity")
-    ] = "none"
+    recompute_granularity: Annotated[Literal["none", "selective", "full"], megatron("recompute-granularity")] = "none"
     """Activations to recompute in the backward pass: none, core attention, or whole layers."""
     recompute_method: Annotated[Literal["uniform", "block"] | None, megatron("recompute-method")] = None
     """Of full recomputation: uniform, as every layer is recomputed by itself; null says the same."""
@@ -217,6 +213,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 3
     """Checkpoints kept; 0 keeps all."""
+    async_save: Annotated[bool, megatron("async-save")] = True
+    """Training goes on while a checkpoint is written, where the hosts have memory for a copy of what they hold."""
     init_from: Annotated[list[str] | None, BeforeValidator(_listed), megatron("init-from")] = None
     """Checkpoints (of another run or phase, or from tools/convert_checkpoint.py) whose weights start a new run; each
     fills the nodes that it holds and none before it has filled. A recipe may name one without a list."""

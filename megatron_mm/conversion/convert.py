@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.stream import CheckpointReader, write_checkpoint_weights
+from megatron_mm.checkpoints.reader import CheckpointReader
+from megatron_mm.checkpoints.streamed import write_checkpoint_weights
 from megatron_mm.config.load import config_from_tree, dump_config, load_config
 from megatron_mm.config.plugins import load_plugins
 from megatron_mm.config.schema import Config
@@ -276,12 +277,11 @@ def write_training_checkpoint(
                 return make(by_name[name])
 
             shapes = {name: entry.shape for name, entry in by_name.items()}
-            common = {"iteration": 0, "consumed_samples": 0}
-            write_checkpoint_weights(part, shapes, dtype, make_named, common)
+            write_checkpoint_weights(part, shapes, dtype, make_named)
         dump_config(config, part / "config.yaml")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, part / tokenizer.name)
-        return checkpoint_folder.finish(part, {"iteration": 0})
+        return checkpoint_folder.finish(part, {"iteration": 0, "consumed_samples": 0})
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):

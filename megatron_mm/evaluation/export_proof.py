@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.config.load import load_config
 from megatron_mm.config.schema import Config
 from megatron_mm.conversion.convert import config_from_hf, find_checkpoint

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.config.load import load_config
 from megatron_mm.config.plugins import load_plugins
 from megatron_mm.conversion.convert import (

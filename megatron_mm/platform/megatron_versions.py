@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_mm.platform import notices
 
 if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.transformer.mlp import MLPSubmodules
 
 #: Series of releases that this package runs on, and the release of each that its tests ran on.
@@ -46,17 +44,7 @@ CUDA_GRAPHS = Difference(
     "0.18",
     "what CUDA graphs capture, before `cuda_graph_scope`; the default of both is a value that they call deprecated",
 )
-CHECKPOINT_WRITER = Difference(
-    "megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy.async_save(async_strategy)",
-    "0.17",
-    "megatron-core's own writer must be named: the default is that of nvidia-resiliency-ext, a package of its own",
-)
-COMMON_STATE = Difference(
-    "megatron.core.dist_checkpointing.serialization._legacy_common_state_exists",
-    "0.19",
-    "save() keeps common values among the shards; `common.pt`, which training writes for 0.16 too, is still read",
-)
-DIFFERENCES = (MLP_BUILDER, CUDA_GRAPHS, CHECKPOINT_WRITER, COMMON_STATE)
+DIFFERENCES = (MLP_BUILDER, CUDA_GRAPHS)
 
 
 def prepare() -> None:
@@ -84,12 +72,6 @@ def mlp_part(submodules: MLPSubmodules) -> Any:
 def no_cuda_graphs() -> dict[str, list]:
     """Arguments of a TransformerConfig that captures none, which is the default, without its warning."""
     return {"cuda_graph_modules" if CUDA_GRAPHS.is_here else "cuda_graph_scope": []}
-
-
-def begin_save(strategy: TorchDistSaveShardedStrategy, sharded: dict, folder: Path) -> Any:
-    """The AsyncRequest that writes the sharded entries to a folder. Collective."""
-    options = {"async_strategy": "mcore"} if CHECKPOINT_WRITER.is_here else {}
-    return strategy.async_save(sharded, folder, **options)
 
 
 def _release() -> str:

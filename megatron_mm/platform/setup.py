@@ -63,7 +63,6 @@ def rank() -> int:
 def join(timeout_minutes: float = 10.0) -> torch.device:
     """Joins the group of all processes, from which nothing yet follows of their layout; a second call does nothing."""
     device = apply_platform()
-    stopping.keep_blocked()
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         backend = "nccl" if device.type == "cuda" else "gloo"

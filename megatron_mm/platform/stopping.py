@@ -72,7 +72,10 @@ class _Signals:
             threading.Thread(target=self._watch_launcher, daemon=True, name="launcher").start()
 
     def block(self) -> None:
-        """Blocks the signals in this thread, and so in the children that it forks. Others may have unblocked them."""
+        """Blocks the signals in this thread, and so in the children that it forks.
+
+        Again and again: multiprocessing unblocks SIGINT and SIGTERM in a thread that starts its resource tracker.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
 
     def _unblocked(self, number: int, _frame: object) -> None:
@@ -173,20 +176,10 @@ def asked() -> signal.Signals | None:
     return _signals.asked if _signals else None
 
 
-def keep_blocked() -> None:
-    """Starts multiprocessing's resource tracker, which unblocks two signals in the thread that does, and blocks again.
-
-    What is spawned later (megatron-core's writer has a process of that kind) then inherits the mask. Main thread only.
-    """
-    if _signals:
-        from multiprocessing import resource_tracker
-
-        resource_tracker.ensure_running()
-        _signals.block()
-
-
 def remember() -> None:
     """From here on a signal is remembered. It does not return where one has come before."""
+    if _signals:
+        _signals.block()
     if _signals and _signals.stage is _Stage.STARTING:
         _signals.enter(_Stage.AGREEING)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_mm.config.schema import Config
 from megatron_mm.data.reading.microbatch import Microbatch
-from megatron_mm.training.resilience import communication_device
+from megatron_mm.platform.collectives import communication_device
 
 
 class CorruptMedia:

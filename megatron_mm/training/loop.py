@@ -9,7 +9,6 @@ Every process runs this same code; what differs is the chunk it holds and the sa
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from pathlib import Path
@@ -20,7 +19,9 @@ from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.block_file import DamagedError
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import SaveError, Saver
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
@@ -71,14 +72,31 @@ class Trainer:
         self.corrupt = CorruptMedia(config)
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
-        load = Path(config.checkpoint.load) if config.checkpoint.load else self.root
-        folder = checkpoint.find(load)
-        if folder is None and config.checkpoint.load:
-            raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
-        self._build(0 if folder is None else checkpoint_folder.recorded_iteration(folder), config.training.seed)
-        self.watchdog.beat("loading weights")
-        self.position = self._begin() if folder is None else self._resume(folder)
+        self.position = self._start()
         self._say(self._describe(), f"attention: {'; '.join(self._attention())}")
+
+    def _start(self) -> Position:
+        """Model, optimizer and position: of the newest checkpoint that is whole when it is read, or of a new run."""
+        settings = self.config.checkpoint
+        load = Path(settings.load) if settings.load else self.root
+        passed_over: dict[Path, str] = {}
+        while True:
+            folder = checkpoint.find(load, passed_over)
+            if folder is None and settings.load:
+                raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
+            iteration = 0 if folder is None else checkpoint_folder.recorded_iteration(folder)
+            self._build(iteration, self.config.training.seed)
+            self.watchdog.beat("loading weights")
+            if folder is None:
+                return self._begin()
+            try:
+                return self._resume(folder)
+            except DamagedError as error:
+                if folder == load:
+                    raise
+                self._say(f"warning: a damaged checkpoint is passed over: {error}")
+                passed_over[folder] = str(error)
+            self._drop()
 
     def _build(self, iteration: int, seed: int | None) -> None:
         """Model and optimizer of the phase that follows `iteration` steps."""
@@ -129,7 +147,7 @@ class Trainer:
             for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
                 print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
         self._say(f"resumed from {folder} at iteration {position.iteration}")
-        self._say(*self.patience.lines(_recorded_seconds(folder)))
+        self._say(*self.patience.lines(checkpoint_folder.recorded_seconds(folder)))
         return position
 
     def _begin(self) -> Position:
@@ -176,8 +194,10 @@ class Trainer:
             self._say(f"nothing to do: iteration {position.iteration} of {training.train_iters} is done")
             self.watchdog.stop()
             return position
-        tracker, loader = Tracker(config, self.first_rank, position.iteration), self._train_loader()
-        phases, stopped = phase_ends(config.optimizer.groups), False
+        tracker = Tracker(config, self.first_rank, position.iteration)
+        saver = Saver(config, self.root, config.checkpoint.async_save)
+        loader = self._train_loader()
+        phases, stopped, prepared = phase_ends(config.optimizer.groups), False, False
         try:
             while position.iteration < training.train_iters and not stopped:
                 self.watchdog.beat(f"iteration {position.iteration + 1}")
@@ -189,18 +209,23 @@ class Trainer:
                     figures.update(self.validate())
                     stopped = self.stop.agreed()
                 tracker.record(figures)
+                if not prepared:  # now that the optimizer has its state
+                    self._say(*saver.prepare(self.pipeline, self.optimizer))
+                    prepared = True
+                self._go_on_saving(saver)
                 interval, ended = config.checkpoint.save_interval, position.iteration in phases
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
-                    saved = self._save(needed=last or stopped or ended)
-                    stopped = saved and self.stop.agreed()  # also by a signal that came while it was written
+                    self._save(saver, needed=last or stopped or ended)
+                    stopped = stopped or self._stops_here(saver)
                 if ended and not (last or stopped):
                     loader.close()
                     self._next_phase()
-                    loader = self._train_loader()
+                    loader, prepared = self._train_loader(), False
                     stopped = self.stop.agreed()  # nothing has changed since that checkpoint
         finally:
             loader.close()
             tracker.close()
+            saver.close()
             self.watchdog.stop()
         self._say(*self.corrupt.report_lines())
         verb = "finished" if position.iteration == training.train_iters else "stopped by a signal"
@@ -214,13 +239,17 @@ class Trainer:
     def _next_phase(self) -> None:
         """Goes on from the checkpoint just written with another part of the model frozen, cut and sharded anew."""
         iteration = self.position.iteration
-        del self.pipeline, self.optimizer  # before the next are built: both would not fit
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._drop()
         self._build(iteration, seed=None)
         self.watchdog.beat("loading weights")
         checkpoint.load(checkpoint_folder.folder_of(self.root, iteration), self.pipeline, self.optimizer)
         self._say(f"iteration {iteration}: nodes that were frozen learn from here on; {self._describe()}")
+
+    def _drop(self) -> None:
+        """Lets go of model and optimizer, before the next are built: both would not fit."""
+        del self.pipeline, self.optimizer
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _step(self, loader: MicrobatchLoader | SharedLoader) -> dict:
         """One optimizer step; its figures."""
@@ -306,21 +335,44 @@ class Trainer:
             self._say(line)
         return figures
 
-    def _save(self, needed: bool) -> bool:
-        """Whether the checkpoint was written; the same on every process."""
-        self.watchdog.beat(f"saving iteration {self.position.iteration}")
-        began = time.perf_counter()
+    def _go_on_saving(self, saver: Saver) -> None:
+        """Looks after a checkpoint that is being written. Collective."""
         try:
-            folder = checkpoint.save(self.config, self.root, self.pipeline, self.optimizer, self.position)
-            self._say(f"saved {folder}", *self.patience.lines(time.perf_counter() - began))
-            return True
-        except checkpoint.SaveError as error:
+            folder = saver.poll()
+        except SaveError as error:
+            self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")
+        else:
+            self._say_saved(saver, folder)
+
+    def _save(self, saver: Saver, needed: bool) -> None:
+        """Begins to save, once what is being written is there; where it is needed, returns when it is there."""
+        self.watchdog.beat(f"saving iteration {self.position.iteration}")
+        try:
+            if saver.busy:
+                began = time.perf_counter()
+                self._say_saved(saver, saver.wait())
+                self._say(f"training waited {time.perf_counter() - began:.1f} s for that before the next save")
+        except SaveError as error:
+            self._say(f"warning: {error}")
+        try:
+            folder = saver.begin(self.pipeline, self.optimizer, self.position)
+            self._say_saved(saver, folder or (saver.wait() if needed else None))
+        except SaveError as error:
             if needed:  # nothing will try again: whoever started the run must know
                 raise
             self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")
+
+    def _stops_here(self, saver: Saver) -> bool:
+        """Whether the run was told to stop while it saved this step; it is there then, and need not be saved again.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if not (saver.busy or saver.iteration == self.position.iteration) or not self.stop.agreed():
             return False
+        self._say_saved(saver, saver.wait())
+        return True
 
-
-def _recorded_seconds(folder: Path) -> float | None:
-    """Seconds that the save of a whole checkpoint took, where its manifest has them."""
-    return json.loads((folder / checkpoint_folder.MANIFEST).read_text()).get("seconds")
+    def _say_saved(self, saver: Saver, folder: Path | None) -> None:
+        if folder is not None:
+            self._say(f"saved {folder} ({saver.seconds:.1f} s)", *self.patience.lines(saver.seconds))

@@ -2,20 +2,17 @@
 
 megatron-core's own optimizer checkpoints name state by position in a process's parameter list, or by data-parallel
 shard, and restore `step` wrongly for torch's Adam. Here every state tensor is an entry `optimizer.<state>.<parameter
-key>` with the sharding of its parameter, so that a checkpoint loads under any layout, with or without the distributed
-optimizer.
+key>` of which each process holds regions, so that a checkpoint loads under any layout, with or without the distributed
+optimizer, and nothing is gathered to write it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import (
     ChainedOptimizer,
     DistributedOptimizer,
@@ -28,6 +25,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_mm.checkpoints.held import Held
+from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.config.schema import Config
 from megatron_mm.models.phases import group_of
 from megatron_mm.pipeline.schedule import Pipeline
@@ -114,36 +113,55 @@ class Optimizer:
 
     # ---------------------------------------------------------------------------------------------- checkpointing
 
-    def sharded_state(self, weights: dict, loading: bool) -> dict:
-        """Entries `optimizer.<state>.<name>` for every trainable parameter of this process.
+    def held_alike(self, weights: Sequence[Held]) -> Iterator[tuple[Held, torch.Tensor, str]]:
+        """State that the processes of a data-parallel group hold alike: (parameter, values in its shape, key's prefix).
 
-        Args:
-            weights: sharded_state_dict of the model.
-            loading: make empty entries to be filled (then `restore`), instead of the current values.
+        Nothing under the distributed optimizer, where each has its own (`own_slots`).
         """
-        entries = {}
-        named = _by_parameter(weights)
-        for parameter, tensors in self._states(loading):
-            own, sharded = named[id(parameter)]
-            for name, tensor in tensors.items():
-                entries[f"optimizer.{name}.{own}"] = make_sharded_optimizer_tensor(
-                    sharded, tensor, prefix=f"optimizer.{name}"
-                )
-        return entries
+        for weight, optimizer in self._with_state(weights):
+            if not isinstance(optimizer, DistributedOptimizer):
+                for name, tensor in self._local_state(optimizer, weight.parameter).items():
+                    yield weight, tensor.view(weight.parameter.shape), f"optimizer.{name}."
+
+    def own_slots(self, weights: Sequence[Held]) -> Iterator[Slot]:
+        """State that this process writes and no other of its data-parallel group holds."""
+        for weight, optimizer in self._with_state(weights):
+            if isinstance(optimizer, DistributedOptimizer) and weight.is_first:
+                yield from self._slots_of(optimizer, weight)
+
+    def slots(self, weights: Sequence[Held]) -> Iterator[Slot]:
+        """All state that this process holds, to be filled before `restore`."""
+        for weight, optimizer in self._with_state(weights):
+            yield from self._slots_of(optimizer, weight)
+
+    def _slots_of(self, optimizer, weight: Held) -> Iterator[Slot]:
+        start, stop = self._range(optimizer, weight.parameter)
+        for name, tensor in self._local_state(optimizer, weight.parameter).items():
+            yield from weight.pieces(start, stop, tensor.view(-1), f"optimizer.{name}.")
+
+    def _with_state(self, weights: Sequence[Held]) -> Iterator[tuple[Held, Any]]:
+        """Trainable parameters, with the optimizers that hold state of them on this process."""
+        self._materialise()
+        by_parameter = {id(weight.parameter): weight for weight in weights}
+        for parameter in self._parameters():
+            for optimizer in self._owners(parameter):
+                yield by_parameter[id(parameter)], optimizer
 
     @torch.no_grad()
-    def restore(self, weights: dict, entries: dict, steps: int, samples: int) -> None:
-        """Takes loaded entries (plain tensors under the names of `sharded_state`)."""
-        self._materialise()
-        named = _by_parameter(weights)
-        for parameter in self._parameters():
-            own, _ = named[id(parameter)]
-            for optimizer in self._owners(parameter):
-                for name, target in self._local_state(optimizer, parameter).items():
-                    source = entries.get(f"optimizer.{name}.{own}")
-                    if source is not None:
-                        start, stop = self._range(optimizer, parameter)
-                        target.view(-1).copy_(source.reshape(-1)[start:stop].to(target.device))
+    def restore(self, weights: Sequence[Held], stored: Container[str], steps: int, samples: int) -> None:
+        """Goes on from weights and state that were filled from a checkpoint.
+
+        Args:
+            weights: of this process.
+            stored: keys that the checkpoint holds: a parameter without a master weight there starts from its weight.
+            steps: that the optimizer has made.
+            samples: consumed in them.
+        """
+        for weight, optimizer in self._with_state(weights):
+            state = self._local_state(optimizer, weight.parameter)
+            if "fp32_param" in state and f"optimizer.fp32_param.{weight.key}" not in stored:
+                start, stop = self._range(optimizer, weight.parameter)
+                state["fp32_param"].view(-1).copy_(weight.parameter.detach().reshape(-1)[start:stop])
         self.steps = steps
         for adam in self._torch_optimizers():
             for group in adam.param_groups:
@@ -212,33 +230,6 @@ class Optimizer:
             return piece.start, piece.end
         return 0, parameter.numel()
 
-    def _states(self, loading: bool) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
-        """Every trainable parameter with its whole state on the CPU or, without sharding, where it is."""
-        self._materialise()
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        sharded = any(isinstance(optimizer, DistributedOptimizer) for optimizer in self.inner.chained_optimizers)
-        for parameter in self._parameters():
-            names = ["exp_avg", "exp_avg_sq"] + (["fp32_param"] if parameter.dtype != torch.float32 else [])
-            if loading:
-                yield parameter, {name: torch.empty(parameter.shape, dtype=torch.float32) for name in names}
-            elif not sharded:
-                (optimizer,) = self._owners(parameter)
-                tensors = self._local_state(optimizer, parameter)
-                yield parameter, {name: tensor.view(parameter.shape) for name, tensor in tensors.items()}
-            else:
-                yield parameter, self._gathered(parameter, names, group)
-
-    def _gathered(self, parameter: torch.nn.Parameter, names: list[str], group) -> dict[str, torch.Tensor]:
-        """Whole state of one parameter from its shards: each process adds its piece to zeros."""
-        whole = {name: parameter.new_zeros(parameter.numel(), dtype=torch.float32) for name in names}
-        for optimizer in self._owners(parameter):
-            start, stop = self._range(optimizer, parameter)
-            for name, tensor in self._local_state(optimizer, parameter).items():
-                whole[name][start:stop].copy_(tensor.view(-1))
-        for tensor in whole.values():
-            dist.all_reduce(tensor, group=group)
-        return {name: tensor.view(parameter.shape).cpu() for name, tensor in whole.items()}
-
 
 def _group_overrides(config: Config, pipeline: Pipeline) -> dict[ParamKey, dict]:
     """What `optimizer.groups` changes, as megatron-core's overrides of parameter groups."""
@@ -261,12 +252,3 @@ def _group_overrides(config: Config, pipeline: Pipeline) -> dict[ParamKey, dict]
         if change:
             overrides[ParamKey(with_name_predicate=predicate)] = change
     return overrides
-
-
-def _by_parameter(weights: dict) -> dict[int, tuple[str, ShardedTensor | ShardedTensorFactory]]:
-    """Name on this process and entry of each parameter, by its id. Copies of a tied weight have one key, two names."""
-    return {
-        id(entry.data): (name, entry)
-        for name, entry in weights.items()
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }

@@ -19,11 +19,6 @@ from megatron_mm.platform import setup, stopping
 from megatron_mm.platform.atomic_files import written_whole
 
 
-def communication_device() -> torch.device:
-    """Where the tensors of a collective over all processes lie."""
-    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
 #: How long a process that gives up waits for the others to have left their stacks: the launcher ends them with it.
 _STACKS_WITHIN_SECONDS = 60.0
 

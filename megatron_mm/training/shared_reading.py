@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron_mm.data.reading.loader import MicrobatchLoader
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.media.errors import DataError
-from megatron_mm.training.resilience import communication_device
+from megatron_mm.platform.collectives import communication_device
 
 
 class SharedLoader:

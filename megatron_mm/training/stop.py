@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.distributed as dist
-
 from megatron_mm.platform import stopping
-from megatron_mm.training.resilience import communication_device
+from megatron_mm.platform.collectives import all_agree
 
 #: torchrun, Slurm and Kubernetes kill 30 s after they have told a run to stop; the step in hand takes some of them.
 SLOW_SAVE_SECONDS = 25.0
@@ -28,9 +25,7 @@ class Stop:
         """
         if stopping.is_installed() and not self._agreed:
             stopping.remember()
-            flag = torch.tensor([float(stopping.asked() is not None)], device=communication_device())
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self._agreed = bool(flag.item())
+            self._agreed = not all_agree(stopping.asked() is None)
             stopping.remembered_by_all()
         return self._agreed
 

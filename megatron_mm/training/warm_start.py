@@ -39,21 +39,19 @@ def load_pretrained(
     own = checkpoint.weights_of(pipeline)
     group = parallel_state.get_pipeline_model_parallel_group()
     needed: list = [None] * group.size()
-    dist.all_gather_object(needed, [entry.key for entry in own.values()], group=group)
+    dist.all_gather_object(needed, [weight.key for weight in own], group=group)
     names = [node.name for node in pipeline.graph.nodes]
     wanted = _by_node((key for keys in needed for key in keys), names)
-    shapes = {folder: checkpoint.stored_shapes(folder) for folder in folders}
-    there = {
-        folder: _by_node((key for key in stored if not key.startswith("optimizer.")), names)
-        for folder, stored in shapes.items()
-    }
+    readers = {folder: checkpoint.opened(folder) for folder in folders}
+    there = {folder: _by_node(reader.weights(), names) for folder, reader in readers.items()}
     chosen = set(names) if patterns is None else _chosen(names, there, patterns)
     givers = _givers(names, chosen, wanted, there)
-    for folder, stored in shapes.items():
+    for folder, reader in readers.items():
+        stored = reader.shapes
         keys = {key for name, giver in givers.items() if giver == folder for key in wanted[name] & stored.keys()}
-        taken = {name: entry for name, entry in own.items() if entry.key in keys}
+        taken = [weight for weight in own if weight.key in keys]
         checkpoint.check_shapes(folder, taken, stored)
-        checkpoint.take_weights(pipeline, checkpoint.load_entries(folder, taken))
+        checkpoint.read_together(reader, [slot for weight in taken for slot in weight.slots()])
     optimizer.reload_weights()
     return _origins(names, chosen, wanted, there, givers)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import save
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.conversion.convert import tokenizer_of
@@ -44,7 +44,7 @@ def of_a_users_own_builder(path: Path) -> str:
 def test_the_copy_is_found_by_its_kind(built, make, tmp_path):
     config, pipeline, optimizer = built
     name, config = make(tmp_path / "mine"), changed(config, {"data.tokenizer": str(tmp_path / "mine")})
-    folder = checkpoint.save(config, tmp_path / "run", pipeline, optimizer, Position(1, 8))
+    folder = save(config, tmp_path / "run", pipeline, optimizer, Position(1, 8))
     content = (tmp_path / "mine").read_bytes()
     (tmp_path / "mine").unlink()
     assert tokenizer_of(config, folder) == folder / name and (folder / name).read_bytes() == content

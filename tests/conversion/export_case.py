@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.stream import write_checkpoint_weights
+from megatron_mm.checkpoints.streamed import write_checkpoint_weights
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config, DataConfig
 from megatron_mm.config.section import changed
@@ -107,7 +107,7 @@ def write_training_folder(root: Path, recipe: Config, weights: dict[str, torch.T
     """A whole training checkpoint `root/iter_0000007`."""
     part = checkpoint_folder.begin(root, 7)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    write_checkpoint_weights(part, shapes, torch.float32, weights.__getitem__, {"iteration": 7})
+    write_checkpoint_weights(part, shapes, torch.float32, weights.__getitem__)
     dump_config(recipe, part / "config.yaml")
     (part / stored_name(tokenizer)).write_bytes(tokenizer.read_bytes())
     return checkpoint_folder.finish(part, {"iteration": 7})

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.held import shares
+from megatron_mm.checkpoints.image import Image
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
@@ -96,12 +97,12 @@ class Trained:
     def save(self, root: Path, tokenizer: Path | None) -> Path:
         """A checkpoint `root/iter_0000007`, its weights written by the training code."""
         part = checkpoint_folder.begin(root, 7)
-        state = {**checkpoint.weights_of(self.pipeline), "iteration": 7, "consumed_samples": 0}
-        dist_checkpointing.save(state, str(part), validate_access_integrity=False)
+        weights = checkpoint.weights_of(self.pipeline)
+        Image(list(shares([(weight, weight.parameter, "") for weight in weights]))).write(part, 0)
         dump_config(self.config, part / "config.yaml")
         if tokenizer is not None:
             (part / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-        return checkpoint_folder.finish(part, {"iteration": 7})
+        return checkpoint_folder.finish(part, {"iteration": 7, "consumed_samples": 0})
 
 
 def trained(config: Config, seed: int = 0) -> Trained:

@@ -25,7 +25,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
+from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.section import changed
 from megatron_mm.conversion.convert import export, find_checkpoint, restore
@@ -185,20 +186,16 @@ def test_a_tensor_that_was_never_written_is_an_error(tmp_path):
         writer.close()
 
 
-def test_checkpoint_tensors_are_put_together_from_any_chunks(tmp_path):
-    """Truth: torch's own reader of the same files."""
-    from torch.distributed._shard.metadata import ShardMetadata  # noqa: F401  (its pickles name it)
-
+def test_checkpoint_files_are_read_by_others(tmp_path):
+    """Truth: the safetensors package, which reads the file of pieces without the index beside it."""
     recipe = tiny_recipe()
     weights = random_weights(recipe.model)
     folder = write_training_folder(tmp_path, recipe, weights, train_tokenizer(tmp_path / "t.model"))
-    reader = CheckpointReader(folder)
-    name = "decoder.embedding.word_embeddings.weight"
-    assert len(reader._metadata.state_dict_metadata[name].chunks) == 8
-    loaded = {checkpoint_key(n): torch.zeros_like(t) for n, t in weights.items()}
-    dcp.load(loaded, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    reader, found = CheckpointReader(folder), load_file(folder / "pieces_00000.safetensors")
+    assert len(found) == len(weights)
     for name, tensor in weights.items():
-        assert torch.equal(loaded[checkpoint_key(name)], tensor), name
+        piece = ",".join(f"0:{size}" for size in tensor.shape)
+        assert torch.equal(found[f"{checkpoint_key(name)}[{piece}]"], tensor), name
         assert torch.equal(reader.read(name), tensor), name
 
 
@@ -212,38 +209,16 @@ def test_checkpoint_written_by_torch_is_read_in_either_spelling(tmp_path):
         reader.read("nothing")
 
 
-LOAD_WITH_MEGATRON = """
-import sys, torch, torch.distributed as dist
-from megatron_mm.platform import cpu
-cpu.apply() if hasattr(cpu, "apply") else None
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
-if __name__ == "__main__":
-    folder, out = sys.argv[1:]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    shapes = torch.load(out + ".shapes")
-    # The second of two tensor-parallel ranks asks for its half of the rows.
-    halves = {key: torch.zeros(shape[0] // 2, *shape[1:]) for key, shape in shapes.items()}
-    state = {key: ShardedTensor.from_rank_offsets(key, half, (0, 1, 2)) for key, half in halves.items()}
-    torch.save(dist_checkpointing.load(state, folder, validate_access_integrity=False), out)
-"""
-
-
-@pytest.mark.slow
-def test_megatron_core_loads_a_restored_checkpoint(folders, tmp_path):
+def test_a_tensor_parallel_process_reads_its_rows_of_a_restored_checkpoint(folders, tmp_path):
     _, _, weights, _, exported = folders
-    restored = restore(exported, tmp_path / "restored", quiet=True)
-    names = ["decoder.layers.0.mlp.linear_fc1.weight", "vision.layers.1.self_attention.linear_qkv.weight"]
-    torch.save({name: tuple(weights[name].shape) for name in names}, tmp_path / "out.pt.shapes")
-    script = tmp_path / "load.py"
-    script.write_text(LOAD_WITH_MEGATRON)
-    run = subprocess.run([PYTHON, script, restored, tmp_path / "out.pt"], capture_output=True, encoding="utf-8")
-    assert run.returncode == 0, run.stderr[-2000:]
-    loaded = torch.load(tmp_path / "out.pt", weights_only=False)
-    for name in names:
-        half = weights[name].shape[0] // 2
-        assert torch.equal(loaded[name], weights[name][half:]), name
-    assert loaded["iteration"] == 0 and loaded["consumed_samples"] == 0
+    reader = CheckpointReader(restore(exported, tmp_path / "restored", quiet=True))
+    for name in ("decoder.layers.0.mlp.linear_fc1.weight", "vision.layers.1.self_attention.linear_qkv.weight"):
+        whole = weights[name]
+        half = torch.zeros(whole.shape[0] // 2, *whole.shape[1:])
+        slot = Slot(name, tuple(whole.shape), (half.shape[0], *(0 for _ in half.shape[1:])), half)
+        reader.read_into([slot])
+        assert torch.equal(half, whole[half.shape[0] :]), name
+    assert reader.common["iteration"] == 0 and reader.common["consumed_samples"] == 0
 
 
 # --------------------------------------------------------------------------------------------------- export, restore
@@ -349,7 +324,7 @@ def test_export_refuses_what_is_not_whole(folders, tmp_path):
     with pytest.raises(ValueError, match=r"1 of its weights have no name in an exported model, first extra\.weight"):
         export(more, tmp_path / "out", quiet=True)
     whole = write_training_folder(tmp_path / "cut", recipe, weights, root / "spm.model")
-    data = next(whole.glob("*.distcp"))
+    data = next(whole.glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(ValueError, match="has 1000 bytes instead of"):
         export(whole, tmp_path / "out", quiet=True)

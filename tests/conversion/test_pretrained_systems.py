@@ -22,7 +22,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.section import changed
 from megatron_mm.conversion.pretrained import import_pretrained

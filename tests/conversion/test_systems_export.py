@@ -12,8 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm.checkpoints import checkpoint
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.config.load import RECIPES, load_config
 from megatron_mm.conversion.convert import restore
 from megatron_mm.generation.generate import Generator
@@ -57,7 +56,7 @@ def test_entries_are_the_weights_that_training_saved(work):
     weights = work.trained.weights()
     assert sorted(names) == sorted(weights)
     assert {entry.training: entry.shape for entry in entries} == {n: tuple(w.shape) for n, w in weights.items()}
-    assert {checkpoint_key(name) for name in names} == checkpoint.stored_shapes(work.checkpoint).keys()
+    assert {checkpoint_key(name) for name in names} == CheckpointReader(work.checkpoint).shapes.keys()
     state = work.model.state_dict()
     assert sorted(p.name for e in entries for p in e.parts) == sorted(state)
 

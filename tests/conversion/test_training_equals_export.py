@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.conversion.convert import export, find_checkpoint, restore
 from megatron_mm.generation.generate import Generator
 from megatron_mm.systems.export import model_entries

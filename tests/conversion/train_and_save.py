@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import save
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch
@@ -71,7 +71,7 @@ def main() -> None:
         said = {"logits": logits_of(pipeline, batch), "tokens": greedy(pipeline, inputs, 8, pieces)}
         torch.save(said, Path(folder) / "said.pt")
     config = changed(config, {"data.tokenizer": str(Path(folder) / "spm.model")})
-    checkpoint.save(config, Path(folder) / "checkpoints", pipeline, optimizer, Position(1, 4))
+    save(config, Path(folder) / "checkpoints", pipeline, optimizer, Position(1, 4))
     setup.shutdown()
 
 

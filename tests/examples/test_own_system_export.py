@@ -19,7 +19,8 @@ from transformers import AutoProcessor
 
 from examples.own_system.answer import NEW_BYTES
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.stream import CheckpointReader, write_checkpoint_weights
+from megatron_mm.checkpoints.reader import CheckpointReader
+from megatron_mm.checkpoints.streamed import write_checkpoint_weights
 from megatron_mm.config.load import dump_config, load_config
 from megatron_mm.config.systems import SYSTEMS
 from megatron_mm.conversion.convert import export, refresh, restore
@@ -55,7 +56,7 @@ def run(tmp_path_factory):
     weights = {e.training: 0.3 * torch.randn(e.shape, generator=generator) for e in model_entries(config.model)}
     part = checkpoint_folder.begin(root / "checkpoints", 7)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    write_checkpoint_weights(part, shapes, torch.float32, weights.__getitem__, {"iteration": 7})
+    write_checkpoint_weights(part, shapes, torch.float32, weights.__getitem__)
     dump_config(config, part / "config.yaml")
     shutil.copyfile(BYTES, part / "byte_tokenizer.json")
     checkpoint_folder.finish(part, {"iteration": 7})

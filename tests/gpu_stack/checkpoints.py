@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from megatron_mm.checkpoints import checkpoint  # noqa: E402
+from megatron_mm.checkpoints.save import save  # noqa: E402
 from megatron_mm.config.load import load_config  # noqa: E402
 from megatron_mm.config.schema import Config  # noqa: E402
 from megatron_mm.config.section import changed  # noqa: E402
@@ -51,7 +52,7 @@ def model(config: Config, backend: str, seed: int | None) -> Pipeline:
 
 def weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     """What a model holds, by checkpoint key."""
-    return {entry.key: entry.data.detach().clone() for entry in checkpoint.weights_of(pipeline).values()}
+    return {weight.key: weight.parameter.detach().clone() for weight in checkpoint.weights_of(pipeline)}
 
 
 def differing(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
@@ -69,7 +70,7 @@ def compare(config: Config) -> tuple[int, list[str]]:
         with tempfile.TemporaryDirectory() as folder:
             first = model(config, backend, config.training.seed)
             drawn[backend] = weights(first)
-            saved = checkpoint.save(config, Path(folder), first, Optimizer(config, first), checkpoint.Position())
+            saved = save(config, Path(folder), first, Optimizer(config, first), checkpoint.Position())
             second = model(config, other, None)
             checkpoint.load_weights(saved, second)
             problems += [f"{backend} to {other}: {key}" for key in differing(drawn[backend], weights(second))]

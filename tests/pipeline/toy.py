@@ -313,6 +313,7 @@ def copies_agree(pipeline) -> bool:
 def train(case: Case) -> dict:
     """Losses, norms and gradients of every step, and whether tied copies agreed after each."""
     from megatron_mm.checkpoints import checkpoint
+    from megatron_mm.checkpoints.save import save
 
     sizes = sizes_of(case.layout)
     setup.initialize(sizes, seed=5)
@@ -342,7 +343,7 @@ def train(case: Case) -> dict:
     if case.save:
         done = position.iteration + case.steps
         position = checkpoint.Position(done, done * case.global_batch)
-        checkpoint.save(config, Path(case.save), pipeline, optimizer, position)
+        save(config, Path(case.save), pipeline, optimizer, position)
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import save
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import megatron_versions, setup
@@ -63,7 +64,7 @@ def test_a_model_is_built_saved_and_loaded_without_a_word(tmp_path, caplog):
         warnings.simplefilter("always", UserWarning)
         warnings.simplefilter("always", FutureWarning)
         megatron_versions.prepare()
-        folder = checkpoint.save(config, tmp_path, pipeline, optimizer, Position(1, 8))
+        folder = save(config, tmp_path, pipeline, optimizer, Position(1, 8))
         assert checkpoint.load(folder, pipeline, optimizer) == Position(1, 8)
     assert [record.getMessage() for record in caplog.records] == []
     assert [str(warning.message) for warning in warned if warning.category in (UserWarning, FutureWarning)] == []

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_mm.checkpoints import checkpoint
+from megatron_mm.checkpoints.save import Saver
 from megatron_mm.data.reading.dataset import build_datasets
 
 
@@ -17,5 +17,5 @@ def build(config):
         Path(os.environ["NOTED"]).touch()
         time.sleep(86400)
 
-    checkpoint.save = held
+    Saver.begin = held
     return build_datasets(replace(config, data=replace(config.data, builder=None)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_mm.checkpoints.checkpoint import weights_of
 from megatron_mm.config.schema import NodeGroupConfig
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
@@ -98,7 +99,7 @@ def test_a_group_counts_its_own_steps(monkeypatch):
     monkeypatch.setattr(toy, "graph_of", lambda case: phase_graph(graph_of(case), config.optimizer.groups, 3))
     setup.initialize(ParallelSizes(), seed=1)
     pipeline, optimizer, _ = build(Case())
-    weights = pipeline.sharded_state_dict()
+    weights = weights_of(pipeline)
     optimizer.restore(weights, {}, steps=3, samples=48)
     (adam,) = optimizer._torch_optimizers()
     chunk = pipeline.bare_chunks[0]

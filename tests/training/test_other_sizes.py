@@ -4,6 +4,7 @@ import pytest
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import save
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.planner.assembly import Assembly
@@ -22,7 +23,7 @@ def build(config):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     config, folder = small_vlm(), tmp_path_factory.mktemp("source")
-    checkpoint.save(config, folder, *build(config), Position(1, 8))
+    save(config, folder, *build(config), Position(1, 8))
     return checkpoint.find(folder)
 
 

@@ -76,13 +76,12 @@ def assert_same_history(output: Path, uninterrupted: Path) -> None:
 
 
 def test_the_frozen_do_not_move_until_they_learn(uninterrupted):
-    from megatron.core.dist_checkpointing import load_plain_tensors
-
     from megatron_mm.config.sizes import ParallelSizes
     from megatron_mm.platform import setup
+    from tests.support.checkpoints import plain_tensors
 
     setup.initialize(ParallelSizes(), seed=1)
-    before, at, last = (load_plain_tensors(str(uninterrupted / "checkpoints" / f"iter_000000{n}")) for n in (2, 4, 8))
+    before, at, last = (plain_tensors(str(uninterrupted / "checkpoints" / f"iter_000000{n}")) for n in (2, 4, 8))
 
     def moved(one: dict, two: dict) -> set[str]:
         names = [key for key, value in one.items() if isinstance(value, torch.Tensor) and "optimizer." not in key]

@@ -100,7 +100,7 @@ def test_loss_falls_and_every_figure_is_there(uninterrupted):
 def test_killed_and_resumed_in_another_layout(corpus, uninterrupted, tmp_path):
     """kill -9 between two checkpoints; then TP2 x DP2 with the distributed optimizer instead of PP2."""
     path, lines = recipe(corpus, tmp_path), tmp_path / "metrics.jsonl"
-    words = command(path, 2, "--pipeline-model-parallel-size", "2", "--save-interval", "3")
+    words = command(path, 2, "--pipeline-model-parallel-size", "2", "--save-interval", "3", "--no-async-save")
     words[0] = INTERPRETER  # nothing between the signal and the processes
     process = held(words, 5, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: lines.exists() and lines.read_text().count("\n") == 5, "the fifth step", process)
@@ -152,7 +152,7 @@ def test_from_the_distributed_optimizer_to_one_process_with_a_damaged_checkpoint
     first = run(path, 2, "--use-distributed-optimizer", "--micro-batch-size", "1", "--train-iters", "8")
     assert first.returncode == 0, first.stderr[-2000:]
     newest = tmp_path / "checkpoints" / "iter_0000008"
-    shard = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    shard = max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
     second = run(path)
@@ -285,9 +285,9 @@ def test_if_no_checkpoint_is_whole_nothing_is_overwritten(corpus, uninterrupted,
     path = recipe(corpus, tmp_path)
     shutil.copytree(uninterrupted / "checkpoints" / "iter_0000004", tmp_path / "checkpoints" / "iter_0000004")
     shutil.copy(uninterrupted / "metrics.jsonl", tmp_path)
-    (tmp_path / "checkpoints" / "iter_0000004" / ".metadata").write_bytes(b"")
+    (tmp_path / "checkpoints" / "iter_0000004" / "pieces_00000.json").write_bytes(b"")
     done = run(path)
-    assert done.returncode == 1 and "no checkpoint is whole" in done.stderr and ".metadata" in done.stderr
+    assert done.returncode == 1 and "no checkpoint is whole" in done.stderr and "pieces_00000.json" in done.stderr
     assert len(metrics(tmp_path)) == STEPS
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.config.sizes import ParallelSizes
@@ -12,6 +11,7 @@ from megatron_mm.models.graph import Graph
 from megatron_mm.platform import setup
 from megatron_mm.training import warm_start
 from tests.pipeline import toy
+from tests.support.checkpoints import plain_tensors
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_of_several_checkpoints_each_fills_what_none_before_it_has(source, anoth
         "image.layers.2": f"loaded from {source}",
         "text.layers.2": f"loaded from {source}",
     }
-    held = {folder: load_plain_tensors(str(folder)) for folder in (source, another)}
+    held = {folder: plain_tensors(str(folder)) for folder in (source, another)}
     taken = [name for name in after if name.startswith(("image.", "text.layers."))]
     assert changed(before, after) == set(taken)
     for name in taken:

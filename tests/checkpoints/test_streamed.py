@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mm.checkpoints.stream import CheckpointReader, write_checkpoint_weights
+from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.reader import CheckpointReader
+from megatron_mm.checkpoints.streamed import write_checkpoint_weights
 
 
 def test_a_norm_is_fused_only_into_a_linear_layer_that_is_there(tmp_path):
@@ -23,10 +25,8 @@ def test_a_norm_is_fused_only_into_a_linear_layer_that_is_there(tmp_path):
         "decoder.cross_layers.0.mlp.linear_fc1.weight": "decoder.cross_layers.0.mlp.linear_fc1.weight",
     }
     values = {name: torch.full((8,), float(at)) for at, name in enumerate(names)}
-    folder = tmp_path / "iter_0000000"
-    folder.mkdir()
-    shapes = dict.fromkeys(names, (8,))
-    write_checkpoint_weights(folder, shapes, torch.float32, values.__getitem__, {"iteration": 0})
-    reader = CheckpointReader(folder)
+    part = checkpoint_folder.begin(tmp_path, 0)
+    write_checkpoint_weights(part, dict.fromkeys(names, (8,)), torch.float32, values.__getitem__)
+    reader = CheckpointReader(checkpoint_folder.finish(part, {"iteration": 0}))
     assert reader.weights() == set(names.values())
     assert all(torch.equal(reader.read(name), value) for name, value in values.items())

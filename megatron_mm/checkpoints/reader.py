@@ -1,0 +1,236 @@
+"""Reading checkpoints: any region of any tensor, whatever layout wrote it, with or without a process group.
+
+Two formats are read: the pieces that are written now (image.py), each block of whose files is checked before anything
+of it is used, and torch's distributed checkpoints, which were written before (torch_dist.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.checkpoints import torch_dist
+from megatron_mm.checkpoints.block_file import BLOCK, DamagedError, read_block
+from megatron_mm.checkpoints.folder import MANIFEST
+from megatron_mm.checkpoints.image import DTYPES, index_file, pieces_file
+from megatron_mm.checkpoints.regions import Region, flat_range, overlap, rectangles, slices
+from megatron_mm.checkpoints.slots import Slot
+from megatron_mm.models.names import checkpoint_key
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[tuple[Region, Any], ...]
+    """Its regions, and where each is: what the format's `read` wants."""
+
+
+class CheckpointReader:
+    """Tensors of one checkpoint folder (`…/iter_0000100`).
+
+    Raises:
+        ValueError: the folder is no whole checkpoint; says what is missing.
+        DamagedError: a file of it is not what was written; from every method that reads.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if torch_dist.is_one(self.folder):
+            tensors, common, self._read = torch_dist.opened(self.folder)
+            self.tensors = {key: StoredTensor(*stored) for key, stored in tensors.items()}
+            self.common = common
+        else:
+            pieces = _Pieces(self.folder)
+            self.tensors, self.common, self._read = pieces.tensors, pieces.common, pieces.read
+
+    def __contains__(self, name: str) -> bool:
+        return any(key in self.tensors for key in (name, checkpoint_key(name)))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every tensor, by key."""
+        return {key: stored.shape for key, stored in self.tensors.items()}
+
+    def weights(self) -> set[str]:
+        """Keys of the model's parameters, as they stand in the checkpoint."""
+        return {key for key in self.tensors if not key.startswith("optimizer.") and not key.endswith("_extra_state")}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Whole shape of a parameter."""
+        return self._stored(name)[1].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type in which a parameter is stored."""
+        return self._stored(name)[1].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter."""
+        key, stored = self._stored(name)
+        check_whole(self.folder, key, stored)
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_into([Slot(key, stored.shape, (0,) * len(stored.shape), whole)])
+        return whole
+
+    @torch.no_grad()
+    def read_into(self, slots: Iterable[Slot]) -> None:
+        """Fills regions with what the checkpoint holds of them, converted to their types.
+
+        Each process reads what it needs, in the order of the files, and no byte twice.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor, holds it in another shape, or lacks a part of it.
+        """
+        wanted: dict[Any, list[tuple[Region, Slot]]] = defaultdict(list)
+        for slot in slots:
+            stored = self.tensors.get(slot.key)
+            if stored is None:
+                raise ValueError(f"{self.folder} holds no {slot.key}")
+            if stored.shape != slot.shape:
+                raise ValueError(f"{self.folder}: {slot.key} is {stored.shape}, where {slot.shape} is needed")
+            found = 0
+            for region, where in stored.pieces:
+                if common := overlap(region, slot.region):
+                    found += math.prod(common[1])
+                    wanted[where].append((region, slot))
+            if found != slot.tensor.numel():
+                raise ValueError(f"{self.folder}: pieces of {slot.key} hold {found} of {slot.tensor.numel()} values")
+        self._read(wanted)
+
+    def _stored(self, name: str) -> tuple[str, StoredTensor]:
+        for key in (name, checkpoint_key(name)):
+            if key in self.tensors:
+                return key, self.tensors[key]
+        raise ValueError(f"{self.folder}: holds no {name}")
+
+
+def check_whole(folder: Path, key: str, stored: StoredTensor) -> None:
+    """Raises ValueError unless the pieces of a tensor have as many values as it, before memory is taken for them."""
+    held = sum(math.prod(sizes) for (_, sizes), _ in stored.pieces)
+    if held != math.prod(stored.shape):
+        raise ValueError(f"{folder}: pieces of {key} hold {held} of {math.prod(stored.shape)} values")
+
+
+class _Pieces:
+    """A checkpoint of files of pieces."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.common = json.loads((folder / MANIFEST).read_text())
+            names = self.common["files"]
+            count = sum(name.endswith(".safetensors") for name in names)
+            if not count:
+                raise KeyError("pieces_*.safetensors")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{folder}: not a whole checkpoint (its {MANIFEST} names no pieces: {error!r}); give a folder like "
+                "checkpoints/iter_0000100"
+            ) from error
+        self._files: list[tuple[Path, int, list[int]]] = []
+        self.tensors: dict[str, StoredTensor] = {}
+        for number in range(count):
+            self._open(folder, number)
+
+    def _open(self, folder: Path, number: int) -> None:
+        path, index = folder / pieces_file(number), folder / index_file(number)
+        try:
+            stated = json.loads(index.read_text())
+            size, sums = stated["bytes"], stated["checksums"]
+            if path.stat().st_size != size or len(sums) != -(-size // BLOCK) or stated["block"] != BLOCK:
+                raise DamagedError(f"{path} has {path.stat().st_size} bytes, and {index.name} is of another file")
+            self._files.append((path, size, sums))
+            for key, entry in stated["tensors"].items():
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                before = self.tensors.get(key, StoredTensor(shape, dtype, ()))
+                if (before.shape, before.dtype) != (shape, dtype):
+                    raise DamagedError(f"{index}: {key} has another shape or type than in the other files")
+                pieces = tuple(_piece(number, shape, dtype.itemsize, size, *piece) for piece in entry["pieces"])
+                self.tensors[key] = StoredTensor(shape, dtype, before.pieces + pieces)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{error.filename} is missing") from error
+        except DamagedError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(f"{index} is no index of pieces: {error!r}") from error
+
+    def read(self, wanted: dict[tuple[int, int], list[tuple[Region, Slot]]]) -> None:
+        """Reads block after block of each file what is wanted of its pieces, by (file, first byte)."""
+        by_file: dict[int, list[tuple[int, int, int, Region, Slot]]] = defaultdict(list)
+        for (number, at), takers in wanted.items():
+            for region, slot in takers:
+                common = overlap(region, slot.region)
+                assert common is not None
+                first, last = flat_range(common, region)
+                item = self.tensors[slot.key].dtype.itemsize
+                by_file[number].append((at + first * item, at + last * item, at, region, slot))
+        buffer = memoryview(bytearray(BLOCK))
+        for number, jobs in sorted(by_file.items()):
+            self._read_file(number, sorted(jobs, key=lambda job: job[:2]), buffer)
+
+    def _read_file(self, number: int, jobs: list[tuple[int, int, int, Region, Slot]], buffer: memoryview) -> None:
+        path, size, sums = self._files[number]
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            waiting, active = iter(jobs), []
+            following = next(waiting, None)
+            block = 0
+            while active or following:
+                if not active:
+                    block = following[0] // BLOCK
+                begin, end = block * BLOCK, (block + 1) * BLOCK
+                while following and following[0] < end:
+                    active.append(following)
+                    following = next(waiting, None)
+                length = read_block(descriptor, block, size, sums[block], buffer, path)
+                for _, _, at, region, slot in active:
+                    self._take(buffer[:length], begin, at, region, slot)
+                active = [job for job in active if job[1] > end]
+                block += 1
+        finally:
+            os.close(descriptor)
+
+    def _take(self, data: memoryview, begin: int, at: int, region: Region, slot: Slot) -> None:
+        """Copies what a block, which begins at a byte of its file, holds of a piece to where it is wanted."""
+        dtype = self.tensors[slot.key].dtype
+        item, count = dtype.itemsize, math.prod(region[1])
+        first = max(0, (begin - at) // item)
+        last = min(count, (begin + len(data) - at) // item)
+        if first >= last:
+            return
+        values = torch.frombuffer(data, dtype=dtype, count=last - first, offset=at + first * item - begin)
+        done = 0
+        for offsets, sizes in rectangles(region[1], first, last):
+            part = (tuple(base + offset for base, offset in zip(region[0], offsets)), sizes)
+            some = values[done : done + math.prod(sizes)]
+            done += some.numel()
+            if common := overlap(part, slot.region):
+                slot.tensor[slices(common, slot.region)].copy_(some.view(sizes)[slices(common, part)])
+
+
+def _piece(
+    number: int, shape: tuple[int, ...], item: int, size: int, offsets: list[int], sizes: list[int], at: int
+) -> tuple[Region, tuple[int, int]]:
+    """A piece as an index states it.
+
+    Raises:
+        ValueError: it lies outside its tensor or its file.
+    """
+    region = (tuple(offsets), tuple(sizes))
+    numbers = (*offsets, *sizes, at)
+    if len(offsets) != len(shape) or len(sizes) != len(shape) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"a piece at {region}")
+    if any(begin + extent > most for begin, extent, most in zip(offsets, sizes, shape)):
+        raise ValueError(f"a piece at {region} of a tensor of {shape}")
+    if at % item or at + math.prod(sizes) * item > size:
+        raise ValueError(f"a piece at byte {at} of {size}")
+    return region, (number, at)

@@ -1,0 +1,266 @@
+"""Saving a run: every process writes what it holds, in the background where memory allows, and nothing is gathered.
+
+    begin ─ each copies its pieces to the host ─ training goes on, each writes its file ─ all written: rank 0 names it
+
+Training stands still for the copy alone. A checkpoint appears whole or not at all (folder.py), at a step at which every
+process knows that all have written; an error is told at the step after it, and the checkpoint before stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.background import BackgroundWriter
+from megatron_mm.checkpoints.checkpoint import Position, weights_of
+from megatron_mm.checkpoints.held import shares
+from megatron_mm.checkpoints.image import Image
+from megatron_mm.config.load import dump_config
+from megatron_mm.config.schema import Config
+from megatron_mm.data.tokens.tokenizer import stored_name
+from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.platform.collectives import all_agree
+
+if TYPE_CHECKING:
+    from megatron_mm.training.optimizer import Optimizer
+
+#: Of the memory that is free on a host, what copies for background writing may take.
+_SHARE_OF_FREE_MEMORY = 0.8
+#: Between two looks at a save that is waited for.
+_POLL_SECONDS = 0.02
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+def image_of(pipeline: Pipeline, optimizer: Optimizer) -> Image:
+    """The file of this process: its optimizer state, and its share of what others hold as well."""
+    weights = weights_of(pipeline)
+    alike = [(weight, weight.parameter, "") for weight in weights] + list(optimizer.held_alike(weights))
+    return Image([*shares(alike), *optimizer.own_slots(weights)])
+
+
+def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, position: Position) -> Path:
+    """Writes the checkpoint of a position and returns when it is there. Collective.
+
+    Raises:
+        SaveError: the disk is too full or writing failed; no earlier checkpoint was touched.
+    """
+    folder = Saver(config, root, in_background=False).begin(pipeline, optimizer, position)
+    assert folder is not None
+    return folder
+
+
+class Saver:
+    """Writes the checkpoints of a run into a folder, one at a time. Every method is collective.
+
+    Args:
+        in_background: training goes on while files are written, where the hosts have the memory.
+
+    Raises:
+        SaveError: from `begin`, `poll` and `wait`: a checkpoint was not written.
+    """
+
+    def __init__(self, config: Config, root: Path, in_background: bool) -> None:
+        self.config, self.root, self.in_background = config, root, in_background
+        self.iteration: int | None = None
+        """Of the checkpoint that was named last, by this object."""
+        self.seconds = 0.0
+        """How long that took, from the copy to its name."""
+        self._writer: BackgroundWriter | None = None
+        self._part: Path | None = None
+        self._named = False
+        self._facts: dict[str, Any] = {}
+        self._began = 0.0
+
+    def prepare(self, pipeline: Pipeline, optimizer: Optimizer) -> list[str]:
+        """Starts the writing processes, so that the first save finds its memory; what is to be said about it.
+
+        To be called once the optimizer has its state.
+        """
+        if not self.in_background:
+            return []
+        size = image_of(pipeline, optimizer).size
+        lacking = self._lacking_memory(size)
+        if lacking is None:
+            lacking = _first_problem(self._start)
+        if lacking:
+            self.in_background = False
+            return [f"checkpoints are written while training waits: {lacking}"]
+        assert self._writer is not None
+        self._writer.reserve(size)
+        return []
+
+    def _start(self) -> None:
+        if self._writer is None:
+            self._writer = BackgroundWriter()
+
+    def _lacking_memory(self, size: int) -> str | None:
+        """Why a host has not the memory for a copy of what its processes hold; the same on every process."""
+        if not hasattr(os, "memfd_create"):
+            return "this system has no memory that processes share without a name"
+        hosts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, (socket.gethostname(), size, _free_memory()))
+        wanted: dict[str, int] = {}
+        for host, needed, _ in hosts:
+            wanted[host] = wanted.get(host, 0) + needed
+        for host, _, free in hosts:
+            if wanted[host] > _SHARE_OF_FREE_MEMORY * free:
+                return (
+                    f"a copy of what {host} holds needs {wanted[host] / 2**30:.1f} GiB, "
+                    f"of {free / 2**30:.1f} GiB that are free there"
+                )
+        return None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._part is not None
+
+    def begin(self, pipeline: Pipeline, optimizer: Optimizer, position: Position) -> Path | None:
+        """Begins to write a checkpoint. None may be under way.
+
+        Returns:
+            its folder, if it is there already: without background writing.
+        """
+        if self.in_background and self._writer is None:
+            self.prepare(pipeline, optimizer)
+        self._began = time.monotonic()
+        self._part = part = checkpoint_folder.folder_of(self.root, position.iteration).with_suffix(".part")
+        self._named = False
+        self._facts = {
+            "iteration": position.iteration,
+            "consumed_samples": position.consumed_samples,
+            "optimizer_step": optimizer.steps,
+            "processes": dist.get_world_size(),
+        }
+        image = image_of(pipeline, optimizer)
+        self._together(lambda: self._prepare_folder(position.iteration), first_rank_only=True)
+        self._raise(_lacks_space(image.size, self.root))
+        if self._writer is not None and self.in_background:
+            self._together(lambda: self._writer.write(image, part, dist.get_rank()))
+            return None
+        self._together(lambda: image.write(part, dist.get_rank()))
+        self._together(self._name, first_rank_only=True)
+        return self._done()
+
+    def _prepare_folder(self, iteration: int) -> None:
+        """The folder and its small files."""
+        config, part = self.config, checkpoint_folder.begin(self.root, iteration)
+        dump_config(config, part / "config.yaml")
+        if config.data.tokenizer:
+            shutil.copyfile(config.data.tokenizer, part / stored_name(config.data.tokenizer))
+
+    def _name(self) -> None:
+        assert self._part is not None
+        checkpoint_folder.finish(self._part, self._timed_facts())
+        checkpoint_folder.prune(self.root, self.config.checkpoint.keep_last, self._facts["iteration"])
+
+    def _timed_facts(self) -> dict[str, Any]:
+        return {**self._facts, "seconds": round(time.monotonic() - self._began, 3)}
+
+    def poll(self) -> Path | None:
+        """To be called after each step: goes on with a checkpoint that is being written.
+
+        Returns:
+            its folder, once it is there.
+        """
+        if self._part is None or self._writer is None:
+            return None
+        answer = self._writer.answered()
+        if not all_agree(answer is not None):
+            return None
+        assert answer is not None
+        self._raise(answer[0])
+        if not self._named:
+            self._named = True
+            if dist.get_rank() == 0:
+                self._writer.finish(self._part, self._timed_facts(), self.config.checkpoint.keep_last)
+            return None
+        return self._done()
+
+    def wait(self) -> Path | None:
+        """Returns when nothing is being written; the folder of what was."""
+        folder = None
+        while self.busy:
+            folder = self.poll()
+            if self.busy:
+                time.sleep(_POLL_SECONDS)
+        return folder
+
+    def _done(self) -> Path:
+        assert self._part is not None
+        folder, self._part = self._part.with_suffix(""), None
+        self.iteration, self.seconds = self._facts["iteration"], time.monotonic() - self._began
+        return folder
+
+    def close(self) -> None:
+        """Ends the writing process; what it is writing is left without a name. Not collective."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _together(self, write: Callable[[], object], first_rank_only: bool = False) -> None:
+        """Does something, and raises SaveError on every process if that fails on any."""
+        self._raise(_problem_of(write) if dist.get_rank() == 0 or not first_rank_only else None)
+
+    def _raise(self, problem: str | None) -> None:
+        """Raises SaveError on every process if any has a problem."""
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        found = next(filter(None, problems), None)
+        if found:
+            assert self._part is not None
+            part, self._part = self._part, None
+            if dist.get_rank() == 0:
+                with contextlib.suppress(ValueError):  # which is what was found, or is found by the next save
+                    checkpoint_folder.remove(part)
+            raise SaveError(f"checkpoint {part.with_suffix('')} was not written: {found}")
+
+
+def _problem_of(write: Callable[[], object]) -> str | None:
+    try:
+        write()
+    except Exception as error:  # whatever storage does, the run goes on and says so
+        return checkpoint_folder.one_line(error)
+    return None
+
+
+def _first_problem(act: Callable[[], object]) -> str | None:
+    """What went wrong on any process; the same on every one."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, _problem_of(act))
+    return next(filter(None, problems), None)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free on this host, or in this container."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, limit - used)
+    return free
+
+
+def _lacks_space(size: int, root: Path) -> str | None:
+    """Why this machine's disk will not hold what its processes are about to write."""
+    needed = torch.tensor(float(size), dtype=torch.float64)
+    if dist.get_backend() == "gloo":  # one machine's processes share a disk; NCCL runs write to shared storage
+        dist.all_reduce(needed)
+    free = shutil.disk_usage(root).free
+    if float(needed) * 1.05 > free:
+        return f"{root} has {free / 2**20:.0f} MiB free and the checkpoint needs {float(needed) / 2**20:.0f} MiB"
+    return None
