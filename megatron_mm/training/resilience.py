@@ -18,7 +18,6 @@ from megatron_mm.pipeline.stage import PipelineChunk
 from megatron_mm.platform import setup, stopping
 from megatron_mm.platform.atomic_files import written_whole
 
-
 #: How long a process that gives up waits for the others to have left their stacks: the launcher ends them with it.
 _STACKS_WITHIN_SECONDS = 60.0
 
