@@ -11,15 +11,24 @@ Every field of the recipe can be overridden (--help lists them), by its path or 
 
 from __future__ import annotations
 
-from megatron_mm.config.load import fail, parse_command_line
-from megatron_mm.config.outputs import check_file, figures
-from megatron_mm.config.validate import check, check_device, parallel_sizes
-from megatron_mm.platform import setup
-from megatron_mm.training import run_folder
+import sys
+
+from megatron_mm.platform import stopping
+
+#: Words that ask for something other than training, which a signal ends as any program.
+_NO_TRAINING = {"--check", "--dry-run", "--dry_run", "--help", "-h"}
 
 
 def main() -> None:
     """Parses, trains, and reports an error once."""
+    if not _NO_TRAINING & set(sys.argv):
+        stopping.install()  # before the imports, which take seconds
+    from megatron_mm.config.load import fail, parse_command_line
+    from megatron_mm.config.outputs import check_file, figures
+    from megatron_mm.config.validate import check, check_device, parallel_sizes
+    from megatron_mm.platform import setup
+    from megatron_mm.training import run_folder
+
     config, verbs = parse_command_line()
     try:
         sizes = parallel_sizes(config, (verbs.dry_run and config.parallel.world_size) or setup.world_size())

@@ -3,9 +3,10 @@
 #   launch RECIPE NODES [options of pretrain_multimodal.py]
 #
 # Under Slurm with one task a GPU (as in the .slurm files) each task becomes one rank, so that SIGTERM reaches the run
-# itself and it may take as long as it needs to save. Otherwise torchrun starts the GPUs of this node; its agent kills
-# what has not ended 30 s after SIGTERM. `--check` looks at machines, code, settings and data instead of training.
-# `--dry-run` runs on any machine, without data.
+# itself and it may take as long as Slurm gives it to save. Otherwise torchrun starts the GPUs of this node, passes its
+# signals on, and kills what has not ended within TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (docs/pretraining.md, "Stopping
+# and resuming"). `--check` looks at machines, code, settings and data instead of training. `--dry-run` runs on any
+# machine, without data.
 #
 # DATA names a folder of tools/preprocess_multimodal.py, TOKENIZER its SentencePiece model, OUTPUT where figures and
 # checkpoints go (default: the recipe's; all nodes must see it). NODES and the variables of cluster.sh say where it runs.
@@ -34,6 +35,10 @@ launch() {
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
         exec python "${options[@]}" "$@"
     fi
+    # Less than the minutes that pretrain.slurm asks for; torch 2.9 and 2.10 kill after 30 s whatever this says.
+    # SIGUSR1, which Slurm sends before a time limit (--signal), would otherwise end torchrun itself.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     exec torchrun --nnodes "$nodes" --nproc-per-node "$GPUS_PER_NODE" --node-rank "$NODE_RANK" \
         --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "${options[@]}" "$@"
 }

@@ -10,6 +10,9 @@
 # SIGTERM to the processes, which save and stop, and puts the job back into the queue; the run resumes when it starts
 # again. What ended before that signal (finished, failed or cancelled) stays ended. A run that finishes in those minutes
 # is queued once more and finds nothing to do. --requeue by itself is for preemption and failed nodes.
+#
+# The step in hand and its save must fit into those minutes: at the time limit Slurm sends SIGTERM to the processes
+# again, and a second one ends them at once. A run whose saves are slow says so, with the seconds to ask for in --signal.
 set -euo pipefail
 . examples/cluster.sh
 # Every task gets the variables of this script: sbatch --export=… would otherwise hold for srun too.

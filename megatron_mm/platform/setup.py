@@ -15,14 +15,13 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_mm.config.load import report
 from megatron_mm.config.performance import Device
 from megatron_mm.config.sizes import ParallelSizes
-from megatron_mm.platform import cpu, megatron_versions
+from megatron_mm.platform import cpu, megatron_versions, stopping
 
 #: What the groups of now were made for: (world, sizes, timeout, whether with gloo ones), None without groups.
 _made: tuple | None = None
@@ -148,7 +147,8 @@ def shutdown() -> None:
 def reporting_errors() -> Iterator[None]:
     """Turns an error that a user can cause into one line, once for all ranks, and exit status 1.
 
-    The first rank that fails prints; the launcher then ends the others.
+    The first rank that fails prints; the launcher then ends the others. A rank that a signal is to end before the first
+    step may lose the others before its own signal comes: it ends as they did.
     """
     try:
         yield
@@ -160,24 +160,15 @@ def reporting_errors() -> Iterator[None]:
             report(f"error: {error}")
         elif _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        exit_at_once(1)
+        stopping.exit_at_once(1)
     except RuntimeError:
         # A collective fails when another rank has ended: that rank has said why.
         time.sleep(0.5)
+        if not _another_failed():
+            stopping.end_as_told(within_seconds=1.5)
         if os.environ.get("MEGATRON_MM_TRACEBACK") or not _another_failed():
             raise
-        exit_at_once(1)
-
-
-def exit_at_once(status: int) -> None:
-    """Ends this process and what it started (readers, checkpoint writers), without joining any collective.
-
-    An orderly exit would wait for ranks that may themselves be waiting.
-    """
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    os._exit(status)
+        stopping.exit_at_once(1)
 
 
 def _among_others() -> bool:

@@ -39,9 +39,10 @@ from megatron_mm.training import warm_start
 from megatron_mm.training.corrupt_media import CorruptMedia
 from megatron_mm.training.identity import checkpoint_root
 from megatron_mm.training.optimizer import Optimizer
-from megatron_mm.training.resilience import NotFiniteError, StopSignal, explain_gradient, explain_loss
+from megatron_mm.training.resilience import NotFiniteError, explain_gradient, explain_loss
 from megatron_mm.training.shared_reading import SharedLoader
 from megatron_mm.training.start import start
+from megatron_mm.training.stop import Patience, Stop
 from megatron_mm.training.tracking import Tracker, peak_tflops
 from megatron_mm.training.validation import Validation
 
@@ -59,6 +60,7 @@ class Trainer:
     def __init__(self, config: Config, sizes: ParallelSizes) -> None:
         self.config, self.sizes = config, sizes
         self.device, self.watchdog = start(config, sizes)
+        self.stop, self.patience = Stop(), Patience()
         self.first_rank = dist.get_rank() == 0
         self.output = Path(config.logging.output)
         self.root = checkpoint_root(config)
@@ -119,7 +121,7 @@ class Trainer:
             )
 
     def _say(self, *lines: str) -> None:
-        if self.first_rank:
+        if self.first_rank and lines:
             print(*lines, sep="\n", flush=True)
 
     def _describe(self) -> str:
@@ -145,6 +147,7 @@ class Trainer:
             for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
                 print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
         self._say(f"resumed from {folder} at iteration {position.iteration}")
+        self._say(*self.patience.lines(checkpoint_folder.recorded_seconds(folder)))
         return position
 
     def _begin(self) -> Position:
@@ -178,7 +181,9 @@ class Trainer:
         return SharedLoader(make, training.global_batch_size // (training.micro_batch_size * self.sizes.dp))
 
     def run(self) -> Position:
-        """Trains to the last iteration, or until a stop signal; the last state is saved either way.
+        """Trains to the last iteration, or until a signal; the last state is saved either way.
+
+        Told to stop, the processes finish the step in hand, leave out or break off its validation, and save.
 
         Raises:
             NotFiniteError: a loss or gradient is NaN or infinite; the weights are those of the step before.
@@ -189,7 +194,7 @@ class Trainer:
             self._say(f"nothing to do: iteration {position.iteration} of {training.train_iters} is done")
             self.watchdog.stop()
             return position
-        signals, tracker = StopSignal(), Tracker(config, self.first_rank, position.iteration)
+        tracker = Tracker(config, self.first_rank, position.iteration)
         saver = Saver(config, self.root, config.checkpoint.async_save)
         loader = self._train_loader()
         phases, stopped, prepared = phase_ends(config.optimizer.groups), False, False
@@ -197,11 +202,13 @@ class Trainer:
             while position.iteration < training.train_iters and not stopped:
                 self.watchdog.beat(f"iteration {position.iteration + 1}")
                 figures = self._step(loader)
+                stopped = self.stop.agreed()
                 last = position.iteration == training.train_iters
-                if training.eval_interval and (position.iteration % training.eval_interval == 0 or last):
+                due = training.eval_interval and (position.iteration % training.eval_interval == 0 or last)
+                if due and not stopped:
                     figures.update(self.validate())
+                    stopped = self.stop.agreed()
                 tracker.record(figures)
-                stopped = signals.agreed()
                 if not prepared:  # now that the optimizer has its state
                     self._say(*saver.prepare(self.pipeline, self.optimizer))
                     prepared = True
@@ -209,17 +216,19 @@ class Trainer:
                 interval, ended = config.checkpoint.save_interval, position.iteration in phases
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
                     self._save(saver, needed=last or stopped or ended)
+                    stopped = stopped or self._stops_here(saver)
                 if ended and not (last or stopped):
                     loader.close()
                     self._next_phase()
                     loader, prepared = self._train_loader(), False
+                    stopped = self.stop.agreed()  # nothing has changed since that checkpoint
         finally:
             loader.close()
             tracker.close()
             saver.close()
             self.watchdog.stop()
         self._say(*self.corrupt.report_lines())
-        verb = "stopped by a signal" if stopped else "finished"
+        verb = "finished" if position.iteration == training.train_iters else "stopped by a signal"
         self._say(f"{verb} at iteration {position.iteration}; metrics in {self.output}, checkpoints in {self.root}")
         return position
 
@@ -299,7 +308,10 @@ class Trainer:
         return [name for pool in zip(*everyone) for ids in pool for name in ids]
 
     def validate(self) -> dict:
-        """Losses and measures over `training.eval_iters` global batches of the validation split, always the same."""
+        """Losses and measures over `training.eval_iters` global batches of the validation split, always the same.
+
+        Nothing where there is no such split, and where the run is told to stop meanwhile.
+        """
         if self.datasets.valid is None or self.config.training.eval_iters < 1:
             return {}
         for chunk in self.pipeline.chunks:
@@ -311,9 +323,13 @@ class Trainer:
             microbatches = [next(loader) for _ in range(loader.num_microbatches)]
             self.corrupt.count(microbatches)
             validation.add(microbatches)
+            if self.stop.agreed():
+                break
         loader.close()
         for chunk in self.pipeline.chunks:
             chunk.train()
+        if self.stop.agreed():
+            return {}
         figures = validation.figures()
         if line := validation.console_line():
             self._say(line)
@@ -346,6 +362,17 @@ class Trainer:
                 raise
             self._say(f"warning: {error}; training goes on, earlier checkpoints are whole")
 
+    def _stops_here(self, saver: Saver) -> bool:
+        """Whether the run was told to stop while it saved this step; it is there then, and need not be saved again.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if not (saver.busy or saver.iteration == self.position.iteration) or not self.stop.agreed():
+            return False
+        self._say_saved(saver, saver.wait())
+        return True
+
     def _say_saved(self, saver: Saver, folder: Path | None) -> None:
         if folder is not None:
-            self._say(f"saved {folder} ({saver.seconds:.1f} s)")
+            self._say(f"saved {folder} ({saver.seconds:.1f} s)", *self.patience.lines(saver.seconds))

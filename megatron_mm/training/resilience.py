@@ -1,10 +1,8 @@
-"""What keeps a run from losing work: stop signals, the watchdog of hung collectives, and values that are not finite."""
+"""What keeps a run from losing work: the watchdog of hung collectives, and values that are not finite."""
 
 from __future__ import annotations
 
 import faulthandler
-import os
-import signal
 import sys
 import threading
 import time
@@ -17,34 +15,8 @@ import torch.distributed as dist
 from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.pipeline.schedule import BatchResult, Pipeline, run_batch
 from megatron_mm.pipeline.stage import PipelineChunk
-from megatron_mm.platform import setup
+from megatron_mm.platform import setup, stopping
 from megatron_mm.platform.atomic_files import written_whole
-from megatron_mm.platform.collectives import communication_device
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT until the end of a step; a second SIGINT ends the process at once.
-
-    SIGTERM may come twice, from a scheduler and from the launcher that it told, so a second one changes nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._take)
-
-    def _take(self, number: int, frame) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = number
-
-    def agreed(self) -> bool:
-        """Whether any process was told to stop; every process calls this at the same point."""
-        flag = torch.tensor([float(self.received is not None)], device=communication_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
 
 #: How long a process that gives up waits for the others to have left their stacks: the launcher ends them with it.
 _STACKS_WITHIN_SECONDS = 60.0
@@ -99,7 +71,7 @@ class Watchdog:
         until = time.monotonic() + _STACKS_WITHIN_SECONDS
         while time.monotonic() < until and not all(map(self._has_given_up, range(setup.world_size()))):
             time.sleep(0.1)
-        setup.exit_at_once(1)
+        stopping.exit_at_once(1)
 
     def _stacks_of(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.txt"

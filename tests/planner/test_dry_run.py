@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import changed
-from megatron_mm.platform import setup
+from megatron_mm.platform import setup, stopping
 from tests.support.balance import slowest_over_mean
 from tests.support.full_recipes import PHASES, dry_run, estimates, launched
 from tests.support.programs import PYTHON
@@ -151,7 +151,7 @@ def test_every_stage_of_a_full_recipe_is_estimated_under_80_gb(name, phase):
 def test_what_fails_in_a_dry_run_is_raised_or_said(monkeypatch, capsys):
     """Its fake group has no other ranks, so that no error may be left to one of them to say."""
     monkeypatch.delenv("MEGATRON_MM_TRACEBACK", raising=False)
-    monkeypatch.setattr(setup, "exit_at_once", sys.exit)
+    monkeypatch.setattr(stopping, "exit_at_once", sys.exit)
     setup.shutdown()  # of an earlier test's group
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:

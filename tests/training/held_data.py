@@ -8,20 +8,19 @@ import time
 from dataclasses import replace
 
 from megatron_mm.data.reading.dataset import build_datasets
-from megatron_mm.training.resilience import StopSignal
+from megatron_mm.platform import stopping
+from megatron_mm.training.tracking import Tracker
 
 
 def build(config):
     """The splits of a run."""
-    agreed, steps = StopSignal.agreed, 0
+    record = Tracker.record
 
-    def held(signals: StopSignal) -> bool:
-        """What the run calls after each step."""
-        nonlocal steps
-        steps += 1
-        while steps == int(os.environ["HELD_AFTER"]) and signals.received is None:
+    def held(tracker: Tracker, figures: dict) -> None:
+        """What the run calls on every process after each step."""
+        record(tracker, figures)
+        while figures["iteration"] == int(os.environ["HELD_AFTER"]) and stopping.asked() is None:
             time.sleep(0.01)
-        return agreed(signals)
 
-    StopSignal.agreed = held
+    Tracker.record = held
     return build_datasets(replace(config, data=replace(config.data, builder=None)))

@@ -189,7 +189,7 @@ def test_sigterm_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stdout.read()
-    assert process.wait() == 0 and "stopped by a signal at iteration 2" in rest
+    assert process.wait() == 0 and "stopped by a signal at iteration 3" in rest
     assert run(path).returncode == 0
     assert_same_history(tmp_path, uninterrupted)
 
@@ -205,12 +205,23 @@ def test_sigterm_to_the_launcher_saves_in_every_process(corpus, uninterrupted, t
             break
     rest = process.stdout.read()
     process.wait()
-    assert "stopped by a signal at iteration 2" in rest and "saved" in rest
+    assert "stopped by a signal at iteration 3" in rest and "saved" in rest
     folder, problems = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
     assert folder is not None and not problems
     done = run(path)
     assert done.returncode == 0 and f"resumed from {folder}" in done.stdout
     assert_same_history(tmp_path, uninterrupted)
+
+
+def test_a_run_whose_saves_are_slow_says_what_to_raise(corpus, tmp_path):
+    """The manifest of a checkpoint records how long it took to write."""
+    path = recipe(corpus, tmp_path)
+    assert run(path, 1, "--train-iters", "1").returncode == 0
+    folder, _ = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
+    manifest = folder / checkpoint_folder.MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "seconds": 31.0}))
+    said = run(path, 1, "--train-iters", "2").stdout
+    assert said.count("warning: a save took 31 s") == 1 and "--shutdown-timeout 62" in said
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(corpus, tmp_path):

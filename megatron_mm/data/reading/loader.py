@@ -8,13 +8,18 @@ is stored, so the loader is resumed by giving it `consumed_samples`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import queue
 import threading
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from megatron_mm.data.reading.dataset import Split
 from megatron_mm.data.reading.microbatch import Microbatch
@@ -84,8 +89,38 @@ class _Count(Sampler):
             number += 1
 
 
-def _start_worker(_: int) -> None:
+#: Seconds that a worker gets to end by itself; one that reads from slow storage may need for ever.
+_CLOSE_SECONDS = 3.0
+
+
+def _start_worker(parent: int, _: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent has ended; torch looks only between microbatches, then waits for its pipe."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _disown(iterator) -> None:
+    """Keeps torch's handler of SIGCHLD from making an error of workers that end."""
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+
+
+def _kill(iterator) -> None:
+    """Ends the workers of a DataLoader's iterator whatever they do.
+
+    They may have blocked the signal that torch and multiprocessing would send them (platform/stopping.py).
+    """
+    _disown(iterator)
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 class _Ahead:
@@ -176,13 +211,14 @@ class MicrobatchLoader:
                 "num_workers": num_workers,
                 "prefetch_factor": prefetch_factor,
                 "multiprocessing_context": start_method,
-                "worker_init_fn": _start_worker,
+                "worker_init_fn": functools.partial(_start_worker, os.getpid()),
             }
         microbatches = _Microbatches(dataset, frozenset(fields), layout, tasks or TaskSchedule((), 0))
         self._loader = DataLoader(microbatches, batch_size=None, sampler=_Count(), **workers)
         self._has_workers = num_workers > 0
         self._iterator: Iterator | None = None
         self._ahead: _Ahead | None = None
+        self._killer: Finalize | None = None
 
     def __iter__(self) -> MicrobatchLoader:
         return self
@@ -191,6 +227,8 @@ class MicrobatchLoader:
         if self._iterator is None:
             self._iterator = iter(self._loader)
             if self._has_workers:
+                # Where nobody closes: at exit, before multiprocessing waits for workers.
+                self._killer = Finalize(None, _kill, (self._iterator,), exitpriority=10)
                 self._ahead = _Ahead(self._iterator)
         try:
             microbatch = next(self._ahead or self._iterator)
@@ -201,11 +239,20 @@ class MicrobatchLoader:
         return microbatch
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers: those that do not end by themselves within seconds are killed."""
+        timer = None
+        if self._killer is not None:
+            _disown(self._iterator)
+            timer = threading.Timer(_CLOSE_SECONDS, self._killer)
+            timer.start()
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
+        if timer is not None:
+            timer.cancel()
+            self._killer.cancel()
+            self._killer = None
         self._iterator = None
