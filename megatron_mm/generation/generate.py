@@ -1,7 +1,8 @@
 """Captions and answers from an exported folder or a training checkpoint.
 
 Either becomes the exported modelling class of its system (`hf/modeling_*.py`), so there is one implementation of
-generation, with its cache: a training checkpoint passes through the same list of names as an export, into memory.
+generation, with its cache: a training checkpoint passes through the same list of names as an export, into memory. The
+code is this package's own, or of a plugin that the user names; that of an exported folder does not run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_mm.checkpoints.reader import CheckpointReader
-from megatron_mm.config.load import load_config
+from megatron_mm.config.load import load_saved_config
 from megatron_mm.config.plugins import load_plugins
 from megatron_mm.conversion.convert import (
     DTYPES,
@@ -27,6 +28,7 @@ from megatron_mm.conversion.convert import (
     tokenizer_of,
 )
 from megatron_mm.conversion.hf_folder import (
+    FOREIGN_CODE,
     adapter_of_folder,
     is_hf_folder,
     read_json,
@@ -101,8 +103,7 @@ class Generator:
             dtype: "fp32" or "bf16".
             device: torch device.
             tokenizer: a file that `open_tokenizer` reads; None: the one beside the weights.
-            plugins: files or modules to import, of which one registers the system of an exported folder; a checkpoint's
-                recipe names its own.
+            plugins: files or modules to import, of which one registers the system of the folder or checkpoint.
 
         Raises:
             ValueError: nothing to load there, or not whole, or no tokenizer of a model that reads text; a system that
@@ -112,12 +113,13 @@ class Generator:
         load_plugins(plugins)
         if is_hf_folder(path):
             fields = read_json(path / "config.json")
+            fields = {name: value for name, value in fields.items() if name not in FOREIGN_CODE}
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
             beside = None if tokenizer else tokenizer_of_folder(fields, path)
             opened = chosen_tokenizer(adapter, tokenizer, beside)
         else:
             folder = find_checkpoint(path)
-            recipe = load_config(folder / "config.yaml")
+            recipe = load_saved_config(folder / "config.yaml")
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
             check_checkpoint(model_entries(recipe.model), reader)
             opened = chosen_tokenizer(adapter, tokenizer, tokenizer_of(recipe, folder))

@@ -1,10 +1,10 @@
 """Which lines of which files a cleaning drops, as the builders ask for it.
 
-    OUTPUT/
-        drops.npy      numbers of the dropped lines (u8), ascending within each file, file after file
-        manifest.json  the files, in that order, with their sizes; checksums
-        dropped.jsonl  for people: a line a dropped record, with the reason
-        report.json, report.md
+OUTPUT/
+    drops.npy      numbers of the dropped lines (u8), ascending within each file, file after file
+    manifest.json  the files, in that order, with their sizes; checksums
+    dropped.jsonl  for people: a line a dropped record, with the reason
+    report.json, report.md
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ class DropList:
         self._manifest = read_manifest(path)
         if (self._manifest.get("format"), self._manifest.get("version")) != (FORMAT, VERSION):
             raise DataError(f"{path}: not of a cleaned corpus (format {self._manifest.get('format')!r})")
-        self._sources = {source["path"]: source for source in self._manifest["sources"]}
-        counts = [source["dropped"] for source in self._manifest["sources"]]
         try:
-            lines = np.load(os.path.join(folder, DROPS), mmap_mode="r")
-        except (OSError, ValueError) as error:
+            self._sources = {source["path"]: source for source in self._manifest["sources"]}
+            counts = [int(source["dropped"]) for source in self._sources.values()]
+            self._checksums = self._manifest[CHECKSUM], self._manifest["files"][DROPS]["sha256"]
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: damaged (no list of files and what was dropped: {error!r})") from error
+        try:
+            lines = np.load(os.path.join(folder, DROPS), mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # a damaged header ends in whatever Python's parser raises
             raise DataError(f"{os.path.join(folder, DROPS)}: damaged ({error})") from error
         if lines.dtype != np.uint64 or lines.shape != (sum(counts),):
             raise DataError(f"{os.path.join(folder, DROPS)}: damaged (it and {MANIFEST} disagree)")
@@ -54,7 +58,7 @@ class DropList:
     @property
     def identity(self) -> str:
         """Checksum of what is dropped, of which files, and why."""
-        return self._manifest[CHECKSUM]
+        return self._checksums[0]
 
     def check_inputs(self, inputs: Sequence[str]) -> None:
         """Compares the list with the files that a builder is to read.
@@ -63,7 +67,7 @@ class DropList:
             DataError: the list is damaged, was made of other files, or a file's size has changed since.
         """
         path = os.path.join(self.folder, DROPS)
-        if sha256(path) != self._manifest["files"][DROPS]["sha256"]:
+        if sha256(path) != self._checksums[1]:
             raise DataError(f"{path}: damaged (its SHA-256 is not the one with which it was written)")
         for given in inputs:
             source = self._sources.get(os.path.abspath(given))

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
+from megatron_mm.config.documents import load_json
 from megatron_mm.config.inputs import Limits
 from megatron_mm.data.reading.packing import PIECE_DTYPE, Packing, pack
 from megatron_mm.data.store.manifest import CHECKSUM
@@ -120,9 +121,9 @@ def open_plan(folder: str) -> StoredPacking:
     """
     advice = "remove the folder, and it is made again"
     try:
-        with open(os.path.join(folder, "plan.json"), encoding="utf-8") as stream:
-            report = json.load(stream)["report"]
-        pieces, row_starts = (np.load(os.path.join(folder, f"{n}.npy"), "r") for n in ("pieces", "row_starts"))
+        report = load_json(os.path.join(folder, "plan.json"))["report"]
+        paths = (os.path.join(folder, f"{name}.npy") for name in ("pieces", "row_starts"))
+        pieces, row_starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
         rows = int(report["rows"])
     except Exception as error:  # a damaged header ends in whatever Python's parser raises
         raise DataError(f"{folder}: a damaged packing plan ({error}); {advice}") from error

@@ -30,10 +30,13 @@ def localize(path: str, cache: str | None = None) -> str:
         cache: folder of the copies; None: `DEFAULT_CACHE`.
 
     Raises:
-        DataError: the store cannot be reached, nothing is at the URL, or the disk is full; the URL is named.
+        DataError: the URL is a chain of several, the store cannot be reached, nothing is at the URL, or the disk is
+            full; the URL is named.
     """
     if "://" not in path:
         return path
+    if "::" in path:  # one of fsspec's kinds that read others runs templates that a file of the store holds
+        raise DataError(f"{path}: a chain of stores (::); name the store itself, such as s3://bucket/folder")
     import fsspec
 
     url = path
