@@ -1,10 +1,10 @@
 """Which lines of which files a cleaning drops, as the builders ask for it.
 
-OUTPUT/
-    drops.npy      numbers of the dropped lines (u8), ascending within each file, file after file
-    manifest.json  the files, in that order, with their sizes; checksums
-    dropped.jsonl  for people: a line a dropped record, with the reason
-    report.json, report.md
+    OUTPUT/
+        drops.npy      numbers of the dropped lines (u8), ascending within each file, file after file
+        manifest.json  the files, in that order, with their sizes; checksums
+        dropped.jsonl  for people: a line a dropped record, with the reason
+        report.json, report.md
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mm.data.jobs.parallel import LineBlock
+from megatron_mm.data.store.arrays import load_array
 from megatron_mm.data.store.manifest import CHECKSUM, MANIFEST, read_manifest, sha256
 from megatron_mm.media.errors import DataError
 
@@ -47,10 +48,7 @@ class DropList:
             self._checksums = self._manifest[CHECKSUM], self._manifest["files"][DROPS]["sha256"]
         except (LookupError, TypeError, ValueError) as error:
             raise DataError(f"{path}: damaged (no list of files and what was dropped: {error!r})") from error
-        try:
-            lines = np.load(os.path.join(folder, DROPS), mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # a damaged header ends in whatever Python's parser raises
-            raise DataError(f"{os.path.join(folder, DROPS)}: damaged ({error})") from error
+        lines = load_array(os.path.join(folder, DROPS))
         if lines.dtype != np.uint64 or lines.shape != (sum(counts),):
             raise DataError(f"{os.path.join(folder, DROPS)}: damaged (it and {MANIFEST} disagree)")
         self._lines = dict(zip(self._sources, np.split(lines, np.cumsum(counts)[:-1])))

@@ -307,8 +307,8 @@ class UnfinishedBuild:
         self._rename()
 
     def _rename(self) -> None:
-        names, folder = self._read("names.json"), os.path.dirname(self.output)
-        for number, (name, final) in enumerate(names or ()):
+        names, folder = load_json(self._names), os.path.dirname(self.output)
+        for number, (name, final) in enumerate(names):
             if os.path.basename(name) != name or os.path.dirname(final) != folder:  # no build writes elsewhere
                 raise DataError(
                     f"{self._names}: gives {name!r} the name {final!r}, which is not in {folder}; remove it"

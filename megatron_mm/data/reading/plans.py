@@ -23,6 +23,7 @@ from tqdm import tqdm
 from megatron_mm.config.documents import load_json
 from megatron_mm.config.inputs import Limits
 from megatron_mm.data.reading.packing import PIECE_DTYPE, Packing, pack
+from megatron_mm.data.store.arrays import load_array
 from megatron_mm.data.store.manifest import CHECKSUM
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
@@ -122,8 +123,7 @@ def open_plan(folder: str) -> StoredPacking:
     advice = "remove the folder, and it is made again"
     try:
         report = load_json(os.path.join(folder, "plan.json"))["report"]
-        paths = (os.path.join(folder, f"{name}.npy") for name in ("pieces", "row_starts"))
-        pieces, row_starts = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        pieces, row_starts = (load_array(os.path.join(folder, f"{n}.npy")) for n in ("pieces", "row_starts"))
         rows = int(report["rows"])
     except Exception as error:  # a damaged header ends in whatever Python's parser raises
         raise DataError(f"{folder}: a damaged packing plan ({error}); {advice}") from error
