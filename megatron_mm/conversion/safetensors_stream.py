@@ -57,7 +57,7 @@ class SafetensorsFolder:
                 names = sorted(set(load_json(index)["weight_map"].values()))
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
-            if elsewhere := [name for name in names if os.path.basename(name) != name]:
+            if elsewhere := [name for name in names if not isinstance(name, str) or os.path.basename(name) != name]:
                 raise ValueError(f"{index}: names {elsewhere[0]!r}, which is not in the folder")
             return [self.path / name for name in names]
         files = sorted(self.path.glob("*.safetensors"))

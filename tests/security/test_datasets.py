@@ -111,7 +111,7 @@ def huge_index(dataset: Path) -> None:
     (dataset / "text.idx").write_bytes(MAGIC + struct.pack("<QBQQ", 1, 4, 1 << 60, 1 << 60))
 
 
-@pytest.mark.parametrize(("make", "message"), [(huge_table, "samples.npy: missing or damaged"), (huge_index, "truncat")])
+@pytest.mark.parametrize(("make", "message"), [(huge_table, r"samples\.npy: missing"), (huge_index, "truncated")])
 def test_counts_are_compared_with_the_file_before_memory_is_taken(make, message, dataset):
     before = (dataset / "samples.npy").read_bytes(), (dataset / "text.idx").read_bytes()
     make(dataset)
@@ -191,7 +191,7 @@ def test_what_is_left_of_a_build_renames_nothing_elsewhere(tmp_path, hostile, bu
     (left / "lock").touch()
     (left / "options.json").write_text("{}")
     (left / "names.json").write_text(json.dumps([["0", str(hostile.secret)]]))
-    with pytest.raises(DataError, match="names.json"):
+    with pytest.raises(DataError, match=r"names\.json"):
         build_multimodal([str(built / "a.jsonl")], str(tmp_path / "x"), str(bytes_tokenizer), workers=0, progress=False)
     assert SECRET in hostile.secret.read_text()
 

@@ -43,7 +43,7 @@ class Hostile:
         return self.marker.exists()
 
     def special(self, kind: str, path: Path) -> Path:
-        """Makes `path` what no reader should open: "pipe", "socket", "device", "folder", or a link to an endless file."""
+        """Makes `path` what no reader should open: "pipe", "socket", "folder", or a link to a "device"."""
         path.unlink(missing_ok=True)
         if kind == "pipe":
             os.mkfifo(path)
@@ -88,11 +88,11 @@ def returns(call: Callable[[], object]) -> None:
         raise raised[0]
 
 
-def tool(*words: object, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs a program of this repository."""
+def tool(*words: object, folder: Path = ROOT, python: str = PYTHON) -> subprocess.CompletedProcess:
+    """Runs a program of this repository in a folder."""
     program, *rest = map(str, words)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [PYTHON, str(ROOT / program), *rest]
+    command = [python, str(ROOT / program), *rest]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, encoding="utf-8", timeout=HANG_SECONDS
     )

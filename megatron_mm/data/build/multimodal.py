@@ -257,10 +257,9 @@ def build_multimodal(
     initargs = (tokenizer, media_root, check, encoding, on_error, drop)
     lines = Lines(_build_block, _Worker.start, initargs, workers, 1 << 18, 32)
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:
         build.begin()
-        with bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5) as bar:
             for _ in build.read_lines(inputs, writer, lines, bar):
                 bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)
         manifest = {"tokenizer": made_by, "options": how, "sources": describe_sources(inputs)}
