@@ -184,6 +184,14 @@ def test_a_chain_of_stores_is_not_opened(tmp_path, hostile):
         localize(f"reference::file://{hostile.folder}/r.json", str(tmp_path))
 
 
+def test_a_file_by_which_the_copies_are_noted_is_not_copied(dataset, tmp_path, hostile):
+    (dataset / "cache").write_bytes(hostile.pickled)  # fsspec of before 2025 reads it as JSON, and then as a pickle
+    for _ in range(2):
+        copied = localize(f"file://{dataset}", str(tmp_path / "copies"))
+        assert hostile.pickled not in [path.read_bytes() for path in Path(copied).iterdir()]
+    read(Path(copied))
+
+
 def test_what_is_left_of_a_build_renames_nothing_elsewhere(tmp_path, hostile, built, bytes_tokenizer):
     left = tmp_path / "x.building"
     (left / "data").mkdir(parents=True)

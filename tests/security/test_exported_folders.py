@@ -195,6 +195,12 @@ def test_a_header_is_compared_with_the_file(header, tmp_path):
         SafetensorsFolder(tmp_path)
 
 
+def test_weights_that_are_pickled_alone_are_refused(tmp_path, hostile):
+    pickled_weights(tmp_path, hostile)
+    with pytest.raises(ValueError, match=r"no \.safetensors file \(found adapter_model\.bin, pytorch_model\.bin"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path):
     with (tmp_path / "a.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", 1 << 39))
