@@ -22,6 +22,7 @@ from megatron_mm.conversion.convert import (
     DTYPES,
     check_checkpoint,
     chosen_tokenizer,
+    config_from_hf,
     find_checkpoint,
     hf_tensors,
     text_fields,
@@ -110,10 +111,9 @@ class Generator:
                 answers no prompts.
         """
         path = Path(path)
-        load_plugins(plugins)
+        plugins = load_plugins(plugins)
         if is_hf_folder(path):
-            fields = read_json(path / "config.json")
-            fields = {name: value for name, value in fields.items() if name not in FOREIGN_CODE}
+            fields = _exported_fields(path / "config.json", plugins)
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
             beside = None if tokenizer else tokenizer_of_folder(fields, path)
             opened = chosen_tokenizer(adapter, tokenizer, beside)
@@ -210,6 +210,20 @@ def build_model(
     if buffers := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise ValueError(f"{kind.__name__} has the buffer {buffers[0]}, which no file holds; compute it in forward")
     return model
+
+
+def _exported_fields(file: Path, plugins: Sequence[str]) -> dict:
+    """A configuration as export writes it, without what is said of code and of the type of weights.
+
+    Raises:
+        ValueError: a field is missing, or its value is not of its type.
+    """
+    fields = read_json(file)
+    config_from_hf(fields, file, plugins)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "tokenizer_size"):
+        if not (fields.get(name) is None or (type(fields[name]) is int and fields[name] >= 0)):
+            raise ValueError(f"{file}: {name} is {fields[name]!r}; it must be a number of the vocabulary")
+    return {name: value for name, value in fields.items() if name not in FOREIGN_CODE | {"dtype", "torch_dtype"}}
 
 
 def _exported_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -168,6 +168,14 @@ def test_every_file_of_a_folder_is_data(name, kind, folder, tmp_path, hostile):
         returns(lambda: use(folder, tmp_path / "restored"))
 
 
+@pytest.mark.parametrize("value", ["x", [], {"a": 1}, 1.5])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size", "pad_token_id", "tokenizer_size"])
+def test_fields_of_a_configuration_are_of_their_types(name, value, folder, tmp_path):
+    edit(folder / "config.json", **{name: value})
+    with pytest.raises(ValueError, match=r"config\.json"):
+        use(folder, tmp_path / "restored")
+
+
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", 3, None])
 def test_an_index_names_files_of_its_folder(name, folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
