@@ -18,6 +18,7 @@ PAGES = (
     "docs/checking.md",
     "docs/conversion.md",
     "docs/adding_a_system.md",
+    "docs/trust.md",
 )
 #: All pages, those without commands too.
 ALL_PAGES = (*PAGES, "docs/glossary.md", "docs/releases.md")

@@ -43,6 +43,8 @@ class Export:
     """Replace an exported folder that is there; nothing else is ever replaced."""
     prove: bool = True
     """Run the folder and compare it with the checkpoint before it gets its name."""
+    plugins: list[str] = field(default_factory=list)
+    """Files or modules with a system of your own, imported first; a checkpoint names them and loads none."""
 
     def run(self) -> str:
         from megatron_mm.conversion.convert import export
@@ -53,7 +55,7 @@ class Export:
         shard = int(self.max_shard_gb * 1e9)
         check = proof(self.checkpoint) if self.prove else None
         words = (self.checkpoint, self.output, self.dtype, shard, self.tokenizer, self.overwrite)
-        return f"wrote {export(*words, check=check)}"
+        return f"wrote {export(*words, check=check, plugins=self.plugins)}"
 
 
 @dataclass

@@ -64,7 +64,7 @@ class Arguments:
     tokenizer: Path | None = None
     """File of a tokenizer of any kind (docs/data.md); default: the one beside the weights."""
     plugins: list[str] = field(default_factory=list)
-    """Files or modules with a system of your own, imported first; an exported folder names them and loads none."""
+    """Files or modules with a system of your own, imported first; what --model names in their place loads none."""
 
 
 def prompts_of(arguments: Arguments) -> list[dict]:

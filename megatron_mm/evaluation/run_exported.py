@@ -21,7 +21,7 @@ def load(folder):
     """The model of a folder, in fp32."""
     generates = "AutoModelForCausalLM" in json.loads((Path(folder) / "config.json").read_text())["auto_map"]
     kind = AutoModelForCausalLM if generates else AutoModel
-    return kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    return kind.from_pretrained(folder, trust_remote_code=True, use_safetensors=True, dtype=torch.float32).eval()
 
 
 @torch.inference_mode()
@@ -50,4 +50,4 @@ def run(model, given):
 
 if __name__ == "__main__":
     source, read, written = sys.argv[1:]
-    torch.save(run(load(source), torch.load(read)), written)
+    torch.save(run(load(source), torch.load(read, weights_only=True)), written)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config.load import load_config
+from megatron_mm.config.load import load_saved_config
 from megatron_mm.config.schema import Config, DatasetConfig, ParallelConfig
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.conversion.convert import find_checkpoint
@@ -56,17 +56,20 @@ class GraphReader:
         self._chunk.eval()
 
     @classmethod
-    def from_path(cls, path: Path, trained: bool = True) -> GraphReader:
+    def from_path(cls, path: Path, trained: bool = True, reads_data: bool = False) -> GraphReader:
         """The model of a checkpoint, a folder of checkpoints or a run's output folder (the newest whole one).
 
         Args:
             trained: False: the same model as it was before training.
+            reads_data: the data of the run are wanted too, by `data.builder` where it has one.
 
         Raises:
-            ValueError: there is no checkpoint, or it is damaged.
+            ValueError: there is no checkpoint, or it is damaged, or it needs a plugin that the user has not named
+                (`config.plugins.load_plugins`).
         """
         folder = find_checkpoint(path)
-        return cls(load_config(folder / "config.yaml"), folder if trained else None)
+        config = load_saved_config(folder / "config.yaml", reads_data)
+        return cls(config, folder if trained else None)
 
     @property
     def graph(self) -> Graph:

@@ -1,7 +1,8 @@
 """Captions and answers from an exported folder or a training checkpoint.
 
 Either becomes the exported modelling class of its system (`hf/modeling_*.py`), so there is one implementation of
-generation, with its cache: a training checkpoint passes through the same list of names as an export, into memory.
+generation, with its cache: a training checkpoint passes through the same list of names as an export, into memory. The
+code is this package's own, or of a plugin that the user names; that of an exported folder does not run.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_mm.checkpoints.reader import CheckpointReader
-from megatron_mm.config.load import load_config
+from megatron_mm.config.load import load_saved_config
 from megatron_mm.config.plugins import load_plugins
 from megatron_mm.conversion.convert import (
     DTYPES,
     check_checkpoint,
     chosen_tokenizer,
+    config_from_hf,
     find_checkpoint,
     hf_tensors,
     text_fields,
     tokenizer_of,
 )
 from megatron_mm.conversion.hf_folder import (
+    FOREIGN_CODE,
     adapter_of_folder,
     is_hf_folder,
     read_json,
@@ -101,23 +104,22 @@ class Generator:
             dtype: "fp32" or "bf16".
             device: torch device.
             tokenizer: a file that `open_tokenizer` reads; None: the one beside the weights.
-            plugins: files or modules to import, of which one registers the system of an exported folder; a checkpoint's
-                recipe names its own.
+            plugins: files or modules to import, of which one registers the system of the folder or checkpoint.
 
         Raises:
             ValueError: nothing to load there, or not whole, or no tokenizer of a model that reads text; a system that
                 answers no prompts.
         """
         path = Path(path)
-        load_plugins(plugins)
+        plugins = load_plugins(plugins)
         if is_hf_folder(path):
-            fields = read_json(path / "config.json")
+            fields = _exported_fields(path / "config.json", plugins)
             adapter, tensors = adapter_of_folder(fields, path / "config.json"), _exported_tensors(path)
             beside = None if tokenizer else tokenizer_of_folder(fields, path)
             opened = chosen_tokenizer(adapter, tokenizer, beside)
         else:
             folder = find_checkpoint(path)
-            recipe = load_config(folder / "config.yaml")
+            recipe = load_saved_config(folder / "config.yaml")
             adapter, reader = adapter_of(recipe.model.system, folder / "config.yaml"), CheckpointReader(folder)
             check_checkpoint(model_entries(recipe.model), reader)
             opened = chosen_tokenizer(adapter, tokenizer, tokenizer_of(recipe, folder))
@@ -208,6 +210,20 @@ def build_model(
     if buffers := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise ValueError(f"{kind.__name__} has the buffer {buffers[0]}, which no file holds; compute it in forward")
     return model
+
+
+def _exported_fields(file: Path, plugins: Sequence[str]) -> dict:
+    """A configuration as export writes it, without what is said of code and of the type of weights.
+
+    Raises:
+        ValueError: a field is missing, or its value is not of its type.
+    """
+    fields = read_json(file)
+    config_from_hf(fields, file, plugins)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "tokenizer_size"):
+        if not (fields.get(name) is None or (type(fields[name]) is int and fields[name] >= 0)):
+            raise ValueError(f"{file}: {name} is {fields[name]!r}; it must be a number of the vocabulary")
+    return {name: value for name, value in fields.items() if name not in FOREIGN_CODE | {"dtype", "torch_dtype"}}
 
 
 def _exported_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

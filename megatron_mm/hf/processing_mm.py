@@ -25,6 +25,7 @@ from megatron_mm.media.decoding import (
     to_rgb,
 )
 from megatron_mm.media.errors import DataError
+from megatron_mm.media.files import read_file
 from megatron_mm.media.transforms import center_crop_box, image_tensor, log_mel_spectrogram, size_of, waveform
 
 logger = logging.get_logger(__name__)
@@ -121,8 +122,7 @@ class MultimodalProcessor:
             ImportError: a package that reads such files is not installed; says which.
         """
         try:
-            with open(path, "rb") as stream:
-                data = stream.read()
+            data = read_file(path)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from error
         try:

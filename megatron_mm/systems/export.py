@@ -46,7 +46,7 @@ DECODER_NAMES = {
     "layernorm_epsilon": "rms_norm_eps",
 }
 #: Files of megatron_mm/media that every folder's processor reads media by.
-MEDIA = ("decoding", "errors", "transforms")
+MEDIA = ("decoding", "errors", "files", "transforms")
 #: Fields of a recipe's model that an exported model does not have.
 TRAINING_ONLY = frozenset({"system", "backend", "attention_backend", "hidden_dropout", "attention_dropout", "frozen"})
 #: Fields whose values a recipe may have otherwise than the folder that is restored under it.

@@ -34,6 +34,7 @@ from megatron_mm.config.schema import Config
 from megatron_mm.config.systems import system_of
 from megatron_mm.data.store.remote import localize
 from megatron_mm.media.errors import DataError
+from megatron_mm.media.files import open_file
 from megatron_mm.models.node_names import ranges
 
 #: Distributions whose releases decide what is computed.
@@ -149,13 +150,15 @@ def _dataset(path: str, cache: str | None) -> dict[str, str]:
 def _file(path: Path) -> str:
     """Size and digest, of large files that of both ends."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.blake2b(file.read(_ENDS), digest_size=6)
             file.seek(max(_ENDS, size - _ENDS))
             digest.update(file.read(_ENDS))
     except OSError as error:
         return f"{error.strerror}"
+    except DataError as error:
+        return str(error)
     return f"{size} bytes, digest {digest.hexdigest()}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_mm.config.documents import load_yaml
 from megatron_mm.config.outputs import Kind, check_file, check_place, figures
 from megatron_mm.config.schema import Config
 
@@ -20,9 +21,8 @@ _SECTIONS = {"model", "data", "training", "optimizer", "checkpoint", "logging"}
 
 def _is_dumped(path: str) -> bool:
     """Whether a file is YAML as `dump_config` writes it: all sections, no comments, no layout of one's own."""
-    text = Path(path).read_text()
-    tree = yaml.safe_load(text)
-    return tree.keys() >= _SECTIONS and yaml.safe_dump(tree, sort_keys=False) == text
+    tree = load_yaml(path)
+    return tree.keys() >= _SECTIONS and yaml.safe_dump(tree, sort_keys=False) == Path(path).read_text()
 
 
 def _are_metrics(path: str) -> bool:

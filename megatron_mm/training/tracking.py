@@ -10,6 +10,7 @@ import json
 import time
 from pathlib import Path
 
+from megatron_mm.config.documents import parse_json
 from megatron_mm.config.schema import Config
 from megatron_mm.platform.atomic_files import write_whole
 
@@ -24,8 +25,8 @@ def cut_back(path: Path, iteration: int) -> int:
     kept, dropped = [], 0
     for line in path.read_text().splitlines():
         try:
-            keep = json.loads(line)["iteration"] <= iteration
-        except (ValueError, KeyError):
+            keep = parse_json(line)["iteration"] <= iteration
+        except (ValueError, LookupError, TypeError):
             keep = False  # a line that a killed process did not finish
         kept, dropped = ([*kept, line], dropped) if keep else (kept, dropped + 1)
     write_whole(path, "".join(f"{line}\n" for line in kept))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.conversion import hf_folder
 from megatron_mm.conversion.convert import export, refresh, restore
 from megatron_mm.conversion.hf_folder import REPLACED, TRANSFORMERS_RELEASES, not_exported
 from megatron_mm.conversion.safetensors_stream import SafetensorsFolder
@@ -126,20 +127,18 @@ def change_weight(folder: Path) -> None:
         stream.write(torch.randn(length // 4).numpy().tobytes())
 
 
-def lose_cache(folder: Path) -> None:
-    code = folder / "modeling_synapse.py"
-    code.write_text(code.read_text().replace("begin(past_key_values, cache,", "begin(None, None,"))
+def lose_cache(code: str) -> str:
+    return code.replace("begin(past_key_values, cache,", "begin(None, None,")
 
 
-def forget(folder: Path) -> None:
+def forget(code: str) -> str:
     """The cache's keys are those of the first token: answers with and without it differ, and nothing raises."""
-    code = folder / "text_layers.py"
     wrong = "k, v = cache.update(k, v, self.layer_idx); k = k[:, :, :1].expand_as(k)"
-    code.write_text(code.read_text().replace("k, v = cache.update(k, v, self.layer_idx)", wrong))
+    return code.replace("k, v = cache.update(k, v, self.layer_idx)", wrong)
 
 
-def break_code(folder: Path) -> None:
-    (folder / "text_layers.py").write_text("import nothing_of_this_name\n")
+def break_code(code: str) -> str:
+    return "import nothing_of_this_name\n"
 
 
 @pytest.mark.slow
@@ -153,22 +152,38 @@ def test_a_proof_says_what_agreed(run, exported, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "damage, found",
+    "name, damage, found",
     [
-        (change_weight, "logits of the exported model differ from the training model's by"),
-        (lose_cache, "transformers cannot use the exported model: ValueError: position_ids reach"),
-        (forget, "with its cache and .* without it"),
-        (break_code, "nothing_of_this_name"),
+        ("modeling_synapse.py", lose_cache, "cannot use the exported model: ValueError: position_ids reach"),
+        ("text_layers.py", forget, "with its cache and .* without it"),
+        ("text_layers.py", break_code, "nothing_of_this_name"),
     ],
 )
-def test_a_folder_that_fails_is_not_left_behind(run, tmp_path, damage, found):
+def test_wrong_code_of_this_package_leaves_no_folder_behind(run, tmp_path, monkeypatch, name, damage, found):
+    write = hf_folder.write_code
+
+    def write_damaged(folder: Path, file: str, source: Path) -> None:
+        write(folder, file, source)
+        if file == name:
+            code = (folder / file).read_text()
+            assert damage(code) != code
+            (folder / file).write_text(damage(code))
+
+    monkeypatch.setattr(hf_folder, "write_code", write_damaged)
+    with pytest.raises(ValueError, match=found):
+        export(run, tmp_path / "exported", quiet=True, check=proof(run))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_wrong_weight_leaves_no_folder_behind(run, tmp_path):
     check = proof(run)
 
     def damaged(folder: Path) -> None:
-        damage(folder)
+        change_weight(folder)
         check(folder)
 
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match="logits of the exported model differ from the training model's by"):
         export(run, tmp_path / "exported", quiet=True, check=damaged)
     assert list(tmp_path.iterdir()) == []
 

@@ -52,13 +52,14 @@ def test_a_trained_one_is_scored(tmp_path):
     run = tmp_path / "run"
     done = call("pretrain_multimodal.py", "--config", RECIPE, *QUICK, "--logging.output", run)
     assert done.returncode == 0, done.stderr[-2000:]
-    done = call("tools/score_objectives.py", "--checkpoint", run, "--limit", 16, "--untrained")
+    named = ("--plugins", SOURCE)
+    done = call("tools/score_objectives.py", "--checkpoint", run, "--limit", 16, "--untrained", *named)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in done.stdout.splitlines()[1:]}
     trained, untrained = figures["next_byte/loss"]
     assert trained < untrained and set(figures) >= {"next_byte/accuracy", "next_byte/majority"}
     (tmp_path / "x.jsonl").write_text('{"text": "import os"}\n')
-    done = call("tools/score_objectives.py", "--checkpoint", run, "--input", tmp_path / "x.jsonl")
+    done = call("tools/score_objectives.py", "--checkpoint", run, "--input", tmp_path / "x.jsonl", *named)
     assert done.returncode == 1 and "data.builder" in done.stderr and "leave --input out" in done.stderr
 
 

@@ -51,7 +51,7 @@ def test_what_reads_a_graph_leaves_megatron_core_to_the_platform():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["decoding", "encoding", "errors", "transforms"])
+@pytest.mark.parametrize("name", ["decoding", "encoding", "errors", "files", "transforms"])
 def test_media_need_nothing_of_the_package(name):
     modules = imported(f"import json, sys, megatron_mm.media.{name}; print(json.dumps(sorted(sys.modules)))")
     own = {module for module in modules if module.startswith("megatron_mm.")}

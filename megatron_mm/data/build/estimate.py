@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from megatron_mm.data.build.multimodal import build_multimodal
 from megatron_mm.data.build.text import build_text
 from megatron_mm.data.corpus.line_samples import LineSamples, Sample
-from megatron_mm.data.corpus.samples import KINDS, parse_line
+from megatron_mm.data.corpus.samples import KINDS, parse_line, refuse_file
+from megatron_mm.data.corpus.text_input import media_folder
 from megatron_mm.data.store.layout import TABLE
 from megatron_mm.media.errors import DataError
 
@@ -159,10 +160,17 @@ def multimodal_build(
         if not line.strip():
             return line
         record = parse_line(line, f"{path}, the line at byte {at}")
-        root = os.path.abspath(media_root if media_root is not None else os.path.dirname(os.path.abspath(path)))
+        root = media_folder(path, media_root)
         for kind in KINDS:
-            if isinstance(record.get(kind), list):
-                record[kind] = [os.path.join(root, m) if isinstance(m, str) else m for m in record[kind]]
+            for number, medium in enumerate(record[kind] if isinstance(record.get(kind), list) else ()):
+                if not isinstance(medium, str):
+                    continue
+                if root is not None:
+                    record[kind][number] = os.path.join(os.path.abspath(root), medium)
+                elif options.get("on_error") == "skip":
+                    return b"{}\n"  # a line that the builder leaves out too
+                else:
+                    refuse_file(kind, medium, f"{path}, the line at byte {at}")
         return json.dumps(record).encode() + b"\n"
 
     def run(lines: str, made: str) -> dict[str, int]:

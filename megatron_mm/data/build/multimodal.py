@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_mm.data.cleaning.drop_list import DropList, drop_options
 from megatron_mm.data.corpus.samples import KINDS, TABLE_DTYPE, read_sample, table_row
+from megatron_mm.data.corpus.text_input import media_folder
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.jobs.skipped import LIST, OnError, SkippedLine, SkippedLines
 from megatron_mm.data.jobs.unfinished import Lines, Replacing, UnfinishedBuild, check_output
@@ -76,7 +77,7 @@ class _Worker:
 
 def _build_block(block: LineBlock) -> Block:
     """Reads the samples of a block of lines; runs in a worker."""
-    root = _Worker.media_root if _Worker.media_root is not None else os.path.dirname(os.path.abspath(block.path))
+    root = media_folder(block.path, _Worker.media_root)
     media: dict[str, list[bytes]] = {kind: [] for kind in KINDS}
     tokens: list[int] = []
     rows, ids, skipped = [], [], []
@@ -256,10 +257,9 @@ def build_multimodal(
     initargs = (tokenizer, media_root, check, encoding, on_error, drop)
     lines = Lines(_build_block, _Worker.start, initargs, workers, 1 << 18, 32)
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5)
     try:
         build.begin()
-        with bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not progress, mininterval=0.5) as bar:
             for _ in build.read_lines(inputs, writer, lines, bar):
                 bar.set_postfix(samples=len(writer), media=sum(map(writer.count, KINDS)), refresh=False)
         manifest = {"tokenizer": made_by, "options": how, "sources": describe_sources(inputs)}

@@ -215,10 +215,9 @@ def build_text(
     lines = Lines(_encode_block, _Worker.start, initargs, workers, _BLOCK_BYTES, max_line=MAX_LINE_BYTES)
     read_bytes = shown = 0
     total = sum(os.path.getsize(path) for path in inputs if os.path.exists(path))
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="text", disable=not progress, mininterval=0.5)
     try:
         build.begin()
-        with bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="text", disable=not progress, mininterval=0.5) as bar:
             for block in build.read_lines(inputs, writer, lines, bar):
                 read_bytes += len(block.data)
                 if len(writer) >= shown + log_interval:

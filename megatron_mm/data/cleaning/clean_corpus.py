@@ -102,7 +102,6 @@ def clean_corpus(
     initargs = (tuple(inputs), tuple(text_keys), media_root, rules, wanted)
     lines = Lines(scan_block, Worker.start, initargs, workers, _BLOCK_BYTES, 256)
     total = sum(sizes.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="records", disable=not progress, mininterval=0.5)
 
     def say(text: str) -> None:
         if progress:
@@ -110,7 +109,7 @@ def clean_corpus(
 
     try:
         build.begin()
-        with bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="records", disable=not progress, mininterval=0.5) as bar:
             for _ in build.read_lines(inputs, writer, lines, bar):
                 bar.set_postfix(records=writer.records, rejected=writer.rejected, refresh=False)
         if not writer.records:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mm.data.jobs.parallel import LineBlock
+from megatron_mm.data.store.arrays import load_array
 from megatron_mm.data.store.manifest import CHECKSUM, MANIFEST, read_manifest, sha256
 from megatron_mm.media.errors import DataError
 
@@ -41,12 +42,13 @@ class DropList:
         self._manifest = read_manifest(path)
         if (self._manifest.get("format"), self._manifest.get("version")) != (FORMAT, VERSION):
             raise DataError(f"{path}: not of a cleaned corpus (format {self._manifest.get('format')!r})")
-        self._sources = {source["path"]: source for source in self._manifest["sources"]}
-        counts = [source["dropped"] for source in self._manifest["sources"]]
         try:
-            lines = np.load(os.path.join(folder, DROPS), mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{os.path.join(folder, DROPS)}: damaged ({error})") from error
+            self._sources = {source["path"]: source for source in self._manifest["sources"]}
+            counts = [int(source["dropped"]) for source in self._sources.values()]
+            self._checksums = self._manifest[CHECKSUM], self._manifest["files"][DROPS]["sha256"]
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: damaged (no list of files and what was dropped: {error!r})") from error
+        lines = load_array(os.path.join(folder, DROPS))
         if lines.dtype != np.uint64 or lines.shape != (sum(counts),):
             raise DataError(f"{os.path.join(folder, DROPS)}: damaged (it and {MANIFEST} disagree)")
         self._lines = dict(zip(self._sources, np.split(lines, np.cumsum(counts)[:-1])))
@@ -54,7 +56,7 @@ class DropList:
     @property
     def identity(self) -> str:
         """Checksum of what is dropped, of which files, and why."""
-        return self._manifest[CHECKSUM]
+        return self._checksums[0]
 
     def check_inputs(self, inputs: Sequence[str]) -> None:
         """Compares the list with the files that a builder is to read.
@@ -63,7 +65,7 @@ class DropList:
             DataError: the list is damaged, was made of other files, or a file's size has changed since.
         """
         path = os.path.join(self.folder, DROPS)
-        if sha256(path) != self._manifest["files"][DROPS]["sha256"]:
+        if sha256(path) != self._checksums[1]:
             raise DataError(f"{path}: damaged (its SHA-256 is not the one with which it was written)")
         for given in inputs:
             source = self._sources.get(os.path.abspath(given))

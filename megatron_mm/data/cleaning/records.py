@@ -21,13 +21,13 @@ class Media:
 
     Args:
         entries: paths or inline media of each kind.
-        root: folder to which paths are relative.
+        root: folder to which paths are relative; None: the record's file holds its media (`corpus/text_input.py`).
         where: "file, line n", for messages.
 
     Every property raises DataError, naming the medium, where a file is missing or does not decode.
     """
 
-    def __init__(self, entries: dict[str, list], root: str, where: str) -> None:
+    def __init__(self, entries: dict[str, list], root: str | None, where: str) -> None:
         self._entries, self._root, self._where = entries, root, where
         self._bytes: dict[str, list[bytes]] = {}
 
@@ -89,13 +89,13 @@ class Record:
         line: the JSON object.
         where: "file, line n", for messages.
         text_keys: its texts; all must be there but "prompt", which is optional.
-        media_root: folder to which paths of media are relative.
+        media_root: folder to which paths of media are relative; None: there are none.
 
     Raises:
         DataError: the line cannot be used.
     """
 
-    def __init__(self, line: bytes, where: str, text_keys: tuple[str, ...], media_root: str) -> None:
+    def __init__(self, line: bytes, where: str, text_keys: tuple[str, ...], media_root: str | None) -> None:
         self.where = where
         self.fields = parse_line(line, where)
         has_prompt = self.fields.get("prompt") is not None

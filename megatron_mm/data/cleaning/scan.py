@@ -38,6 +38,7 @@ from megatron_mm.data.cleaning.text_signatures import (
 )
 from megatron_mm.data.cleaning.verdict import Verdict
 from megatron_mm.data.corpus.samples import KINDS
+from megatron_mm.data.corpus.text_input import media_folder
 from megatron_mm.data.jobs.parallel import LineBlock
 from megatron_mm.data.store.indexed import open_at
 from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS
@@ -172,7 +173,7 @@ def scan_block(block: LineBlock) -> Rows:
     Raises:
         DataError: a line cannot be used, where such lines end the run, or the predicate failed.
     """
-    root = Worker.media_root if Worker.media_root is not None else os.path.dirname(os.path.abspath(block.path))
+    root = media_folder(block.path, Worker.media_root)
     file, wanted = Worker.numbers[block.path], Worker.wanted
     records, images, rejected = [], [], []
     words: list[list[bytes]] = []

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import orjson
@@ -20,6 +21,7 @@ from megatron_mm.data.tokens.tokenizer import PLACEHOLDERS, Tokenizer
 from megatron_mm.media.decoding import check_medium, refuse_empty
 from megatron_mm.media.encoding import KEEP, Encoding, encode_medium
 from megatron_mm.media.errors import DataError
+from megatron_mm.media.files import read_file
 
 #: The sample table: one row a document, in the order of the token shard.
 TABLE_DTYPE = np.dtype(
@@ -98,7 +100,7 @@ def read_sample(
     line: bytes,
     where: str,
     tokenizer: Tokenizer,
-    media_root: str,
+    media_root: str | None,
     check: bool,
     encoding: Encoding,
 ) -> Sample:
@@ -108,7 +110,7 @@ def read_sample(
         line: the JSON object.
         where: "file, line n", for messages.
         tokenizer: with media placeholders.
-        media_root: folder to which paths are relative.
+        media_root: folder to which paths are relative; None: a path is refused (`text_input.media_folder`).
         check: decode every medium.
         encoding: how media are stored; what is encoded anew is decoded in any case.
 
@@ -156,7 +158,7 @@ def read_entry(
     kind: str,
     entry: str | dict[str, str],
     number: int,
-    media_root: str,
+    media_root: str | None,
     where: str,
     check: bool,
     encoding: Encoding = KEEP,
@@ -167,16 +169,27 @@ def read_entry(
     return _inline_medium(kind, entry, f'{where}: field "{kind}", number {number}', check, encoding)
 
 
-def read_medium(kind: str, path: str, media_root: str, where: str, check: bool, encoding: Encoding) -> bytes:
+def refuse_file(kind: str, path: str, where: str) -> NoReturn:
+    """Raises DataError for a path in an input that holds its media (`text_input.media_folder`)."""
+    raise DataError(
+        f'{where}: field "{kind}" names the file {path!r}; media of a tar, Parquet or Arrow file lie in it, and '
+        "no other file is read (a JSONL may name files)"
+    )
+
+
+def read_medium(kind: str, path: str, media_root: str | None, where: str, check: bool, encoding: Encoding) -> bytes:
     """Bytes to store of a media file, decoded once if `check`. Raises DataError naming `where` and the path."""
+    if media_root is None:
+        refuse_file(kind, path, where)
     full = os.path.join(media_root, path)
     try:
-        with open(full, "rb") as stream:
-            data = stream.read()
+        data = read_file(full)
     except FileNotFoundError as error:
         raise DataError(f"{where}: no such file: {full}") from error
     except OSError as error:
         raise DataError(f"{where}: {full}: {error.strerror}") from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     return _checked(kind, data, f"{where}: {full}", check, encoding)
 
 

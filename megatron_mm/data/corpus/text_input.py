@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
-import json
 import os
 import sys
 import zlib
@@ -23,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from megatron_mm.config.documents import load_json
 from megatron_mm.data.corpus.columns import arrow_lines, parquet_lines
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES, RecordLines
 from megatron_mm.data.corpus.tables import table_lines
 from megatron_mm.data.corpus.tars import tar_lines
 from megatron_mm.media.errors import DataError
+from megatron_mm.media.files import open_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -56,6 +57,21 @@ def _endings(path: str) -> tuple[str, str]:
 def holds_records(path: str) -> bool:
     """Whether the lines of a file are JSON objects, by its ending; otherwise they may be plain text."""
     return _endings(path)[0] in (*_LINES, *_PACKABLE, *_COLUMNS)
+
+
+def media_folder(path: str, media_root: str | None) -> str | None:
+    """The folder to which the paths of media in an input are relative; None: none of its media are files.
+
+    A list of lines or cells is the user's own, so it may name files anywhere. A tar, Parquet or Arrow file is a corpus
+    by itself, which others made and pass on: its media lie in it, and what it names of this machine is not read.
+
+    Args:
+        path: the input.
+        media_root: what the user named; None: the folder of the input.
+    """
+    if _endings(path)[0] in (".tar", *_COLUMNS):
+        return None
+    return media_root if media_root is not None else os.path.dirname(os.path.abspath(path))
 
 
 def is_plain(path: str) -> bool:
@@ -95,12 +111,15 @@ def _files_of(folder: str) -> list[str]:
         raise DataError(f"{folder}: holds several splits; name the folder of one of them")
     if os.path.exists(state):
         try:
-            with open(state, encoding="utf-8") as stream:
-                names = [entry["filename"] for entry in json.load(stream)["_data_files"]]
+            names = [entry["filename"] for entry in load_json(state)["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{state}: not the state of a Hugging Face dataset ({error})") from error
         for name in names:
-            if name != os.path.basename(name) or not os.path.isfile(os.path.join(folder, name)):
+            if (
+                not isinstance(name, str)
+                or name != os.path.basename(name)
+                or not os.path.isfile(os.path.join(folder, name))
+            ):
                 raise DataError(f"{state}: names {name}, which is not in the folder")
     else:
         names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and holds_records(name))
@@ -129,7 +148,7 @@ def open_lines(path: str, max_line: int = MAX_LINE_BYTES) -> Iterator[tuple[Bina
     if packing and form in _COLUMNS:
         raise DataError(f"{path}: {form} files compress themselves; decompress it first")
     try:
-        raw = open(path, "rb")  # noqa: SIM115
+        raw = open_file(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     with contextlib.ExitStack() as stack:

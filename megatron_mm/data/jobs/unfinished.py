@@ -27,10 +27,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from megatron_mm.config.documents import load_json
 from megatron_mm.config.outputs import OutputError, check_place
 from megatron_mm.data.corpus.record_lines import MAX_LINE_BYTES
 from megatron_mm.data.corpus.text_input import open_lines
@@ -214,11 +215,10 @@ class UnfinishedBuild:
                 stream.write(wanted)
         os.makedirs(self.data, exist_ok=True)
 
-    def _read(self, name: str) -> dict | None:
+    def _read(self, name: str) -> Any:
         """A file of the folder, None where it is missing or was cut off."""
         try:
-            with open(os.path.join(self.folder, name), encoding="utf-8") as stream:
-                return json.load(stream)
+            return load_json(os.path.join(self.folder, name))
         except (OSError, ValueError):
             return None
 
@@ -307,9 +307,12 @@ class UnfinishedBuild:
         self._rename()
 
     def _rename(self) -> None:
-        with open(self._names, encoding="utf-8") as stream:
-            names = json.load(stream)
+        names, folder = load_json(self._names), os.path.dirname(self.output)
         for number, (name, final) in enumerate(names):
+            if os.path.basename(name) != name or os.path.dirname(final) != folder:  # no build writes elsewhere
+                raise DataError(
+                    f"{self._names}: gives {name!r} the name {final!r}, which is not in {folder}; remove it"
+                )
             made = os.path.join(self.data, name) if name else self.data
             if not os.path.exists(made):  # it has its name
                 continue

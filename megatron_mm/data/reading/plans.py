@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
+from megatron_mm.config.documents import load_json
 from megatron_mm.config.inputs import Limits
 from megatron_mm.data.reading.packing import PIECE_DTYPE, Packing, pack
+from megatron_mm.data.store.arrays import load_array
 from megatron_mm.data.store.manifest import CHECKSUM
 from megatron_mm.data.store.shards import Shard
 from megatron_mm.media.errors import DataError
@@ -120,9 +122,8 @@ def open_plan(folder: str) -> StoredPacking:
     """
     advice = "remove the folder, and it is made again"
     try:
-        with open(os.path.join(folder, "plan.json"), encoding="utf-8") as stream:
-            report = json.load(stream)["report"]
-        pieces, row_starts = (np.load(os.path.join(folder, f"{n}.npy"), "r") for n in ("pieces", "row_starts"))
+        report = load_json(os.path.join(folder, "plan.json"))["report"]
+        pieces, row_starts = (load_array(os.path.join(folder, f"{n}.npy")) for n in ("pieces", "row_starts"))
         rows = int(report["rows"])
     except Exception as error:  # a damaged header ends in whatever Python's parser raises
         raise DataError(f"{folder}: a damaged packing plan ({error}); {advice}") from error

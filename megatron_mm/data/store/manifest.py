@@ -8,7 +8,9 @@ import os
 import re
 from collections.abc import Sequence
 
+from megatron_mm.config.documents import load_json
 from megatron_mm.media.errors import DataError
+from megatron_mm.media.files import open_file
 from megatron_mm.platform.atomic_files import sync
 
 MANIFEST, CHECKSUM = "manifest.json", "checksum"
@@ -18,7 +20,7 @@ _CHUNK = 1 << 20
 def sha256(path: str) -> str:
     """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_file(path) as stream:
         while data := stream.read(_CHUNK):
             digest.update(data)
     return digest.hexdigest()
@@ -60,18 +62,39 @@ def read_manifest(path: str) -> dict:
     """A manifest; an older one has no checksum.
 
     Raises:
-        DataError: not JSON, or it does not have its own checksum.
+        DataError: not JSON, not of a manifest's fields, or it does not have its own checksum.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
-            value = json.load(stream)
+        value = load_json(path)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        if CHECKSUM in value and value[CHECKSUM] != _digest(value):
+            raise ValueError("its checksum is another")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: damaged (not a JSON object)")
-    if CHECKSUM in value and value[CHECKSUM] != _digest(value):
-        raise DataError(f"{path}: damaged (its checksum is another)")
+    if (problem := _problem(value)) is not None:
+        raise DataError(f"{path}: damaged ({problem})")
     return value
+
+
+def _problem(manifest: dict) -> str | None:
+    """What readers of any manifest could not work with, or should not: a file that lies elsewhere."""
+    for name in ("counts", "tokenizer", "files"):
+        if not isinstance(manifest.get(name, {}), dict):
+            return f"{name} is no object"
+    if not isinstance(manifest.get("tokenizer", {}).get("identity", ""), str):
+        return "tokenizer.identity is no checksum"
+    sources, counts = manifest.get("sources", []), manifest.get("counts", {})
+    if not isinstance(sources, list) or not all(isinstance(s, dict) and {"name", "bytes"} <= s.keys() for s in sources):
+        return "sources is no list of names and sizes"
+    if wrong := [name for name, count in counts.items() if type(count) is not int or count < 0]:
+        return f"counts.{wrong[0]} is no number of things"
+    for name, stated in manifest.get("files", {}).items():
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            return f"files names {name!r}, which is not beside it"
+        if not isinstance(stated, dict) or type(stated.get("bytes")) is not int:
+            return f"files.{name} states no bytes"
+    return None
 
 
 def differs_from_folder(path: str, form: str, files: re.Pattern[str]) -> str | None:
@@ -93,8 +116,7 @@ def differs_from_folder(path: str, form: str, files: re.Pattern[str]) -> str | N
 def is_of(path: str, form: str) -> bool:
     """Whether a file is a manifest of a format, damaged or not."""
     try:
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream)["format"] == form
+        return load_json(path)["format"] == form
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -104,7 +126,7 @@ def damaged_files(manifest: dict, base: str) -> list[str]:
     problems = []
     for name, expected in manifest.get("files", {}).items():
         path = base + name
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             problems.append(f"{path}: missing")
         elif os.path.getsize(path) != expected["bytes"]:
             problems.append(f"{path}: {os.path.getsize(path)} bytes; it was written with {expected['bytes']}")

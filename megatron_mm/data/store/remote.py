@@ -18,6 +18,8 @@ from tqdm import tqdm
 from megatron_mm.data.store.layout import SUFFIXES
 from megatron_mm.media.errors import DataError
 
+#: Of the files of a dataset. Others are not copied: by some names fsspec keeps notes of its own, which it unpickles.
+_ENDINGS = (".bin", ".idx", ".crc", ".npy", ".json", ".jsonl")
 #: Folder of the copies, unless `data.cache_folder` names another.
 DEFAULT_CACHE = os.path.join("~", ".cache", "megatron_mm", "datasets")
 
@@ -30,10 +32,13 @@ def localize(path: str, cache: str | None = None) -> str:
         cache: folder of the copies; None: `DEFAULT_CACHE`.
 
     Raises:
-        DataError: the store cannot be reached, nothing is at the URL, or the disk is full; the URL is named.
+        DataError: the URL is a chain of several, the store cannot be reached, nothing is at the URL, or the disk is
+            full; the URL is named.
     """
     if "://" not in path:
         return path
+    if "::" in path:  # one of fsspec's kinds that read others runs templates that a file of the store holds
+        raise DataError(f"{path}: a chain of stores (::); name the store itself, such as s3://bucket/folder")
     import fsspec
 
     url = path
@@ -45,7 +50,7 @@ def localize(path: str, cache: str | None = None) -> str:
         folder = os.path.join(root, f"{name}-{hashlib.blake2b(url.encode(), digest_size=6).hexdigest()}")
         is_folder = store.isdir(there)
         if is_folder:
-            files = [file for file in store.ls(there, detail=False) if store.isfile(file)]
+            files = [file for file in store.ls(there, detail=False) if file.endswith(_ENDINGS) and store.isfile(file)]
         else:
             files = [there + suffix for suffix in SUFFIXES if store.exists(there + suffix)]
         if not files:

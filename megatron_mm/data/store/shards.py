@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 
 from megatron_mm.data.corpus.samples import KINDS, TABLE_DTYPE
+from megatron_mm.data.store.arrays import load_array
 from megatron_mm.data.store.indexed import CHECKED_AT_OPEN, IndexedReader
 from megatron_mm.data.store.layout import FORMAT, MEDIA_SHARDS, TABLE, VERSION, table_counts
 from megatron_mm.data.store.manifest import MANIFEST, read_manifest
@@ -91,11 +92,7 @@ class Shard:
         self.text = IndexedReader(os.path.join(self.path, "text"))
         if self.text.data.dtype != np.int32:
             raise DataError(f"{self.path}/text.idx: holds {self.text.data.dtype}; tokens are int32")
-        path = os.path.join(self.path, TABLE)
-        try:
-            self.table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # a damaged header ends in whatever Python's parser raises
-            raise DataError(f"{path}: missing or damaged ({error})") from error
+        self.table = load_array(os.path.join(self.path, TABLE))
         for kind, name in MEDIA_SHARDS.items():
             prefix = os.path.join(self.path, name)
             if self.manifest.get("counts", {}).get(kind) or os.path.exists(prefix + ".idx"):

@@ -11,7 +11,6 @@ that mean something else would train without any other sign of error.
 
 from __future__ import annotations
 
-import json
 import os
 import pkgutil
 from abc import abstractmethod
@@ -21,9 +20,13 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from megatron_mm.config.documents import parse_json
 from megatron_mm.data.tokens.block_encoder import BlockEncoder, DirectEncoder
 from megatron_mm.media.errors import DataError
+from megatron_mm.media.files import read_file
 
+#: Longest file of a tokenizer; the largest vocabularies in use take 20 MB.
+_LARGEST = 1 << 28
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 IMAGE, AUDIO, VIDEO, MASK = "<image>", "<audio>", "<video>", "<mask>"
 #: Roles of special tokens, and how texts and messages spell them.
@@ -232,7 +235,7 @@ def json_fields(content: bytes, kind: str | None = None) -> Mapping[str, object]
         kind: which it must be; None: any.
     """
     try:
-        fields = json.loads(content)
+        fields = parse_json(content)
     except ValueError:
         return None
     named = isinstance(fields, dict) and isinstance(fields.get("kind"), str)
@@ -241,10 +244,11 @@ def json_fields(content: bytes, kind: str | None = None) -> Mapping[str, object]
 
 def _content(path: str | os.PathLike[str]) -> bytes:
     try:
-        with open(path, "rb") as stream:
-            return stream.read()
+        return read_file(path, _LARGEST)
     except OSError as error:
         raise DataError(f"tokenizer {path}: cannot be read ({error.strerror})") from error
+    except DataError as error:
+        raise DataError(f"tokenizer {error}") from error
 
 
 def _kind_of(path: str | os.PathLike[str], content: bytes) -> type[Tokenizer]:

@@ -48,7 +48,7 @@ _READ = (
     *("CUDA_", "LD_", "MALLOC_", "GLIBC_", "TQDM_", "NLTK_", "XDG_", "HOME", "TMPDIR", "LANG", "LC_", "TZ"),
 )
 _NOT_READ = (
-    *("PYTHONPATH", "PYTHON_EXEC", "TORCH_CPP_LOG_LEVEL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
+    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTHON_EXEC", "TORCH_CPP_LOG_LEVEL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
     *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHINDUCTOR_CACHE_DIR", "HF_MODULES_CACHE"),
     *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"),
 )
@@ -266,22 +266,23 @@ def run(words: list[str]) -> None:
         words = words[1:]
     told = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     more = [*told, *(path for path in sys.path[1:] if path not in _OWN_PATH and path not in told)]
+    safe = bool(os.environ.get("PYTHONSAFEPATH"))  # nothing is looked for in the folder of work or of the program
     main = type(sys)("__main__")
     main.__builtins__ = __builtins__
     sys.modules["__main__"] = main
     if words[0] == "-m":
         import runpy
 
-        sys.path[:] = [os.getcwd(), *more]
+        sys.path[:] = [*([] if safe else [os.getcwd()]), *more]
         sys.argv = ["-m", *words[2:]]
         runpy._run_module_as_main(words[1])
         return
     if words[0] == "-c":
-        sys.path[:] = ["", *more]
+        sys.path[:] = [*([] if safe else [""]), *more]
         sys.argv = ["-c", *words[2:]]
         code = compile(words[1], "<string>", "exec")
     else:
-        sys.path[:] = [os.path.dirname(os.path.realpath(words[0])), *more]
+        sys.path[:] = [*([] if safe else [os.path.dirname(os.path.realpath(words[0]))]), *more]
         sys.argv = words
         main.__file__ = words[0]
         try:
