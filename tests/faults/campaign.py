@@ -1,7 +1,7 @@
 """A campaign: rounds with numbers, a log with a line for each, and a table of what they came to.
 
-FOLDER/campaign.json has the seed, FOLDER/rounds.jsonl a line for each round, FOLDER/round_N what is left of those with a
-problem. A campaign that was interrupted goes on with the rounds that have no line.
+FOLDER/campaign.json has the seed, FOLDER/rounds.jsonl a line for each round, FOLDER/round_N what is left of those with
+a problem. A campaign that was interrupted goes on with the rounds that have no line.
 """
 
 from __future__ import annotations
@@ -128,14 +128,11 @@ class Campaign:
 
 def lines_of(outcome: Outcome, rounds: int) -> list[str]:
     """What is printed of a round."""
-    lines = [
-        f"round {outcome.round} of {rounds}: {outcome.verdict} after {outcome.seconds:.0f} s: {'; '.join(outcome.faults)}"
-    ]
+    head = f"round {outcome.round} of {rounds}: {outcome.verdict} after {outcome.seconds:.0f} s"
+    lines = [f"{head}: {'; '.join(outcome.faults)}"]
     for number, launch in enumerate(outcome.launches, 1):
-        began = "did not begin" if launch.resumed is None else f"from {launch.resumed}"
-        lines.append(
-            f"    {number}  {launch.layout:<24} {began} to {launch.iteration}, {launch.ended}, {launch.seconds:.0f} s"
-        )
+        way = "did not begin" if launch.resumed is None else f"from {launch.resumed} to {launch.iteration}"
+        lines.append(f"    {number}  {launch.layout:<24} {way}, {launch.ended}, {launch.seconds:.0f} s")
         lines += [f"       {text}" for text in (*launch.struck, *launch.remarks)]
     lines += [f"    {kind}: {text}" for kind, text in outcome.problems]
     return lines + [f"    not run: {text}" for text in outcome.not_run]

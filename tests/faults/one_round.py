@@ -119,8 +119,8 @@ class Round:
         self.launches: list[Launched] = []
         self.problems: list[tuple[str, str]] = []
         self.not_run: list[str] = []
-        self.whole = 0
-        """The newest iteration that was whole when the last fault came."""
+        self.whole = self.expected = 0
+        """The newest iteration that was whole when the last fault came, and that of this launch's start."""
         self.damaged: dict[int, tuple[str, int]] = {}
         """What was done to a checkpoint, by iteration, and the inode of its folder: a later one may have its name."""
         self.disk: SmallDisk | None = None
@@ -238,6 +238,7 @@ class Round:
         self.launches.append(record)
         folder = self.folder / f"launch_{len(self.launches)}"
         marks = folder / "marks"
+        self.expected = self.whole
         launch = Launch(self.recipe, self.output, layout, folder, marks, self.interpreters, self.patience)
         try:
             struck, came = self._strike_while(launch, record)
@@ -320,17 +321,14 @@ class Round:
         record = self.launches[-1]
         record.ended = record.ended or _ending(launch, said)
         if came == "hung":
-            self._problem(
-                "hung", f"no progress for {self.patience:.0f} s, nor its watchdog's end; {_stacks(self.output)}"
-            )
-            shutil.rmtree(self.output / "stacks", ignore_errors=True)
+            self._problem("hung", f"no progress, and no end by its watchdogs; {self._kept_stacks()}")
             return
         if said.timed_out:
             line = next(line for line in said.everything.splitlines() if "made no progress for" in line)
             self._problem("hung", f"{line}; {self._kept_stacks()}")
         damaged = bool(self.damaged)
-        self._judge_start(said, struck)
-        if said.finished or said.timed_out:
+        refused = self._judge_start(said, struck)
+        if said.finished or said.timed_out or refused:
             return
         if any(fault.kind == "nan" for fault in struck):
             self._judge_nan(said)
@@ -349,13 +347,14 @@ class Round:
         shutil.rmtree(stacks)
         return f"stacks of {len(list(kept.glob('*.txt')))} ranks in {kept}"
 
-    def _judge_start(self, said: Said, struck: list[Fault]) -> None:
-        """Where it went on from."""
+    def _judge_start(self, said: Said, struck: list[Fault]) -> bool:
+        """Where it went on from; whether it refused to start."""
         record, damaged = self.launches[-1], self.damaged
         if said.resumed is None:
             if damaged and not struck:
                 self._judge_refusal(said)
-            return
+                return True
+            return False
         name, record.resumed = said.resumed
         if used := next((text for text, _ in damaged.values() if text.startswith(f"{name}/") and name), None):
             self._problem("silent", f"it went on from {name} although {used}")
@@ -363,9 +362,10 @@ class Round:
             named = [n for n in damaged if n > record.resumed and f"iter_{n:07d}" not in said.everything]
             if named:
                 self._problem("unclear", f"nothing was said of {damaged[named[0]][0]}")
-        if record.resumed < self.whole:
-            self._problem("lost", f"it went on from {record.resumed}, and {self.whole} was whole")
+        if record.resumed < self.expected:
+            self._problem("lost", f"it went on from {record.resumed}, and {self.expected} was whole")
         damaged.clear()
+        return False
 
     def _judge_refusal(self, said: Said) -> None:
         """It did not start, on damaged checkpoints: right if none is whole. They are removed, as it asks."""
@@ -381,7 +381,7 @@ class Round:
         self._remember()
 
     def _judge_nan(self, said: Said) -> None:
-        """A loss that is NaN ends the run with a message; nothing is saved after, and nothing that was saved changes."""
+        """A loss of NaN ends the run with a message; nothing is saved after, and nothing that was saved changes."""
         if not any("nan" in line and line.startswith("error: iteration") for line in said.error_lines):
             self._problem("unclear", f"NaN is not named: {said.error_lines or said.tracebacks}")
             return
@@ -418,11 +418,6 @@ def _digests(root: Path) -> dict[str, str]:
             if path.is_file():
                 found[str(path.relative_to(root))] = hashlib.blake2b(path.read_bytes()).hexdigest()
     return found
-
-
-def _stacks(output: Path) -> str:
-    found = sorted(path.name for path in (output / "stacks").glob("*.txt"))
-    return f"stacks of {', '.join(found)}" if found else "no stacks"
 
 
 def _ending(launch: Launch, said: Said) -> str:

@@ -28,6 +28,8 @@ STEPS, SAVE_EVERY, EVAL_EVERY, BATCH = 36, 4, 9, 12
 PATIENCE = 30.0
 #: Seconds more, in which the watchdogs wait for each other's stacks, after which the campaign ends what is left.
 _BEYOND = 75.0
+#: torch's, before each line of a traceback.
+_RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 _RESUMED = re.compile(r"^resumed from (\S+) at iteration (\d+)$", re.MULTILINE)
 
 
@@ -76,9 +78,7 @@ def draw_layout(dice: random.Random) -> Layout:
         tp,
         pp,
         dp,
-        micro_batch_size=dice.choice(
-            [size for size in range(1, most + 1) if most % size == 0 and most // size <= microbatches]
-        ),
+        micro_batch_size=dice.choice([n for n in range(1, most + 1) if most % n == 0 and most // n <= microbatches]),
         num_workers=dice.choice((0, 1, 2)),
         sequence_parallel=tp > 1 and dice.random() < 0.5,
         distributed_optimizer=dp > 1 and dice.random() < 0.5,
@@ -110,7 +110,7 @@ def write_recipe(corpus: tuple[Path, Path], output: Path, patience: float) -> Pa
             "training.global_batch_size": BATCH,
             "training.eval_interval": EVAL_EVERY,
             "training.eval_iters": 2,
-            # What layouts round otherwise stays below 1e-5 over all steps: no step is a multiple of its gradient's sign.
+            # What layouts round otherwise stays far below 1e-5: no update is a gradient's sign alone.
             "optimizer.lr": 3e-4,
             "optimizer.adam_eps": 1e-4,
             "checkpoint.save_interval": SAVE_EVERY,
@@ -171,7 +171,7 @@ class Said:
         """Last line of the last traceback of each rank that left one."""
         found = {}
         for rank, text in self.errors.items():
-            _, mark, after = text.rpartition("Traceback (most recent call last)")
+            _, mark, after = _RANK.sub("", text).rpartition("Traceback (most recent call last)")
             if mark:
                 rest = [line for line in after.splitlines()[1:] if line.strip() and not line.startswith(" ")]
                 found[rank] = rest[0] if rest else "a traceback without an end"
