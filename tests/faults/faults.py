@@ -101,6 +101,12 @@ def draw_faults(dice: random.Random) -> list[Fault]:
     return found
 
 
+def kill_all(launch: Launch) -> None:
+    """Ends all processes of a launch, as a scheduler does."""
+    send(launch.tree.known(), signal.SIGKILL)
+    launch.tree.kill()
+
+
 def strike(fault: Fault, launch: Launch, disk: SmallDisk | None) -> str:
     """Lets a fault strike a launch now; returns what was done.
 
@@ -113,8 +119,7 @@ def strike(fault: Fault, launch: Launch, disk: SmallDisk | None) -> str:
         NotRunError: there is nothing that it could strike.
     """
     dice = random.Random(fault.seed)
-    launch.tree.look()
-    if fault.kind == "signal":
+    if fault.kind == "signal":  # at once, to what was there when it was last looked at
         return _signal(fault, launch, dice)
     if fault.kind in ("pause", "slow"):
         return _pause(fault, launch, dice)
@@ -138,7 +143,7 @@ def _signal(fault: Fault, launch: Launch, dice: random.Random) -> str:
     launcher = [tree.launcher] if tree.launcher is not None else []
     found = {
         "rank": tree.living_ranks,
-        "all": tree.everything,
+        "all": tree.known,
         "launcher": lambda: launcher,
         "worker": tree.workers,
         "writer": tree.writers,
@@ -146,6 +151,9 @@ def _signal(fault: Fault, launch: Launch, dice: random.Random) -> str:
     if fault.target != "all" and found:
         found = [dice.choice(found)]
     reached = send(found, number)
+    if fault.target == "all":  # and what was started since it was last looked at
+        tree.look()
+        reached += send([process for process in tree.everything() if process.pid not in reached], number)
     if not reached:
         raise NotRunError(f"there is no {fault.target}" if fault.target != "all" else "nothing runs")
     return f"{fault.what} to {len(reached)} process{'es' if len(reached) > 1 else ''} ({fault.target})"

@@ -110,8 +110,7 @@ class _Save:
         self._part: str | None = None
         self._ignored = set(self._parts())  # leftovers that no process fills
         self._inodes = {name: self._inode(name) for name in self._ignored}
-        newest = max(finished_checkpoints(root).items(), default=None)
-        self._last = {MANIFEST} | ({_last_file(newest[1])} if newest else set())
+        self._last: set[str] = set()
 
     def _parts(self) -> list[str]:
         try:
@@ -132,7 +131,10 @@ class _Save:
             if self._part is not None:
                 self._part, self.left = None, self.left - 1
             return False
-        self._part = parts[-1]
+        if self._part != parts[-1]:
+            self._part = parts[-1]
+            newest = max(finished_checkpoints(self.root).items(), default=None)
+            self._last = {MANIFEST} | ({_last_file(newest[1])} if newest else set())
         return self.left <= 0 and self._within(self.root / self._part)
 
     def _within(self, part: Path) -> bool:

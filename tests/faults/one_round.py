@@ -23,7 +23,7 @@ import psutil
 
 from tests.faults.comparison import differences
 from tests.faults.damage import damage, leave
-from tests.faults.faults import Fault, NotRunError, draw_faults, lift, random_of, strike
+from tests.faults.faults import Fault, NotRunError, draw_faults, kill_all, lift, random_of, strike
 from tests.faults.moments import Moment, wait_for
 from tests.faults.processes import alive, send
 from tests.faults.storage import SmallDisk, can_mount
@@ -287,12 +287,12 @@ class Round:
             came = wait_for(moment, launch) if came == "there" else came
             if came != "there":
                 return struck, came
-            where = self._where(launch)
+            parts = [path.name for path in self.root.glob("iter_*.part")]
             self._remember()
             self._digests = _digests(self.root) if fault.kind == "nan" else {}
             try:
                 if fault.between:
-                    send(launch.tree.everything(), signal.SIGKILL)
+                    kill_all(launch)
                     done = f"SIGKILL to all before {fault}"
                     struck.append(replace(fault, kind="signal", what="SIGKILL", target="all"))
                 else:
@@ -301,19 +301,12 @@ class Round:
                     struck.append(fault)
                     if fault.kind == "storage" and fault.seconds:
                         stops[:] = [time.monotonic() + fault.seconds]
-                record.struck.append(f"{done}, {where}")
+                record.struck.append(f"{done}, {_where(launch, parts, fault)}")
             except NotRunError as error:
                 self.not_run.append(f"{fault}: {error}")
             if fault.between:
                 break
         return struck, launch.watch(lambda: False, 0.02)
-
-    def _where(self, launch: Launch) -> str:
-        """Where the run is."""
-        parts = sorted(path.name for path in self.root.glob("iter_*.part"))
-        return f"step {iteration(self.output)} + {time.monotonic() - launch.began:.1f} s" + (
-            f", {parts[-1]} is there" if parts else ""
-        )
 
     # Judgement
 
@@ -420,6 +413,12 @@ def _digests(root: Path) -> dict[str, str]:
     return found
 
 
+def _where(launch: Launch, parts: list[str], fault: Fault) -> str:
+    """Where the run is that was struck, and what of its checkpoints was unfinished then."""
+    words = [f"step {iteration(launch.output)} after {time.monotonic() - launch.began:.1f} s", *parts]
+    return ", ".join(words + [f"for {fault.seconds:.1f} s"] * (fault.kind == "storage" and fault.seconds > 0))
+
+
 def _ending(launch: Launch, said: Said) -> str:
     """How a launch ended, for the log."""
     how = "stopped by a signal, " if said.stopped else ""
@@ -430,8 +429,8 @@ def unclear(status: int, said: Said, struck: list[Fault], damaged: bool) -> str 
     """What is not clear about the end of a launch that did not finish, or None.
 
     A signal that ends a process is clear where the launcher's report names it as the root cause, or where it ended the
-    launcher itself: the other ranks then say what their collectives say. Elsewhere a traceback is no message to a user,
-    but for that of KeyboardInterrupt.
+    launcher itself: the other ranks then say what their collectives say. It explains nothing of a fault of storage or
+    data that came later. Elsewhere a traceback is no message to a user, but for that of KeyboardInterrupt.
 
     Args:
         status: of the launcher; negative: the signal that ended it.
@@ -439,7 +438,8 @@ def unclear(status: int, said: Said, struck: list[Fault], damaged: bool) -> str 
         struck: faults that struck.
         damaged: whether checkpoints were damaged, on which the run may well refuse to start.
     """
-    signals = {fault.what for fault in struck if fault.kind == "signal"}
+    causes = [number for number, fault in enumerate(struck) if fault.kind in ("storage", "nan")]
+    signals = {fault.what for fault in struck[max(causes, default=-1) + 1 :] if fault.kind == "signal"}
     _, _, root_cause = said.launcher.partition("Root Cause (first observed failure):")
     if any(f"({name}) received by PID" in root_cause for name in signals):
         return None

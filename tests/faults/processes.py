@@ -26,7 +26,7 @@ def send(processes: Iterable[psutil.Process], number: int) -> list[int]:
     reached = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+            process.send_signal(number)  # nothing to another process that has its number now
             reached.append(process.pid)
     return reached
 
@@ -83,10 +83,14 @@ class Tree:
                     found.append(process)
         return found
 
-    def everything(self) -> list[psutil.Process]:
-        """All that run, the launcher first."""
+    def known(self) -> list[psutil.Process]:
+        """All that ran when it was last looked at, the launcher first."""
         launcher = [self.launcher] if self.launcher is not None else []
-        known = [*launcher, *self.ranks, *self._others.values()]
+        return [*launcher, *self.ranks, *self._others.values()]
+
+    def everything(self) -> list[psutil.Process]:
+        """All that run, also those whose parents ended before they were seen."""
+        known = self.known()
         sessions, numbers = {rank.pid for rank in self.ranks}, {process.pid for process in known}
         for process in psutil.process_iter():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
