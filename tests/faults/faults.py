@@ -32,7 +32,8 @@ class Fault:
         target: of a signal: "rank", "all", "launcher", "worker", "writer"; of storage: "checkpoints" or "output", the
             folder that is a disk of its own; of damage: "newest" or "every" checkpoint.
         moment: at which it strikes; of damage: after which all processes are killed, if a launch runs.
-        seconds: how long a pause or a fault of storage lasts; of storage 0: until the launch ends.
+        seconds: how long a pause or a fault of storage lasts; of storage 0: until the launch ends, or until another
+            fault of storage does.
         seed: of everything else that is drawn.
     """
 

@@ -304,7 +304,7 @@ class Round:
                 record.struck.append(f"{done}, {_where(launch, parts, fault)}")
             except NotRunError as error:
                 self.not_run.append(f"{fault}: {error}")
-            if fault.between:
+            if fault.between or fault.kind == "nan":  # which ends the run, some steps later
                 break
         return struck, launch.watch(lambda: False, 0.02)
 
