@@ -157,10 +157,10 @@ def table(records: list[dict]) -> list[str]:
     launches = sum(len(record["launches"]) for record in records)
     seconds = sum(record["seconds"] for record in records)
     not_run = sum(len(record["not_run"]) for record in records)
-    many = Counter(kind for record in records for kind, _ in record["problems"])
+    many = Counter(kind for record in records for kind in {kind for kind, _ in record["problems"]})
     problems = ", ".join(f"{many[kind]} {kind}" for kind in PROBLEMS)
     lines.append(f"{launches} launches, {seconds / max(1, len(records)):.0f} s a round; {not_run} faults met nothing")
-    return [*lines, f"problems: {problems}"]
+    return [*lines, f"rounds with a problem, by its kind: {problems}"]
 
 
 __all__ = ["Campaign", "CampaignStopped", "lines_of", "table"]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.faults import damage
-from tests.faults.moments import Moment, draw_moment
+from tests.faults.moments import ANY, LATER, OF_A_SAVE, Moment, draw_moment
 from tests.faults.processes import send
 from tests.faults.storage import SmallDisk, limit_files
 from tests.faults.training import BATCH, Launch, finished_checkpoints, iteration
@@ -94,11 +94,14 @@ KINDS = [
 
 def draw_faults(dice: random.Random) -> list[Fault]:
     """One to three faults, in the order in which they strike."""
-    found = []
+    found: list[Fault] = []
     for kind, what, target, _ in dice.choices(KINDS, [weight for *_, weight in KINDS], k=dice.randint(1, 3)):
+        # A launch that goes on after the fault before has begun already; readers and writers are there later than ranks.
+        goes_on = bool(found) and found[-1].kind in ("pause", "slow", "storage")
+        among = OF_A_SAVE if target == "writer" else LATER if goes_on or target == "worker" else ANY
         longest = {"pause": 4.0, "storage": 6.0}.get(kind, 0.0)
         seconds = 0.0 if kind == "storage" and dice.random() < 0.5 else round(longest * dice.random(), 3)
-        found.append(Fault(kind, what, target, draw_moment(dice), seconds, dice.randrange(1 << 30)))
+        found.append(Fault(kind, what, target, draw_moment(dice, among), seconds, dice.randrange(1 << 30)))
     return found
 
 

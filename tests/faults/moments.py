@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,10 @@ _LONGEST = {
     "copying": 0.05,
     "renaming": 0.001,
 }
+ANY = tuple(_LONGEST)
 OF_A_SAVE = ("saving", "copying", "renaming")
+#: Of a run that has begun.
+LATER = tuple(name for name in ANY if name not in ("starting", "loading"))
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,12 @@ class Moment:
         return self.name
 
 
-def draw_moment(dice: random.Random) -> Moment:
-    """Any moment; those of a save, which are short, as often as all others."""
-    name = dice.choice(OF_A_SAVE if dice.random() < 0.5 else [name for name in _LONGEST if name not in OF_A_SAVE])
+def draw_moment(dice: random.Random, among: Collection[str] = ANY) -> Moment:
+    """One of some moments; those of a save, which are short, as often as all others."""
+    of_a_save, others = [[name for name in among if (name in OF_A_SAVE) == wanted] for wanted in (True, False)]
+    name = dice.choice(of_a_save if not others or (of_a_save and dice.random() < 0.5) else others)
     after = dice.randint(1, 7) if name == "stepping" else dice.randint(0, 2) if name in OF_A_SAVE else 0
-    return Moment(name, after, dice.random() * _LONGEST[name])
+    return Moment(name, after, round(dice.random() * _LONGEST[name], 4))
 
 
 def wait_for(moment: Moment, launch: Launch) -> str:

@@ -24,7 +24,7 @@ import psutil
 from tests.faults.comparison import differences
 from tests.faults.damage import damage, leave
 from tests.faults.faults import Fault, NotRunError, draw_faults, kill_all, lift, random_of, strike
-from tests.faults.moments import Moment, wait_for
+from tests.faults.moments import OF_A_SAVE, Moment, wait_for
 from tests.faults.processes import alive, send
 from tests.faults.storage import SmallDisk, can_mount
 from tests.faults.training import Launch, Said, draw_layout, finished_checkpoints, iteration, write_recipe
@@ -125,8 +125,8 @@ class Round:
         """What was done to a checkpoint, by iteration, and the inode of its folder: a later one may have its name."""
         self.disk: SmallDisk | None = None
         self._digests: dict[str, str] = {}
-        self.left: list[psutil.Process] = []
-        """Processes of launches that have ended."""
+        self.left: list[tuple[int, psutil.Process]] = []
+        """Number of a launch that has ended, and a process of it that had not."""
 
     def run(self) -> Outcome:
         """Runs it; nothing of it is left behind but what its folder holds."""
@@ -139,12 +139,12 @@ class Round:
                     break
             else:
                 self.not_run += [f"{fault}: the run was at its end" for fault in self.pending]
-                for difference in differences(self.output, self.undisturbed)[:5]:
+                for difference in differences(self.output, self.undisturbed)[:3]:
                     self._problem("silent", difference)
             self._check_left()
         finally:
             for number in (signal.SIGKILL, signal.SIGCONT):
-                send(self.left, number)
+                send([process for _, process in self.left], number)
             if self.disk is not None:
                 self._keep_disk()
         return Outcome(
@@ -248,7 +248,7 @@ class Round:
             if self.stopped() or launch.tree.living_ranks() or launch.process.poll() is None:
                 launch.close()
             lift(launch, self.disk)
-        self.left += left
+        self.left += [(len(self.launches), process) for process in left]
         said = launch.said()
         record.seconds, record.iteration = round(time.monotonic() - launch.began, 1), iteration(self.output)
         self._judge(launch, said, struck, came)
@@ -281,7 +281,7 @@ class Round:
             if fault.between:  # which needs checkpoints, and an end
                 enough = 1 + fault.seed % 3
                 came = launch.watch(lambda: len(finished_checkpoints(self.root)) >= enough)  # noqa: B023
-                moment = moment if moment.name in ("stepping", "saving", "copying", "renaming") else _SOON
+                moment = moment if moment.name in ("stepping", *OF_A_SAVE) else _SOON
             else:
                 came = "there"
             came = wait_for(moment, launch) if came == "there" else came
@@ -389,14 +389,14 @@ class Round:
     def _check_left(self) -> None:
         """Readers and writers of ranks that ended must end too."""
         until = time.monotonic() + _GRACE
-        while (left := [process for process in self.left if alive(process)]) and time.monotonic() < until:
+        while (left := [one for one in self.left if alive(one[1])]) and time.monotonic() < until:
             time.sleep(0.1)
-        for process in left:
+        for number, process in left:
             try:
                 words = " ".join(process.cmdline())[:160]
             except psutil.Error:
                 continue
-            self._problem("hung", f"a process was left behind: {process.pid} {words}")
+            self.problems.append(("hung", f"launch {number}: it left a process behind: {process.pid} {words}"))
 
 
 #: In the place of a moment that says nothing of a run that has checkpoints.

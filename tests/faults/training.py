@@ -162,9 +162,17 @@ class Said:
 
     @property
     def error_lines(self) -> list[str]:
-        """Errors that the run named itself."""
-        lines = [line for text in self.errors.values() for line in text.splitlines()]
-        return [line for line in lines if line.startswith("error:")]
+        """Errors that the run named itself, each with the indented lines below it as one."""
+        found: list[str] = []
+        for text in self.errors.values():
+            within = False
+            for line in text.splitlines():
+                if line.startswith("error:"):
+                    found.append(line)
+                elif within and line.startswith("  "):
+                    found[-1] += line
+                within = line.startswith("error:") or (within and line.startswith("  "))
+        return found
 
     @property
     def tracebacks(self) -> dict[int, str]:
