@@ -41,7 +41,7 @@ class Args:
     patience: float = 30.0
     """Seconds without progress after which a run counts as hung."""
     interpreters: bool = False
-    """Start launcher and ranks as interpreters of their own, which takes five times as long as forks."""
+    """Start launcher and ranks as interpreters of their own, not as forks; a round takes twice as long."""
 
 
 def main() -> int:

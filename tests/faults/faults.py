@@ -96,7 +96,7 @@ def draw_faults(dice: random.Random) -> list[Fault]:
     """One to three faults, in the order in which they strike."""
     found: list[Fault] = []
     for kind, what, target, _ in dice.choices(KINDS, [weight for *_, weight in KINDS], k=dice.randint(1, 3)):
-        # A launch that goes on after the fault before has begun already; readers and writers are there later than ranks.
+        # A launch that goes on after the fault before has begun; readers and writers are there later than ranks.
         goes_on = bool(found) and found[-1].kind in ("pause", "slow", "storage")
         among = OF_A_SAVE if target == "writer" else LATER if goes_on or target == "worker" else ANY
         longest = {"pause": 4.0, "storage": 6.0}.get(kind, 0.0)

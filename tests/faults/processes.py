@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterable
 
 import psutil
@@ -105,5 +106,7 @@ class Tree:
         said = [f"{process.pid} {_words(process)[:80]}" for process in left]
         for number in (signal.SIGKILL, signal.SIGCONT):
             send(left, number)
-        psutil.wait_procs(left, timeout=10)
+        until = time.monotonic() + 10  # not psutil's wait, which would take the launcher's status from who started it
+        while any(map(alive, left)) and time.monotonic() < until:
+            time.sleep(0.01)
         return said
