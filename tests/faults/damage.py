@@ -9,14 +9,14 @@ import random
 import shutil
 from pathlib import Path
 
-from tests.faults.training import SAVE_EVERY, finished_checkpoints
+from tests.faults.training import SAVE_EVERY, files_of, finished_checkpoints
 
 WAYS = ("truncated", "bit flipped", "zeroed", "swapped", "missing")
 LEFTOVERS = ("part of the next", "part of this", "old of this")
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return [path for path in files_of(folder) if path.stat().st_size]
 
 
 def damage(folder: Path, way: str, dice: random.Random, other: Path | None) -> str | None:

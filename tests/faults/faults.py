@@ -5,6 +5,7 @@ Damage of a checkpoint and leftovers strike between two launches (damage.py); th
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -15,7 +16,7 @@ from tests.faults import damage
 from tests.faults.moments import ANY, LATER, OF_A_SAVE, Moment, draw_moment
 from tests.faults.processes import send
 from tests.faults.storage import SmallDisk, limit_files
-from tests.faults.training import BATCH, Launch, finished_checkpoints, iteration
+from tests.faults.training import BATCH, Launch, files_of, finished_checkpoints, iteration
 
 
 class NotRunError(Exception):
@@ -179,7 +180,7 @@ def _pause(fault: Fault, launch: Launch, dice: random.Random) -> str:
 
 def _storage(fault: Fault, launch: Launch, disk: SmallDisk | None, dice: random.Random) -> str:
     newest = max(finished_checkpoints(launch.root).items(), default=(0, None))[1]
-    sizes = [path.stat().st_size for path in newest.rglob("*") if path.is_file()] if newest else []
+    sizes = [os.path.getsize(path) for path in files_of(newest) if path.exists()] if newest else []
     if fault.what == "write error":
         largest = int((max(sizes, default=200_000)) * dice.uniform(0.1, 0.9))
         limit_files([process for process in launch.tree.everything() if process != launch.tree.launcher], largest)

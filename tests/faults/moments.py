@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mm.checkpoints.folder import MANIFEST
-from tests.faults.training import Launch, finished_checkpoints, iteration
+from tests.faults.training import Launch, files_of, finished_checkpoints, iteration
 
 #: Longest while of each moment, in seconds.
 _LONGEST = {
@@ -154,5 +154,8 @@ class _Save:
 
 def _last_file(folder: Path) -> str:
     """Name of the file of a checkpoint that was written last before its manifest."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-    return str(max(files, key=lambda path: path.stat().st_mtime_ns).relative_to(folder)) if files else MANIFEST
+    try:
+        written = [(path.stat().st_mtime_ns, path) for path in files_of(folder) if path.name != MANIFEST]
+    except OSError:  # it is removed meanwhile
+        return MANIFEST
+    return str(max(written)[1].relative_to(folder)) if written else MANIFEST

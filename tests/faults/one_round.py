@@ -10,6 +10,7 @@ What is held against the run:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import shutil
@@ -27,7 +28,7 @@ from tests.faults.faults import Fault, NotRunError, draw_faults, kill_all, lift,
 from tests.faults.moments import OF_A_SAVE, Moment, wait_for
 from tests.faults.processes import alive, send
 from tests.faults.storage import SmallDisk, can_mount
-from tests.faults.training import Launch, Said, draw_layout, finished_checkpoints, iteration, write_recipe
+from tests.faults.training import Launch, Said, draw_layout, files_of, finished_checkpoints, iteration, write_recipe
 
 PROBLEMS = ("silent", "lost", "hung", "unclear")
 #: Launches after which a run that does not come to its end is given up.
@@ -407,8 +408,8 @@ def _digests(root: Path) -> dict[str, str]:
     """Of every file of every checkpoint that has its name."""
     found = {}
     for folder in finished_checkpoints(root).values():
-        for path in folder.rglob("*"):
-            if path.is_file():
+        for path in files_of(folder):
+            with contextlib.suppress(FileNotFoundError):  # an old one is removed meanwhile
                 found[str(path.relative_to(root))] = hashlib.blake2b(path.read_bytes()).hexdigest()
     return found
 

@@ -238,7 +238,7 @@ class Launch:
         """Changes while the run goes on: sizes of what it writes."""
         folders = (self.folder, self.root, self.marks)
         sizes = []
-        for path in (self.output / "metrics.jsonl", *(path for folder in folders for path in folder.rglob("*"))):
+        for path in (self.output / "metrics.jsonl", *(path for folder in folders for path in files_of(folder))):
             try:
                 sizes.append((str(path), path.stat().st_size))
             except OSError:
@@ -279,6 +279,11 @@ class Launch:
             self.process.kill()
         self.process.wait()
         return left
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files in a folder and below it, in order; what vanishes meanwhile may be among them."""
+    return sorted(Path(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 def iteration(output: Path) -> int:
