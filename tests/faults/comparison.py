@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.checkpoints.stream import CheckpointReader
+from megatron_mm.checkpoints.reader import CheckpointReader
 from tests.faults.training import STEPS, finished_checkpoints
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4

@@ -145,6 +145,8 @@ def lift(launch: Launch, disk: SmallDisk | None) -> None:
 
 def _signal(fault: Fault, launch: Launch, dice: random.Random) -> str:
     tree, number = launch.tree, getattr(signal, fault.what)
+    if fault.moment.name == "starting":  # ranks are new, and those of a launcher that ends now would be nobody's
+        tree.look()
     launcher = [tree.launcher] if tree.launcher is not None else []
     found = {
         "rank": tree.living_ranks,

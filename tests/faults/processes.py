@@ -100,13 +100,17 @@ class Tree:
         return [process for process in known if alive(process)]
 
     def kill(self) -> list[str]:
-        """Ends all that run; returns their numbers and command lines."""
+        """Ends all that run, and what they start meanwhile; returns their numbers and command lines."""
+        said: dict[int, str] = {}
+        until = time.monotonic() + 10
+        if self.launcher is not None:
+            send([self.launcher], signal.SIGSTOP)  # a rank that it starts after it was looked at would be nobody's
         self.look()
-        left = self.everything()
-        said = [f"{process.pid} {_words(process)[:80]}" for process in left]
-        for number in (signal.SIGKILL, signal.SIGCONT):
-            send(left, number)
-        until = time.monotonic() + 10  # not psutil's wait, which would take the launcher's status from who started it
-        while any(map(alive, left)) and time.monotonic() < until:
-            time.sleep(0.01)
-        return said
+        # Not psutil's wait, which would take the launcher's status from who started it.
+        while (left := self.everything()) and time.monotonic() < until:
+            said |= {process.pid: f"{process.pid} {_words(process)[:80]}" for process in left}
+            for number in (signal.SIGKILL, signal.SIGCONT):
+                send(left, number)
+            time.sleep(0.02)
+            self.look()
+        return list(said.values())
