@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def _lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def _steps(ours: Path, theirs: Path) -> list[str]:
+def _steps(ours: Path, theirs: Path, stopped: Collection[int]) -> list[str]:
     lines, truth = _lines(ours), _lines(theirs)
     numbers = [line["iteration"] for line in lines]
     if numbers != list(range(1, STEPS + 1)):
@@ -36,6 +37,8 @@ def _steps(ours: Path, theirs: Path) -> list[str]:
         if a["sample_ids"] != b["sample_ids"] or a["consumed_samples"] != b["consumed_samples"]:
             found.append(f"step {a['iteration']} read other samples")
         for name in ("loss", "validation_loss"):
+            if name == "validation_loss" and name not in a and a["iteration"] in stopped:
+                continue
             if (name in a) != (name in b):
                 found.append(f"step {a['iteration']} has {'a' if name in a else 'no'} {name}")
             elif name in a and not math.isclose(a[name], b[name], rel_tol=LOSS_TOLERANCE):
@@ -60,9 +63,15 @@ def weight_difference(ours: Path, theirs: Path) -> tuple[float, str]:
     return (relative[worst] if math.isfinite(relative[worst]) else math.inf), worst
 
 
-def differences(ours: Path, theirs: Path) -> list[str]:
-    """What differs between the outputs of two runs that came to their ends; nothing if nothing does."""
-    found = _steps(ours, theirs)
+def differences(ours: Path, theirs: Path, stopped: Collection[int] = ()) -> list[str]:
+    """What differs between the outputs of two runs that came to their ends; nothing if nothing does.
+
+    Args:
+        ours: the run that met faults.
+        theirs: the run without faults.
+        stopped: steps after which a signal stopped ours in order; such a step may be without validation.
+    """
+    found = _steps(ours, theirs, stopped)
     last, truth = (finished_checkpoints(output / "checkpoints").get(STEPS) for output in (ours, theirs))
     if last is None or truth is None:
         return [*found, f"there is no checkpoint of step {STEPS}"]

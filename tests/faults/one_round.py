@@ -124,6 +124,8 @@ class Round:
         """The newest iteration that was whole when the last fault came, and that of this launch's start."""
         self.damaged: dict[int, tuple[str, int]] = {}
         """What was done to a checkpoint, by iteration, and the inode of its folder: a later one may have its name."""
+        self.stops: set[int] = set()
+        """Steps after which a signal stopped a launch in order."""
         self.disk: SmallDisk | None = None
         self._digests: dict[str, str] = {}
         self.left: list[tuple[int, psutil.Process]] = []
@@ -140,7 +142,7 @@ class Round:
                     break
             else:
                 self.not_run += [f"{fault}: the run was at its end" for fault in self.pending]
-                for difference in differences(self.output, self.undisturbed)[:3]:
+                for difference in differences(self.output, self.undisturbed, self.stops)[:3]:
                     self._problem("silent", difference)
             self._check_left()
         finally:
@@ -252,6 +254,8 @@ class Round:
         self.left += [(len(self.launches), process) for process in left]
         said = launch.said()
         record.seconds, record.iteration = round(time.monotonic() - launch.began, 1), iteration(self.output)
+        if said.stopped:
+            self.stops.add(record.iteration)
         self._judge(launch, said, struck, came)
         if said.finished:
             record.ended = "finished"
