@@ -106,4 +106,5 @@ def test_a_plugin_that_imports_layers_first_brings_no_notices():
     read = "from megatron_mm.config.load import load_config; load_config('examples/own_system/byte-mixer.yaml')"
     root = Path(__file__).parents[2]
     done = subprocess.run([INTERPRETER, "-c", read], capture_output=True, encoding="utf-8", cwd=root)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = "examples/own_system/byte-mixer.yaml: its code runs: examples/own_system/byte_mixer.py\n"
+    assert (done.returncode, done.stderr) == (0, said)
