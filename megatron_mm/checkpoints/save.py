@@ -135,7 +135,9 @@ class Saver:
         Returns:
             its folder, if it is there already: without background writing.
         """
-        if self.in_background and self._writer is None:
+        if self.in_background and not all_agree(self._writer is not None and self._writer.alive):
+            if self._writer is not None and not self._writer.alive:
+                self.close()
             self.prepare(pipeline, optimizer)
         self._began = time.monotonic()
         self._part = part = checkpoint_folder.folder_of(self.root, position.iteration).with_suffix(".part")
