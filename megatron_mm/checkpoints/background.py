@@ -57,6 +57,11 @@ class BackgroundWriter:
         """Whether the other process can still be asked."""
         return self._process.poll() is None
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it has already."""
+        return os.fstat(self._memory).st_size
+
     def reserve(self, size: int) -> None:
         """Takes memory for a file of so many bytes, in a thread: the first copy would otherwise wait for its pages.
 
