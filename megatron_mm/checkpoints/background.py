@@ -48,8 +48,19 @@ class BackgroundWriter:
         self._reserving: threading.Thread | None = None
         self._unread = b""
         self._waiting = 0
+        self._last: dict[str, Any] = {"error": None, "seconds": 0.0}
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the other process can still be asked."""
+        return self._process.poll() is None
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it has already."""
+        return os.fstat(self._memory).st_size
 
     def reserve(self, size: int) -> None:
         """Takes memory for a file of so many bytes, in a thread: the first copy would otherwise wait for its pages.
@@ -127,7 +138,8 @@ class BackgroundWriter:
         """Ends the other process; what it is writing is left unnamed."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # a request that the other process did not live to read
+                    pipe.close()
         self._process.wait()
         if self._reserving is not None:
             self._reserving.join()

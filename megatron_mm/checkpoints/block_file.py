@@ -13,16 +13,52 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
+from megatron_mm.config.documents import parse_json
+from megatron_mm.media.files import open_file
 from megatron_mm.platform.atomic_files import AnyPath, sync
 
 #: Bytes of a file with a checksum of their own; a reader reads and checks blocks as a whole.
 BLOCK = 4 << 20
+#: Longest manifest, index or pickle of records, in bytes.
+MAX_DESCRIPTION_BYTES = 1 << 28
+
+
+def open_own(path: AnyPath) -> BinaryIO:
+    """A file of a checkpoint, opened for reading: one of its own, no link to another.
+
+    Raises:
+        OSError: there is no such file, it is a folder, or it cannot be opened.
+        ValueError: it is a link, a pipe, a device or a socket; names it.
+    """
+    if os.path.islink(path):
+        raise DamagedError(f"{path}: is a link, and a checkpoint has files of its own; put a copy of the file there")
+    return open_file(path)
+
+
+def read_description(path: AnyPath) -> bytes:
+    """A small file of a checkpoint, whole.
+
+    Raises:
+        OSError: as `open_own`.
+        ValueError: as `open_own`, or it is longer than any such file.
+    """
+    with open_own(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_DESCRIPTION_BYTES:
+            raise DamagedError(f"{path}: has {size} bytes; the limit is {MAX_DESCRIPTION_BYTES}")
+        return file.read(size)
+
+
+def load_description(path: AnyPath) -> object:
+    """The JSON value of a small file of a checkpoint; raises as `read_description`, and ValueError where it is none."""
+    return parse_json(read_description(path))
 
 
 def header(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
@@ -137,26 +173,34 @@ def read_block(descriptor: int, number: int, size: int, checksum: int, buffer: m
 
 
 def checksum_of(path: AnyPath) -> int:
-    """Checksum of a whole file."""
+    """Checksum of a whole file; raises as `open_own`."""
     digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
+    with open_own(path) as file:
         while data := file.read(BLOCK):
             digest.update(data)
     return digest.intdigest()
 
 
-def verify(path: Path, size: int, sums: list[int]) -> str | None:
-    """What is wrong with a file of blocks, all of it read, or None."""
+def damaged_blocks(path: Path, size: int, sums: list[int]) -> Iterator[str | int]:
+    """Reads a file of blocks from end to end.
+
+    Args:
+        size: of the file, in bytes.
+        sums: checksums of its blocks.
+
+    Yields:
+        how many bytes of each block are right, or what is wrong with it.
+
+    Raises:
+        OSError, ValueError: as `open_own`.
+    """
     buffer = memoryview(bytearray(BLOCK))
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with open_own(path) as file:
         for number, checksum in enumerate(sums):
-            read_block(descriptor, number, size, checksum, buffer, path)
-    except DamagedError as error:
-        return str(error)
-    finally:
-        os.close(descriptor)
-    return None
+            try:
+                yield read_block(file.fileno(), number, size, checksum, buffer, path)
+            except DamagedError as error:
+                yield str(error)
 
 
 class DamagedError(ValueError):

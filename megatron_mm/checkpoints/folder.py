@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from megatron_mm.checkpoints import block_file
-from megatron_mm.checkpoints.block_file import checksum_of
+from megatron_mm.checkpoints.block_file import BLOCK, checksum_of, damaged_blocks, load_description, open_own
 from megatron_mm.checkpoints.regions import Region, tile
 from megatron_mm.data.tokens.tokenizer import tokenizer_kinds
 from megatron_mm.platform.atomic_files import give_name, sync, write_whole
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+#: What a manifest counts, where it says them.
+_COUNTS = ("consumed_samples", "optimizer_step", "processes")
 #: What is written into a checkpoint, at its top, besides the tokenizer.
 _FILES = re.compile(
     r"pieces_\d+\.(safetensors|json)|config\.yaml|manifest\.json"
@@ -148,14 +150,17 @@ def iteration_of(folder: Path) -> int:
         ValueError: the folder is not named iter_NNNNNNN.
     """
     prefix, _, digits = folder.name.partition("_")
-    if prefix != "iter" or not digits.isdigit():
+    if prefix != "iter" or not digits.isdecimal():
         raise ValueError(f"{folder} is not a checkpoint folder (iter_0000100)")
     return int(digits)
 
 
 def recorded(folder: Path) -> dict[str, Any]:
     """What the manifest of a whole checkpoint says: `iteration` and, since pieces are written, how the run goes on."""
-    return json.loads((folder / MANIFEST).read_text())
+    found = load_description(folder / MANIFEST)
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / MANIFEST} holds no object")
+    return found
 
 
 def recorded_iteration(folder: Path) -> int:
@@ -170,7 +175,7 @@ def recorded_seconds(folder: Path) -> float | None:
 
 def checkpoints(root: str | Path) -> list[Path]:
     """Finished checkpoint folders, oldest first."""
-    found = [path for path in Path(root).glob("iter_*") if path.is_dir() and path.name.partition("_")[2].isdigit()]
+    found = [path for path in Path(root).glob("iter_*") if path.is_dir() and path.name.partition("_")[2].isdecimal()]
     return sorted(found, key=iteration_of)
 
 
@@ -183,38 +188,77 @@ def verify(folder: Path, everything: bool = False) -> str | None:
     Args:
         everything: read all blocks too.
     """
+    return next((problem for _, problem in problems(folder, everything)), None)
+
+
+def problems(
+    folder: Path, everything: bool = False, read: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with files of a checkpoint folder: (name, problem), MANIFEST's where no other can be looked at.
+
+    Args:
+        everything: as for `verify`; then every block that is wrong is told.
+        read: told how many bytes of pieces have been read since it was called last.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = recorded(folder)
         files, iteration = manifest["files"], manifest["iteration"]
-        if "checksum" in manifest and _sealed(manifest) != manifest:
-            return f"{folder / MANIFEST} is damaged: its checksum differs"
-        if not files or type(iteration) is not int:
-            return f"{folder / MANIFEST} names no files or no iteration"
-        return next(filter(None, (_wrong(folder, name, said, everything) for name, said in files.items())), None)
+        sealed = "checksum" in manifest or any(isinstance(said, dict) for said in files.values())
+        if sealed and _sealed(manifest) != manifest:
+            yield MANIFEST, f"{folder / MANIFEST} is damaged: its checksum differs"
+        elif not files or type(iteration) is not int or iteration < 0:
+            yield MANIFEST, f"{folder / MANIFEST} names no files or no iteration"
+        elif any(type(manifest.get(name, 0)) is not int or manifest.get(name, 0) < 0 for name in _COUNTS):
+            yield MANIFEST, f"{folder / MANIFEST} says of {', '.join(_COUNTS)} what are no numbers"
+        else:
+            for name, said in files.items():
+                for problem in _wrong(folder, name, said, everything, read):
+                    yield name, problem
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{folder} has no readable {MANIFEST}"
+        yield MANIFEST, f"{folder} has no readable {MANIFEST}"
 
 
-def _wrong(folder: Path, name: str, said: Any, everything: bool) -> str | None:
+def _wrong(folder: Path, name: str, said: Any, everything: bool, read: Callable[[int], object]) -> Iterator[str]:
     """What is wrong with a file of a checkpoint."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        return f"{folder / MANIFEST} names {name}, which is not in its folder"
+        yield f"{folder / MANIFEST} names {name}, which is not in its folder"
+        return
     size, checksum = (said, None) if isinstance(said, int) else (said["bytes"], said.get("checksum"))
     try:
-        actual = path.stat().st_size
+        if any(above.is_symlink() for above in path.parents if above != folder and above.is_relative_to(folder)):
+            yield f"{path} lies behind a link, and a checkpoint has files of its own"
+            return
+        with open_own(path) as file:
+            actual = os.fstat(file.fileno()).st_size
         if actual != size:
-            return f"{path} has {actual} bytes instead of {size}"
-        if checksum is not None and checksum_of(path) != checksum:
-            return f"{path} is damaged: its checksum differs"
-        if everything and name.endswith(".safetensors"):
-            stated = json.loads(path.with_suffix(".json").read_text())
-            return block_file.verify(path, size, stated["checksums"])
+            yield f"{path} has {actual} bytes instead of {size}"
+        elif checksum is not None and checksum_of(path) != checksum:
+            yield f"{path} is damaged: its checksum differs"
+        elif everything and name.endswith(".safetensors"):
+            yield from _wrong_blocks(path, size, read)
     except FileNotFoundError:
-        return f"{path} is missing"
+        yield f"{path} is missing"
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    return None
+        yield f"{path} cannot be read: {error.strerror}"
+    except ValueError as error:
+        yield str(error)
+
+
+def _wrong_blocks(path: Path, size: int, read: Callable[[int], object]) -> Iterator[str]:
+    index = path.with_suffix(".json")
+    try:
+        stated: Any = load_description(index)
+        sums = stated["checksums"]
+        if stated["bytes"] != size or len(sums) != -(-size // BLOCK):
+            raise ValueError(f"it is of a file of {stated['bytes']} bytes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{path} cannot be checked: {index.name}: {error}"
+        return
+    for found in damaged_blocks(path, size, sums):
+        if isinstance(found, str):
+            yield found
+        read(found if isinstance(found, int) else BLOCK)
 
 
 def newest_whole(root: str | Path, passed_over: Collection[Path] = ()) -> tuple[Path | None, list[str]]:

@@ -6,7 +6,6 @@ of it is used, and torch's distributed checkpoints, which were written before (t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict, deque
@@ -19,11 +18,11 @@ from typing import Any
 
 import torch
 
-from megatron_mm.checkpoints import torch_dist
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError, read_block
+from megatron_mm.checkpoints import stated, torch_dist
+from megatron_mm.checkpoints.block_file import BLOCK, DamagedError, load_description, open_own, read_block
 from megatron_mm.checkpoints.folder import MANIFEST
 from megatron_mm.checkpoints.image import DTYPES, index_file, pieces_file
-from megatron_mm.checkpoints.regions import Region, flat_range, overlap, rectangles, slices
+from megatron_mm.checkpoints.regions import Region, flat_range, overlap, rectangles, slices, tile
 from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.models.names import checkpoint_key
 
@@ -149,12 +148,12 @@ class _Pieces:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.common = json.loads((folder / MANIFEST).read_text())
+            self.common: Any = load_description(folder / MANIFEST)
             names = self.common["files"]
             count = sum(name.endswith(".safetensors") for name in names)
             if not count:
                 raise KeyError("pieces_*.safetensors")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder}: not a whole checkpoint (its {MANIFEST} names no pieces: {error!r}); give a folder like "
                 "checkpoints/iter_0000100"
@@ -163,27 +162,40 @@ class _Pieces:
         self.tensors: dict[str, StoredTensor] = {}
         for number in range(count):
             self._open(folder, number)
+        for key, found in self.tensors.items():
+            if not tile([region for region, _ in found.pieces], found.shape):
+                raise DamagedError(f"{folder}: pieces of {key} do not make up a tensor of {found.shape}")
 
     def _open(self, folder: Path, number: int) -> None:
         path, index = folder / pieces_file(number), folder / index_file(number)
         try:
-            stated = json.loads(index.read_text())
-            size, sums = stated["bytes"], stated["checksums"]
-            if path.stat().st_size != size or len(sums) != -(-size // BLOCK) or stated["block"] != BLOCK:
-                raise DamagedError(f"{path} has {path.stat().st_size} bytes, and {index.name} is of another file")
+            said: Any = load_description(index)
+            size, sums = said["bytes"], said["checksums"]
+            with open_own(path) as file:
+                actual = os.fstat(file.fileno()).st_size
+            if type(size) is not int or actual != size or len(sums) != -(-size // BLOCK) or said["block"] != BLOCK:
+                raise DamagedError(f"{path} has {actual} bytes, and {index.name} is of another file")
             self._files.append((path, size, sums))
-            for key, entry in stated["tensors"].items():
-                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            stretches: list[tuple[int, int]] = []
+            for key, entry in said["tensors"].items():
+                dtype, shape = DTYPES[entry["dtype"]], stated.sizes(entry["shape"], f"{key} is")
                 before = self.tensors.get(key, StoredTensor(shape, dtype, ()))
                 if (before.shape, before.dtype) != (shape, dtype):
                     raise DamagedError(f"{index}: {key} has another shape or type than in the other files")
-                pieces = tuple(_piece(number, shape, dtype.itemsize, size, *piece) for piece in entry["pieces"])
-                self.tensors[key] = StoredTensor(shape, dtype, before.pieces + pieces)
+                pieces = []
+                for offsets, extents, at in entry["pieces"]:
+                    region = stated.region(shape, offsets, extents)
+                    stretches.append((at, math.prod(region[1]) * dtype.itemsize))
+                    if at % dtype.itemsize:
+                        raise ValueError(f"a piece of {key} begins at byte {at}, within a value")
+                    pieces.append((region, (number, at)))
+                self.tensors[key] = StoredTensor(shape, dtype, (*before.pieces, *pieces))
+            stated.within_file(stretches, size)
         except FileNotFoundError as error:
             raise DamagedError(f"{error.filename} is missing") from error
         except DamagedError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{index} is no index of pieces: {error!r}") from error
 
     def read(self, wanted: dict[tuple[int, int], list[tuple[Region, Slot]]]) -> None:
@@ -203,7 +215,8 @@ class _Pieces:
     def _read_file(self, number: int, blocks: Iterator[tuple[int, list[_Job]]], ahead: Executor) -> None:
         """Copies from blocks of a file; the next one is read and checked while one is copied from."""
         path, size, sums = self._files[number]
-        descriptor = os.open(path, os.O_RDONLY)
+        file = open_own(path)
+        descriptor = file.fileno()
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         buffers = cycle(memoryview(bytearray(BLOCK)) for _ in range(2))
@@ -219,7 +232,7 @@ class _Pieces:
                 self._copy(*reading.popleft())
         finally:
             wait([length for *_, length in reading])
-            os.close(descriptor)
+            file.close()
 
     def _copy(self, block: int, jobs: list[_Job], buffer: memoryview, length: Future[int]) -> None:
         data = buffer[: length.result()]
@@ -242,22 +255,3 @@ class _Pieces:
             done += some.numel()
             if common := overlap(part, slot.region):
                 slot.tensor[slices(common, slot.region)].copy_(some.view(sizes)[slices(common, part)])
-
-
-def _piece(
-    number: int, shape: tuple[int, ...], item: int, size: int, offsets: list[int], sizes: list[int], at: int
-) -> tuple[Region, tuple[int, int]]:
-    """A piece as an index states it.
-
-    Raises:
-        ValueError: it lies outside its tensor or its file.
-    """
-    region = (tuple(offsets), tuple(sizes))
-    numbers = (*offsets, *sizes, at)
-    if len(offsets) != len(shape) or len(sizes) != len(shape) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"a piece at {region}")
-    if any(begin + extent > most for begin, extent, most in zip(offsets, sizes, shape)):
-        raise ValueError(f"a piece at {region} of a tensor of {shape}")
-    if at % item or at + math.prod(sizes) * item > size:
-        raise ValueError(f"a piece at byte {at} of {size}")
-    return region, (number, at)

@@ -93,7 +93,7 @@ class Saver:
         if not self.in_background:
             return []
         size = image_of(pipeline, optimizer).size
-        lacking = self._lacking_memory(size)
+        lacking = self._lacking_memory(size - (self._writer.held if self._writer is not None else 0))
         if lacking is None:
             lacking = _first_problem(self._start)
         if lacking:
@@ -108,14 +108,18 @@ class Saver:
             self._writer = BackgroundWriter()
 
     def _lacking_memory(self, size: int) -> str | None:
-        """Why a host has not the memory for a copy of what its processes hold; the same on every process."""
+        """Why a host has not the memory for copies of what its processes hold; the same on every process.
+
+        Args:
+            size: bytes that this process needs besides those it has taken.
+        """
         if not hasattr(os, "memfd_create"):
             return "this system has no memory that processes share without a name"
         hosts: list = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, (socket.gethostname(), size, _free_memory()))
         wanted: dict[str, int] = {}
         for host, needed, _ in hosts:
-            wanted[host] = wanted.get(host, 0) + needed
+            wanted[host] = wanted.get(host, 0) + max(0, needed)
         for host, _, free in hosts:
             if wanted[host] > _SHARE_OF_FREE_MEMORY * free:
                 return (
@@ -135,7 +139,9 @@ class Saver:
         Returns:
             its folder, if it is there already: without background writing.
         """
-        if self.in_background and self._writer is None:
+        if self.in_background and not all_agree(self._writer is not None and self._writer.alive):
+            if self._writer is not None and not self._writer.alive:
+                self.close()
             self.prepare(pipeline, optimizer)
         self._began = time.monotonic()
         self._part = part = checkpoint_folder.folder_of(self.root, position.iteration).with_suffix(".part")

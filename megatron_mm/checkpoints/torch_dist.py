@@ -1,59 +1,35 @@
 """Reading torch's distributed checkpoints as megatron-core wrote them here before: `.metadata` and `*.distcp` files.
 
-`.metadata` is a pickle, which torch reads by running whatever it names. Here only the classes that such a file is made
-of are admitted, and what the file names is read inside its own folder.
+    .metadata   a pickle: tensors, and of each piece its file, first byte and length
+    *.distcp    pieces one after another, each as torch.save writes it: a zip archive with a pickle and the numbers
+    common.pt   such an archive, with the position of the run
+
+The pickles are read as records (records.py). The files have no checksums of their own, but every archive has a CRC-32
+of each of its members, which is compared when a piece is read.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
-import pickle
+import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_mm.checkpoints.block_file import DamagedError
+from megatron_mm.checkpoints import stated
+from megatron_mm.checkpoints.block_file import DamagedError, open_own, read_description
 from megatron_mm.checkpoints.image import index_file
+from megatron_mm.checkpoints.records import STORAGES, Record, load_records
 from megatron_mm.checkpoints.regions import Region, overlap, slices
 from megatron_mm.checkpoints.slots import Slot
 
 METADATA = ".metadata"
 COMMON = "common.pt"
-#: What `.metadata` is made of: plain records, whose construction does nothing else.
-_ADMITTED = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.planner", name)
-    for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
-    ("torch.distributed._shard.metadata", "ShardMetadata"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
-}  # fmt: skip
-
-
-class _Records(pickle.Unpickler):
-    """A reader of pickles of records."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ADMITTED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype | torch.memory_format):
-            return value
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of tensors does")
 
 
 def is_one(folder: Path) -> bool:
@@ -68,23 +44,44 @@ def opened(folder: Path) -> tuple[dict[str, tuple], dict[str, Any], Callable[[di
         DamagedError: a file cannot be read, or holds what no checkpoint does.
     """
     try:
-        with open(folder / METADATA, "rb") as file:
-            metadata = _Records(file).load()
-        tensors, stored = {}, {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                continue
-            pieces: list[tuple[Region, tuple]] = []
-            for chunk in entry.chunks:
-                info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-                region = (tuple(chunk.offsets), tuple(chunk.sizes))
-                where = (key, _inside(folder, info.relative_path), int(info.offset), int(info.length))
-                stored[where] = region
-                pieces.append((region, where))
-            tensors[key] = (tuple(entry.size), entry.properties.dtype, tuple(pieces))
+        tensors = _tensors(folder, load_records(read_description(folder / METADATA)))
+    except DamagedError:
+        raise
     except Exception as error:  # a pickle that is damaged fails in any way
-        raise DamagedError(f"{folder / METADATA} cannot be read: {error!r}") from error
+        raise DamagedError(f"{folder / METADATA} cannot be read: {_said(error)}") from error
     return tensors, _common(folder), _read
+
+
+def _tensors(folder: Path, metadata: Record) -> dict[str, tuple]:
+    storage = metadata.state["storage_data"]
+    places = {(index.state["fqn"], index.state["offset"]): info.state for index, info in storage.items()}
+    tensors: dict[str, tuple] = {}
+    stretches: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for key, entry in metadata.state["state_dict_metadata"].items():
+        if entry.name != "TensorStorageMetadata":
+            continue
+        dtype, shape = _dtype(entry.state["properties"].state), stated.sizes(entry.state["size"], f"{key} is")
+        pieces: list[tuple[Region, tuple]] = []
+        for chunk in entry.state["chunks"]:
+            place = places[key, chunk.state["offsets"]]
+            region = stated.region(shape, chunk.state["offsets"], chunk.state["sizes"])
+            where = (key, _inside(folder, place["relative_path"]), place["offset"], place["length"])
+            stretches[where[1]].append(where[2:])
+            if math.prod(region[1]) * dtype.itemsize > where[3]:
+                raise ValueError(f"a piece of {key} at {region} has {where[3]} bytes")
+            pieces.append((region, where))
+        tensors[key] = (shape, dtype, tuple(pieces))
+    for path, own in stretches.items():
+        stated.within_file(own, _size(path))
+    return tensors
+
+
+def _dtype(properties: Any) -> torch.dtype:
+    """From the state of a record of a tensor's properties, which was a dictionary once."""
+    dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a tensor of {dtype!r}")
+    return dtype
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -93,65 +90,99 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def _size(path: Path) -> int:
+    try:
+        with open_own(path) as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+
+
 def _common(folder: Path) -> dict[str, Any]:
     path = folder / COMMON
+    if not path.exists() and not path.is_symlink():
+        return {}
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        found = load_records(_members(io.BytesIO(read_description(path)))["data.pkl"])
+        if not isinstance(found, dict):
+            raise ValueError("it holds no dictionary")
+        counts = {name: found[name] for name in ("iteration", "consumed_samples", "optimizer_step") if name in found}
+        if any(type(count) is not int or count < 0 for count in counts.values()):
+            raise ValueError(f"it counts {counts!r:.200}")
     except Exception as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise DamagedError(f"{path} holds no dictionary")
+        raise DamagedError(f"{path} cannot be read: {_said(error)}") from error
     return found
 
 
 def _read(wanted: dict[tuple, list[tuple[Region, Slot]]]) -> None:
     """Copies pieces into what wants regions of them, each piece read once, in the order of the files."""
     for where in sorted(wanted, key=lambda where: where[1:3]):
-        key, path, offset, length = where
-        try:
-            with open(path, "rb") as stream:
-                values = torch.load(_FileSlice(stream, offset, length), map_location="cpu", weights_only=True)
-            for region, slot in wanted[where]:
-                common = overlap(region, slot.region)
-                if common:
+        values = read_piece(where)
+        for region, slot in wanted[where]:
+            if common := overlap(region, slot.region):
+                try:
                     source = values.reshape(region[1])[slices(common, region)]
-                    slot.tensor[slices(common, slot.region)].copy_(source)
-        except FileNotFoundError as error:
-            raise DamagedError(f"{path} is missing; it holds {key}") from error
-        except Exception as error:
-            raise DamagedError(f"{path}: {key} cannot be read, the file is damaged: {error}") from error
+                except RuntimeError as error:
+                    raise DamagedError(f"{where[1]}: {where[0]} cannot be read: {error}") from error
+                slot.tensor[slices(common, slot.region)].copy_(source)
 
 
-class _FileSlice:
-    """A read-only stretch of an open file, for torch.load."""
+def read_piece(where: tuple[str, Path, int, int]) -> torch.Tensor:
+    """A piece, checked.
 
-    def __init__(self, stream, begin: int, length: int):
-        self._stream, self._begin, self._length, self._at = stream, begin, length, 0
+    Args:
+        where: key, file, first byte and length.
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = base + offset
-        return self._at
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    key, path, offset, length = where
+    try:
+        with open_own(path) as stream:
+            stream.seek(offset)
+            return _tensor(_members(io.BytesIO(stream.read(length))))
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing; it holds {key}") from error
+    except Exception as error:
+        raise DamagedError(f"{path}: {key} cannot be read, the file is damaged: {_said(error)}") from error
 
-    def tell(self) -> int:
-        return self._at
 
-    def seekable(self) -> bool:
-        return True
+def _members(stream: BinaryIO) -> dict[str, bytes]:
+    """What an archive of torch's holds, by the names within its one folder, each compared with its CRC-32.
 
-    def readable(self) -> bool:
-        return True
+    Raises:
+        ValueError, zipfile.BadZipFile: it is none, or takes more memory than it has bytes.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(stream) as archive:
+        listed = archive.infolist()
+        if any(item.compress_type != zipfile.ZIP_STORED or item.file_size != item.compress_size for item in listed):
+            raise ValueError("a member of the archive is compressed, which torch does not do")
+        stated.within_file(((item.header_offset, item.file_size) for item in listed), min(size, 1 << 62))
+        return {item.filename.partition("/")[2]: archive.read(item) for item in listed}
 
-    def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")
-        self._stream.seek(self._begin + self._at)
-        count = self._stream.readinto(view[: max(0, min(len(view), self._length - self._at))])
-        self._at += count
-        return count
 
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        self._stream.seek(self._begin + self._at)
-        data = self._stream.read(left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data
+def _tensor(members: dict[str, bytes]) -> torch.Tensor:
+    """The tensor of an archive, which is a view of one of its members."""
+    made = load_records(members["data.pkl"])
+    if not isinstance(made, Record) or not made.name.startswith("_rebuild_tensor_v"):
+        raise ValueError("it holds no tensor")
+    (_, kind, key, *_), offset, shape, stride, *more = made.arguments
+    dtype = STORAGES[kind.name] if kind.name in STORAGES else more[2]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a tensor of {dtype!r}")
+    if members.get("byteorder", b"little") != b"little":
+        raise ValueError("its numbers are of a machine of the other byte order")
+    shape, stride = stated.sizes(shape, "a tensor of"), stated.sizes(stride, "steps of")
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype)
+    data = bytearray(members[f"data/{key}"])
+    last = offset + sum(step * (size - 1) for step, size in zip(stride, shape, strict=True))
+    if type(offset) is not int or offset < 0 or last >= len(data) // dtype.itemsize or math.prod(shape) > last + 1:
+        raise ValueError(f"a tensor of {shape} of {len(data)} bytes")
+    values = torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
+    return values.as_strided(shape, stride, offset)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError | OSError) else repr(error)
