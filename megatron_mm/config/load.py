@@ -75,11 +75,12 @@ def load_config(path: str | Path) -> Config:
         ValueError: no such file, not YAML, an unknown field or a value of the wrong type (each named by its path).
     """
     tree = _tree_of(Path(path))
-    for code in dict.fromkeys((*_plugins_of(tree, path), _builder_of(tree)[0])):
-        if code and code not in _BUILDERS and (str(path), code) not in _announced:
+    named = [code for code in (*_plugins_of(tree, path), _builder_of(tree)[0]) if code and code not in _BUILDERS]
+    for code in dict.fromkeys(str(locate_plugin(code, Path(path).parent)) for code in named):
+        if (str(path), code) not in _announced:
             _announced.add((str(path), code))
             if os.environ.get("RANK", "0") == "0":
-                print(f"{path}: its code runs: {locate_plugin(code, Path(path).parent)}", file=sys.stderr, flush=True)
+                print(f"{path}: its code runs: {code}", file=sys.stderr, flush=True)
     return config_from_tree(tree, path)
 
 

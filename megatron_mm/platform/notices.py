@@ -40,40 +40,10 @@ ALWAYS = (
         "its distributed optimizer looks at the gradients of slices, which never have one",
     ),
     Notice(
-        "`load_state_dict` is deprecated",
-        FutureWarning,
-        "megatron.core.dist_checkpointing.strategies.torch",
-        "0.16 reads shards by the older of torch's two functions",
-    ),
-    Notice(
-        "torch.distributed is disabled, unavailable or uninitialized",
-        UserWarning,
-        "torch.distributed.checkpoint",
-        "an export reads a checkpoint in one process, without a process group",
-    ),
-    Notice(
-        "The argument order of load has been changed",
-        UserWarning,
-        "torch.distributed.checkpoint.logger",
-        "0.19 names all arguments of that call",
-    ),
-    Notice(
         "MimoModelConfig is experimental",
         UserWarning,
         "megatron.core.models.mimo.config.base_configs",
         "0.19 imports it with everything else; nothing here uses it",
-    ),
-    Notice(
-        "MCore's async save is deprecated",
-        None,
-        "megatron.core.dist_checkpointing.strategies.torch",
-        "0.19 prefers the writer of a package of its own, nvidia-resiliency-ext (megatron_versions.py)",
-    ),
-    Notice(
-        "load_common is deprecated",
-        None,
-        "megatron.core.dist_checkpointing.strategies.common",
-        "common.pt is written for 0.16 too (megatron_versions.py)",
     ),
     Notice(
         "DistributedDataParallel: full_param_layout not provided",

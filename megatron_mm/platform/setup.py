@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -155,13 +156,10 @@ def reporting_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("MEGATRON_MM_TRACEBACK"):
             raise
-        sys.stdout.flush()
-        if not _among_others():
-            report(f"error: {error}")
-        elif _is_first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        stopping.exit_at_once(1)
-    except RuntimeError:
+        _end_with(str(error))
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # raised by torch wherever the main thread is
+            _end_with(f"rank {rank()}: a process that reads data died, out of memory perhaps: {error}")
         # A collective fails when another rank has ended: that rank has said why.
         time.sleep(0.5)
         if not _another_failed():
@@ -169,6 +167,16 @@ def reporting_errors() -> Iterator[None]:
         if os.environ.get("MEGATRON_MM_TRACEBACK") or not _another_failed():
             raise
         stopping.exit_at_once(1)
+
+
+def _end_with(problem: str) -> NoReturn:
+    """Prints an error, unless another rank has, and ends this process."""
+    sys.stdout.flush()
+    if not _among_others():
+        report(f"error: {problem}")
+    elif _is_first_to_fail():
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    stopping.exit_at_once(1)
 
 
 def _among_others() -> bool:

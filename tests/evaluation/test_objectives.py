@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mm.checkpoints.checkpoint import Position, save
+from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.save import save
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan

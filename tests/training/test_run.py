@@ -219,7 +219,8 @@ def test_a_run_whose_saves_are_slow_says_what_to_raise(corpus, tmp_path):
     assert run(path, 1, "--train-iters", "1").returncode == 0
     folder, _ = checkpoint_folder.newest_whole(tmp_path / "checkpoints")
     manifest = folder / checkpoint_folder.MANIFEST
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "seconds": 31.0}))
+    slow = checkpoint_folder._sealed({**checkpoint_folder.recorded(folder), "seconds": 31.0})
+    manifest.write_text(json.dumps(slow))
     said = run(path, 1, "--train-iters", "2").stdout
     assert said.count("warning: a save took 31 s") == 1 and "--shutdown-timeout 62" in said
 

@@ -233,7 +233,9 @@ class MicrobatchLoader:
         try:
             microbatch = next(self._ahead or self._iterator)
         except (EOFError, ConnectionError) as error:  # torch notices most such ends itself, but not all in time
-            raise RuntimeError("a reader worker died while it sent a microbatch (out of memory, or killed)") from error
+            raise ChildProcessError(
+                "a process that reads data died while it sent a microbatch (out of memory, or killed)"
+            ) from error
         if isinstance(microbatch, _Failure):
             raise DataError(microbatch.message)
         return microbatch
