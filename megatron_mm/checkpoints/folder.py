@@ -211,6 +211,9 @@ def problems(
         elif any(type(manifest.get(name, 0)) is not int or manifest.get(name, 0) < 0 for name in _COUNTS):
             yield MANIFEST, f"{folder / MANIFEST} says of {', '.join(_COUNTS)} what are no numbers"
         else:
+            unlisted = {"config.yaml", *(kind.file_name for kind in tokenizer_kinds())} - files.keys()
+            for name in sorted(name for name in unlisted if (folder / name).is_symlink()):
+                yield name, f"{folder / name} is a link, and a checkpoint has files of its own"
             for name, said in files.items():
                 for problem in _wrong(folder, name, said, everything, read):
                     yield name, problem

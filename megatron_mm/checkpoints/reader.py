@@ -67,6 +67,11 @@ class CheckpointReader:
         """Keys of the model's parameters, as they stand in the checkpoint."""
         return {key for key in self.tensors if not key.startswith("optimizer.") and not key.endswith("_extra_state")}
 
+    def files_of(self, key: str) -> list[str]:
+        """Name of the file that holds each piece of a tensor."""
+        wheres = (where for _, where in self.tensors[key].pieces)
+        return [pieces_file(where[0]) if type(where[0]) is int else where[1].name for where in wheres]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of a parameter."""
         return self._stored(name)[1].shape

@@ -116,11 +116,12 @@ class Optimizer:
     def held_alike(self, weights: Sequence[Held]) -> Iterator[tuple[Held, torch.Tensor, str]]:
         """State that the processes of a data-parallel group hold alike: (parameter, values in its shape, key's prefix).
 
+        In the same order on each, whichever made its state first: they divide it by its order among themselves.
         Nothing under the distributed optimizer, where each has its own (`own_slots`).
         """
         for weight, optimizer in self._with_state(weights):
             if not isinstance(optimizer, DistributedOptimizer):
-                for name, tensor in self._local_state(optimizer, weight.parameter).items():
+                for name, tensor in sorted(self._local_state(optimizer, weight.parameter).items()):
                     yield weight, tensor.view(weight.parameter.shape), f"optimizer.{name}."
 
     def own_slots(self, weights: Sequence[Held]) -> Iterator[Slot]:
@@ -198,8 +199,9 @@ class Optimizer:
                     state = adam.state[parameter]
                     if isinstance(adam, torch.optim.Adam) and not state:
                         state["step"] = torch.tensor(float(self._steps_of(group)))
-                    for name in {"exp_avg", "exp_avg_sq"} - state.keys():
-                        state[name] = torch.zeros_like(parameter)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        if name not in state:
+                            state[name] = torch.zeros_like(parameter)
 
     def _owners(self, parameter: torch.nn.Parameter) -> Iterator:
         """The optimizers that hold state of a parameter on this process (none, if another DP rank has all of it)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.platform import setup
 from tests.pipeline import toy
 from tests.support.checkpoints import plain_tensors
-from tests.support.programs import PYTHON
+from tests.support.programs import PYTHON, TORCHRUN
 from tests.support.waiting import wait_until
 
 
@@ -216,3 +217,39 @@ def test_no_writer_outlives_its_rank():
     rank.kill()
     rank.wait()
     wait_until(lambda: not writer.is_running() or writer.status() == psutil.STATUS_ZOMBIE, "the writer has ended")
+
+
+def save_while_a_writer_dies(root: str) -> None:
+    """Run by each of two processes: the second's writer is killed during the second of three saves."""
+    setup.initialize(toy.sizes_of("PP2"), seed=5)
+    pipeline, optimizer, config = toy.build(toy.Case("PP2"))
+    saver = Saver(config, Path(root), in_background=True)
+    said = []
+    for iteration in (1, 2, 3):
+        saver.begin(pipeline, optimizer, checkpoint.Position(iteration, 16 * iteration))
+        if iteration == 2 and setup.rank() == 1:
+            saver._writer._process.kill()
+            saver._writer._process.wait()
+        try:
+            said.append(saver.wait().name)
+        except SaveError as error:
+            said.append(f"{type(error).__name__}")
+    saver.close()
+    Path(root, f"rank_{setup.rank()}.txt").write_text(" ".join(said))
+    setup.shutdown()
+
+
+@pytest.mark.slow
+def test_a_writer_of_one_process_dies_and_all_go_on(tmp_path):
+    """The second save may have been done before the kill; the third works in any case, on both."""
+    words = [*TORCHRUN, "2", "-m", "tests.checkpoints.test_background", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"rank_{rank}.txt").read_text().split() for rank in (0, 1))
+    assert first == second and first[0] == "iter_0000001" and first[2] == "iter_0000003"
+    assert first[1] in ("SaveError", "iter_0000002")
+    assert checkpoint_folder.newest_whole(tmp_path)[0].name == "iter_0000003"
+
+
+if __name__ == "__main__":
+    save_while_a_writer_dies(sys.argv[1])

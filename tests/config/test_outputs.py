@@ -159,6 +159,7 @@ def test_json_of_the_tools_is_checked_before_they_work(tmp_path):
         "tools/evaluate.py": ["--model", "none", "--input", "none"],
         "tools/score_objectives.py": ["--checkpoint", "none", "--input", "none"],
         "tools/inspect_dataset.py": ["--path", "none"],
+        "tools/inspect_checkpoint.py": ["none"],
         "tools/estimate_build.py": ["text", "--input", "none", "--output-prefix", "x", "--tokenizer-model", "none"],
         "tools/count_parameters.py": ["--config", "none"],
         "tools/verify_layouts.py": ["--config", "none"],
