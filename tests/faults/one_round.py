@@ -323,7 +323,11 @@ class Round:
             return
         if said.timed_out:
             line = next(line for line in said.everything.splitlines() if "made no progress for" in line)
-            self._problem("hung", f"{line}; {self._kept_stacks()}")
+            if any(_stops_one_rank_early(fault) for fault in struck):
+                # It ends with status 0, which tells the launcher nothing, so the others wait for it up to their limit.
+                record.remarks.append(f"one rank alone was stopped before the first step: {line}")
+            else:
+                self._problem("hung", f"{line}; {self._kept_stacks()}")
         damaged = bool(self.damaged)
         refused = self._judge_start(said, struck)
         if said.finished or said.timed_out or refused:
@@ -422,6 +426,12 @@ def _where(launch: Launch, parts: list[str], fault: Fault) -> str:
     """Where the run is that was struck, and what of its checkpoints was unfinished then."""
     words = [f"step {iteration(launch.output)} after {time.monotonic() - launch.began:.1f} s", *parts]
     return ", ".join(words + [f"for {fault.seconds:.1f} s"] * (fault.kind == "storage" and fault.seconds > 0))
+
+
+def _stops_one_rank_early(fault: Fault) -> bool:
+    """Whether a fault tells one rank, and no other, to stop before the first step."""
+    stops = fault.kind == "signal" and fault.what in ("SIGTERM", "SIGINT", "SIGUSR1")
+    return stops and fault.target == "rank" and fault.moment.name in ("starting", "loading")
 
 
 def _ending(launch: Launch, said: Said) -> str:
