@@ -29,7 +29,8 @@ def _become_rank(words: tuple[str, ...], environment: dict[str, str]) -> NoRetur
     """Runs a program in a process that was just forked, and ends it as the interpreter would."""
     for number in _HANDLED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter does when it starts
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as the interpreter does when it starts
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
     gc.freeze()  # no object of the launcher is freed here, and closes a file that this process opened since
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
@@ -50,7 +51,8 @@ def _popen(handler, words: tuple[str, ...], environment: dict[str, str]) -> Pope
             preexec_fn=lambda: _become_rank(words, environment),
         )
     finally:
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter does when it starts
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as the interpreter does when it starts
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
 
