@@ -1,8 +1,8 @@
 """Package metadata. Each requirement says why it is there.
 
 These are bounds: `tests/run.sh --lowest` tries the lowest releases (locks/lowest.txt), `--newest` the newest. The
-lowest did not all pass yet, and those of wandb and of the extra `gpu` were not tried. What this repository's own
-scripts install are the exact releases of locks/, which `tools/update_locks.sh` renews.
+lowest of wandb and of the extra `gpu` were not tried. What this repository's own scripts install are the exact releases
+of locks/, which `tools/update_locks.sh` renews.
 """
 
 from setuptools import find_packages, setup
@@ -31,7 +31,7 @@ setup(
         "xxhash>=3.5",  # checksums of checkpoints, at 10 GB/s; zlib's CRC-32 takes as long as the disk
         "numpy>=2.0",  # shards, spectrogram filters, sample order; from 2.0 it counts bits
         "pydantic>=2.7",  # typed recipes: errors that name the field
-        "tyro>=1.0",  # command lines from the typed tree
+        "tyro>=1.0.9",  # command lines from the typed tree; before, an error of pydantic ended in a traceback
         "pyyaml>=6.0.1",  # recipes
         "sentencepiece>=0.2.1",  # tokenizers, in training and in exported models
         "orjson>=3.10",  # JSON lines of texts in half of the time of Python's reader
@@ -66,7 +66,7 @@ setup(
             "ruff>=0.6",  # style
             "import-linter>=2.15",  # the direction of imports between the package's folders
             "scipy>=1.13",  # statistics of sample order and of masks
-            *["accelerate>=1.2", "peft>=0.18"],  # call exported models as users do who train them on
+            *["accelerate>=1.3", "peft>=0.18"],  # call exported models as users do who train them on
             "selenium>=4.20",  # looks at the page of tools/inspect_dataset.py in Chromium
         ],
     },

@@ -66,7 +66,7 @@ def test_a_worker_that_is_killed_ends_the_reading(others, no_handler_of_torch, l
     worker = min(running() - others)
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: worker not in running(), "the worker has ended")
-    with pytest.raises((RuntimeError, ChildProcessError), match=r"worker|reads data"):  # what the thread was waiting for
+    with pytest.raises((RuntimeError, ChildProcessError), match=r"worker|reads data"):
         for _ in range(50):
             next(loader)
     with pytest.raises((RuntimeError, ChildProcessError), match=r"worker|reads data"):
