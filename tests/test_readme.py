@@ -15,6 +15,7 @@ PAGES = (
     "README.md",
     "docs/data.md",
     "docs/pretraining.md",
+    "docs/checkpoints.md",
     "docs/checking.md",
     "docs/conversion.md",
     "docs/adding_a_system.md",

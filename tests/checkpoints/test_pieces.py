@@ -10,14 +10,13 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
 from megatron_mm.checkpoints.image import DTYPES, Image
 from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.checkpoints.slots import Slot
-from tests.support.checkpoints import plain_tensors, sample_tensors, split, write_sample
+from tests.support.checkpoints import by_safetensors_alone, plain_tensors, sample_tensors, split, write_sample
 
 TENSORS = sample_tensors()
 
@@ -79,13 +78,8 @@ def test_what_is_read_is_converted_and_may_be_a_view(folders):
 
 
 def test_a_stranger_reads_a_file_by_safetensors_alone(folders):
-    """The README of the format: names have the region in them."""
-    found = {key: torch.zeros_like(tensor) for key, tensor in TENSORS.items()}
-    for file in sorted(folders[2].glob("*.safetensors")):
-        for name, piece in load_file(file).items():
-            key, _, region = name.removesuffix("]").rpartition("[")
-            place = tuple(slice(*map(int, part.split(":"))) for part in region.split(",") if part)
-            found[key][place] = piece
+    found = by_safetensors_alone(folders[2])
+    assert found.keys() == TENSORS.keys()
     assert all(same(found[key], tensor) for key, tensor in TENSORS.items())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.image import Image
@@ -75,3 +77,16 @@ def write_sample(
     (part / "byte_tokenizer.json").write_text('{"kind": "bytes"}\n')
     facts = {"iteration": iteration, "consumed_samples": 8 * iteration, "optimizer_step": iteration, "seconds": 0.5}
     return checkpoint_folder.finish(part, {**facts, "processes": processes})
+
+
+def by_safetensors_alone(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, by what docs/checkpoints.md says of the format."""
+    whole: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("pieces_*.safetensors")):
+        index = json.loads(file.with_suffix(".json").read_text())
+        for name, piece in load_file(file).items():
+            key, _, region = name.removesuffix("]").rpartition("[")
+            place = tuple(slice(*map(int, part.split(":"))) for part in region.split(",") if part)
+            shape = index["tensors"][key]["shape"]
+            whole.setdefault(key, torch.empty(shape, dtype=piece.dtype))[place] = piece
+    return whole
