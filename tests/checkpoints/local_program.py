@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.checkpoints import checkpoint, save
+from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
 from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.checkpoints.image import Image, pieces_file
@@ -179,6 +180,16 @@ def large_files(root: Path, local: Path) -> None:
     saver = node.saver()
     # As Saver.begin, with another image.
     save.image_of = lambda pipeline, optimizer: image
+    begin = checkpoint_folder.begin
+    if node.rank == 1:  # what it receives cannot be written; the sender is not left waiting
+        checkpoint_folder.begin = lambda *words: _with_obstacle(begin(*words), pieces_file(0))
+    saver.begin(node.pipeline, node.optimizer, Position(1, 0), locally=True)
+    try:
+        saver.wait()
+        raise AssertionError("nothing was in the way")
+    except SaveError as error:
+        assert "iter_0000001 was not written: FileExistsError" in str(error), error
+    checkpoint_folder.begin = begin
     saver.begin(node.pipeline, node.optimizer, Position(2, 0), locally=True)
     saver.wait()
     saver.close()
@@ -200,6 +211,11 @@ def large_files(root: Path, local: Path) -> None:
     rows = torch.arange(wanted[0][0], wanted[0][0] + wanted[1][0], dtype=torch.float32)
     assert torch.equal(target, columns[None] + rows[:, None])
     assert sent[0] == {0: 3, 1: 0, 2: 6}[node.rank], sent
+
+
+def _with_obstacle(part: Path, name: str) -> Path:
+    (part / name).mkdir()
+    return part
 
 
 if __name__ == "__main__":
