@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,7 @@ def _leave(path: Path) -> None:
     path.touch()
 
 
-def _problem(act) -> str | None:
+def _problem(act: Callable[[], object]) -> str | None:
     try:
         act()
     except OSError as error:

@@ -15,6 +15,9 @@ from megatron_mm.checkpoints.save import Saver
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.config.validate import check
+from megatron_mm.planner import dry_run
+from megatron_mm.planner.assembly import Assembly
+from megatron_mm.planner.memory import checkpoint_bytes
 from megatron_mm.platform import setup
 from megatron_mm.training import identity
 from tests.support.nodes import run_on_nodes
@@ -54,6 +57,14 @@ def test_without_background_writing_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "_SHARE_OF_FREE_MEMORY", 0.0)
     with pytest.raises(ValueError, match=r"checkpoint\.local_folder: local copies are written in the background, for"):
         Saver(config, tmp_path, True, copies).prepare(pipeline, optimizer)
+
+
+def test_a_dry_run_says_what_a_process_needs():
+    """Two files, of two sets each: of a checkpoint that four processes write, as much as the whole of it."""
+    config = small_config()
+    assembly = Assembly.of(config, ParallelSizes())
+    whole = checkpoint_bytes(assembly.graph, assembly.plan, assembly.settings.dtype)
+    assert dry_run._local_copies(config, 4).startswith(f"local copies: {whole / 2**30:,.2f} GiB for each process")
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
