@@ -76,8 +76,12 @@ class BackgroundWriter:
             assert self._mapped is not None
             torch.frombuffer(self._mapped, dtype=torch.uint8)[:: mmap.PAGESIZE].zero_()
 
-    def write(self, image: Image, folder: Path, number: int) -> None:
-        """Copies an image, then asks for its file and its index to be written into a folder."""
+    def write(self, image: Image, folder: Path, number: int) -> dict[str, dict]:
+        """Copies an image, then asks for its file and its index to be written into a folder.
+
+        Returns:
+            what the index says of each tensor.
+        """
         if self._reserving is not None:
             self._reserving.join()
         self._room(image.size)
@@ -87,10 +91,19 @@ class BackgroundWriter:
         path, index = own_paths(folder, number)
         tensors = image.tensors()
         self._ask({"do": "write", "path": str(path), "index": str(index), "bytes": image.size, "tensors": tensors})
+        return tensors
 
     def finish(self, part: Path, facts: dict[str, Any], keep: int) -> None:
         """Asks for a written checkpoint to be named, and for old ones to be removed."""
         self._ask({"do": "finish", "part": str(part), "facts": facts, "keep": keep})
+
+    def finish_local(self, part: Path, facts: dict[str, Any]) -> None:
+        """Asks for a node's files of a save to be named."""
+        self._ask({"do": "finish local", "part": str(part), "facts": facts})
+
+    def keep_alone(self, folder: Path) -> None:
+        """Asks for a node's files of other saves to be removed."""
+        self._ask({"do": "keep alone", "folder": str(folder)})
 
     @property
     def memory(self) -> memoryview:
@@ -144,5 +157,6 @@ class BackgroundWriter:
         if self._reserving is not None:
             self._reserving.join()
         if self._mapped is not None:
-            self._mapped.close()
+            with contextlib.suppress(BufferError):  # a thread is sending it still, and ends with this process
+                self._mapped.close()
         os.close(self._memory)

@@ -140,9 +140,24 @@ def write_pieces(path: Path, index: Path, chunks: Iterable[memoryview], tensors:
         tensors: what the index says of each tensor.
     """
     size, sums = write_blocks(path, chunks)
+    write_index(index, index_text(size, sums, tensors))
+
+
+def index_text(size: int, sums: list[int], tensors: dict[str, dict]) -> str:
+    """What an index says of a file of so many bytes, with these checksums of its blocks."""
+    return json.dumps({"bytes": size, "block": BLOCK, "checksums": sums, "tensors": tensors}, separators=(",", ":"))
+
+
+def write_index(index: Path, text: str) -> None:
+    """Writes an index, which is on the disk on return."""
     with open(index, "x", encoding="utf-8") as file:
-        json.dump({"bytes": size, "block": BLOCK, "checksums": sums, "tensors": tensors}, file, separators=(",", ":"))
+        file.write(text)
         sync(file)
+
+
+def checksums(data: memoryview) -> list[int]:
+    """Checksums of the blocks of a file that lies in memory."""
+    return [xxhash.xxh3_64_intdigest(data[begin : begin + BLOCK]) for begin in range(0, len(data), BLOCK)]
 
 
 def read_block(descriptor: int, number: int, size: int, checksum: int, buffer: memoryview, name: AnyPath) -> int:
@@ -167,9 +182,14 @@ def read_block(descriptor: int, number: int, size: int, checksum: int, buffer: m
         if count == 0:
             raise DamagedError(f"{name} ends at byte {begin + got} of {size}")
         got += count
-    if xxhash.xxh3_64_intdigest(buffer[:length]) != checksum:
-        raise DamagedError(f"{name} is damaged between bytes {begin} and {begin + length}: its checksum differs")
+    check_block(buffer[:length], begin, checksum, name)
     return length
+
+
+def check_block(block: memoryview, begin: int, checksum: int, name: AnyPath) -> None:
+    """Raises DamagedError unless a block, which begins at a byte of its file, is what was written."""
+    if xxhash.xxh3_64_intdigest(block) != checksum:
+        raise DamagedError(f"{name} is damaged between bytes {begin} and {begin + len(block)}: its checksum differs")
 
 
 def checksum_of(path: AnyPath) -> int:

@@ -7,10 +7,10 @@ resume the newest whole checkpoint is used, and what is wrong with a newer one i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,7 +18,9 @@ from megatron.core import parallel_state
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.block_file import DamagedError
 from megatron_mm.checkpoints.held import Held, held
+from megatron_mm.checkpoints.local import LocalSet
 from megatron_mm.checkpoints.reader import CheckpointReader
+from megatron_mm.checkpoints.scattered import ScatteredSource
 from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_mm.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +46,9 @@ def weights_of(pipeline: Pipeline) -> list[Held]:
     return held({key: value for key, value in entries.items() if not key.endswith("_extra_state")})
 
 
-def find(path: Path, passed_over: Mapping[Path, str] | None = None) -> Path | None:
+def find(
+    path: Path, passed_over: Mapping[Path | LocalSet, str] | None = None, local: LocalSet | None = None
+) -> Path | LocalSet | None:
     """The newest whole checkpoint under a folder, or the folder itself; the same on every process. Collective.
 
     Damaged ones are passed over and reported.
@@ -51,31 +56,41 @@ def find(path: Path, passed_over: Mapping[Path, str] | None = None) -> Path | No
     Args:
         path: of a checkpoint, or of a folder of them.
         passed_over: checkpoints that turned out to be damaged when they were read, and what was wrong with them.
+        local: the newest set of local copies, which is taken if it is newer.
 
     Raises:
         ValueError: there are checkpoints and none is whole, or `path` is one and is damaged.
     """
     passed_over = passed_over or {}
-    found: list = [None, []]
+    found: list = [None, [], False]
     if dist.get_rank() == 0:
         if (path / checkpoint_folder.MANIFEST).exists():
             problem = checkpoint_folder.verify(path)
-            found = [None, [problem]] if problem else [path, []]
+            found = [None, [problem], False] if problem else [path, [], False]
         else:
-            found = list(checkpoint_folder.newest_whole(path, passed_over))
-            for problem in found[1] if found[0] is not None else ():
+            folder, problems = checkpoint_folder.newest_whole(path, passed_over)
+            newer = local is not None and (folder is None or local.iteration > iteration_of(folder))
+            found = [folder, problems, newer]
+            for problem in problems if newer or folder is not None else ():
                 logger.warning("a damaged checkpoint is passed over: %s", problem)
-            if found[0] is not None and (found[1] or passed_over):
-                logger.warning("resuming from the one before: %s", found[0])
+            if newer or (folder is not None and (problems or passed_over)):
+                logger.warning("resuming from %s", local if newer else f"the one before: {folder}")
     dist.broadcast_object_list(found)
-    folder, problems = found
+    folder, problems, newer = found
+    if newer:
+        return local
     if folder is None and (problems or passed_over):
         damaged = [*passed_over.values(), *problems]
         raise ValueError(f"no checkpoint is whole: {'; '.join(damaged)}; remove what is damaged to start anew")
     return folder
 
 
-def load(folder: Path, pipeline: Pipeline, optimizer: Optimizer) -> Position:
+def iteration_of(place: Path | LocalSet) -> int:
+    """Iteration of a whole checkpoint."""
+    return place.iteration if isinstance(place, LocalSet) else checkpoint_folder.recorded_iteration(place)
+
+
+def load(folder: Path | LocalSet, pipeline: Pipeline, optimizer: Optimizer) -> Position:
     """Restores weights, optimizer and position from a training checkpoint, whatever layout wrote it. Collective.
 
     Raises:
@@ -99,41 +114,37 @@ def load_weights(folder: Path, pipeline: Pipeline) -> None:
 
 def read_together(reader: CheckpointReader, slots: Iterable[Slot]) -> None:
     """Fills what this process needs from a checkpoint, and raises DamagedError on all if any cannot. Collective."""
-    problem = None
-    try:
-        reader.read_into(slots)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    _raise_together(problem)
+    wanted = _together(lambda: reader.wanted(slots))  # before any reads: what others wait for comes then
+    _together(lambda: reader.read_wanted(wanted))
 
 
-def opened(folder: Path) -> CheckpointReader:
+def opened(folder: Path | LocalSet) -> CheckpointReader:
     """A checkpoint's reader, or DamagedError on every process where any cannot open it. Collective."""
-    problem = reader = None
+    return _together(lambda: CheckpointReader(ScatteredSource(folder) if isinstance(folder, LocalSet) else folder))
+
+
+def _together(act: Callable[[], T]) -> T:
+    """What something returns, or DamagedError on every process where it fails on any. Collective."""
+    problem = result = None
     try:
-        reader = CheckpointReader(folder)
+        result = act()
     except (ValueError, OSError) as error:
         problem = str(error)
-    _raise_together(problem)
-    assert reader is not None
-    return reader
-
-
-def _raise_together(problem: str | None) -> None:
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, problem)
     found = next(filter(None, everyone), None)
     if found:
         raise DamagedError(found)
+    return cast(T, result)
 
 
-def _whole_model(folder: Path, pipeline: Pipeline) -> tuple[CheckpointReader, list[Held]]:
+def _whole_model(folder: Path | LocalSet, pipeline: Pipeline) -> tuple[CheckpointReader, list[Held]]:
     """A checkpoint, and this process's weights, all of which it holds in their shapes."""
     reader, weights = opened(folder), weights_of(pipeline)
     missing = sorted(weight.key for weight in weights if weight.key not in reader.tensors)
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights of this model, such as {missing[0]}")
-    check_shapes(folder, weights, reader.shapes)
+    check_shapes(reader.folder, weights, reader.shapes)
     return reader, weights
 
 

@@ -86,18 +86,19 @@ def _check_removable(folder: Path) -> None:
         raise ValueError(f"{folder} holds {other}, which is no part of a checkpoint, so it stays; move it away")
 
 
-def finish(part: Path, facts: dict[str, Any]) -> Path:
+def finish(part: Path, facts: dict[str, Any], whole: bool = True) -> Path:
     """Records files, renames `iter_….part` to `iter_…` and points the tracker at it.
 
     Args:
         part: the written folder.
         facts: what its manifest says besides: `iteration`, and what a run needs to go on.
+        whole: it holds whole tensors; otherwise some of a save's files (local.py), and no tracker names it.
 
     Raises:
-        ValueError: its pieces do not make up whole tensors.
+        ValueError: its files are not of the right size, or its pieces do not make up whole tensors.
     """
     files = {str(path.relative_to(part)): path for path in sorted(part.rglob("*")) if path.is_file()}
-    _check_pieces(part, files)
+    _check_pieces(part, files, whole)
     recorded = {name: _recorded(name, path) for name, path in files.items()}
     with open(part / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(_sealed({**facts, "files": recorded}), file, indent=1)
@@ -109,7 +110,8 @@ def finish(part: Path, facts: dict[str, Any]) -> Path:
         remove(aside)
     if give_name(part, folder, aside):
         remove(aside)
-    write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
+    if whole:
+        write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
     return folder
 
 
@@ -125,8 +127,8 @@ def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "checksum": xxhash.xxh3_64_intdigest(text.encode())}
 
 
-def _check_pieces(part: Path, files: dict[str, Path]) -> None:
-    """Raises ValueError unless files of pieces are as long as their indices say, and their pieces make up tensors."""
+def _check_pieces(part: Path, files: dict[str, Path], whole: bool) -> None:
+    """Raises ValueError unless files of pieces are as long as their indices say, and whole ones make up tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     regions: dict[str, list[Region]] = {}
     for name in [name for name in files if name.endswith(".safetensors")]:
@@ -138,7 +140,7 @@ def _check_pieces(part: Path, files: dict[str, Path]) -> None:
             if shapes.setdefault(key, shape) != shape:
                 raise ValueError(f"{key} is {shape} in {name} and {shapes[key]} before")
             regions.setdefault(key, []).extend((tuple(at), tuple(size)) for at, size, _ in entry["pieces"])
-    for key, pieces in regions.items():
+    for key, pieces in regions.items() if whole else ():
         if not tile(pieces, shapes[key]):
             raise ValueError(f"{len(pieces)} pieces of {key} do not make up a tensor of {shapes[key]}")
 
@@ -315,6 +317,16 @@ def prune(root: str | Path, keep: int, newest: int) -> None:
                 remove(folder)
             except ValueError as error:
                 logger.warning("an old checkpoint is not removed: %s", error)
+
+
+def keep_alone(folder: Path) -> None:
+    """Removes all other sets of files beside one, whole, unfinished or set aside; those with a user's files stay."""
+    for path in sorted(folder.parent.glob("iter_*")):
+        if path != folder and re.fullmatch(r"iter_\d+(\.part|\.old|\.abandoned)?", path.name):
+            try:
+                remove(path)
+            except ValueError as error:
+                logger.warning("an old set of local copies is not removed: %s", error)
 
 
 def set_aside_later(root: str | Path, iteration: int) -> list[Path]:

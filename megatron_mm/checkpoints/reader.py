@@ -7,23 +7,21 @@ of it is used, and torch's distributed checkpoints, which were written before (t
 from __future__ import annotations
 
 import math
-import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_mm.checkpoints import stated, torch_dist
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError, load_description, open_own, read_block
+from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
 from megatron_mm.checkpoints.folder import MANIFEST
-from megatron_mm.checkpoints.image import DTYPES, index_file, pieces_file
+from megatron_mm.checkpoints.image import DTYPES, own_paths
 from megatron_mm.checkpoints.regions import Region, flat_range, overlap, rectangles, slices, tile
 from megatron_mm.checkpoints.slots import Slot
+from megatron_mm.checkpoints.sources import Extent, FolderSource, PieceSource
 from megatron_mm.models.names import checkpoint_key
 
 
@@ -37,22 +35,30 @@ class StoredTensor:
     """Its regions, and where each is: what the format's `read` wants."""
 
 
+#: Of each piece, by where it is: its region, and the regions that are to be filled from it.
+Wanted = dict[Any, list[tuple[Region, Slot]]]
+
+
 class CheckpointReader:
-    """Tensors of one checkpoint folder (`…/iter_0000100`).
+    """Tensors of one checkpoint.
+
+    Args:
+        where: its folder (`…/iter_0000100`), or where else the files of its pieces come from.
 
     Raises:
         ValueError: the folder is no whole checkpoint; says what is missing.
         DamagedError: a file of it is not what was written; from every method that reads.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if torch_dist.is_one(self.folder):
+    def __init__(self, where: str | Path | PieceSource) -> None:
+        source = FolderSource(Path(where)) if isinstance(where, str | Path) else where
+        self.folder = source.name
+        if isinstance(source, FolderSource) and torch_dist.is_one(self.folder):
             tensors, common, self._read = torch_dist.opened(self.folder)
             self.tensors = {key: StoredTensor(*stored) for key, stored in tensors.items()}
             self.common = common
         else:
-            pieces = _Pieces(self.folder)
+            pieces = _Pieces(source)
             self.tensors, self.common, self._read = pieces.tensors, pieces.common, pieces.read
 
     def __contains__(self, name: str) -> bool:
@@ -88,16 +94,28 @@ class CheckpointReader:
         self.read_into([Slot(key, stored.shape, (0,) * len(stored.shape), whole)])
         return whole
 
-    @torch.no_grad()
     def read_into(self, slots: Iterable[Slot]) -> None:
         """Fills regions with what the checkpoint holds of them, converted to their types.
 
         Each process reads what it needs, in the order of the files, and no byte twice.
 
         Raises:
+            ValueError: as `wanted`.
+        """
+        self.read_wanted(self.wanted(slots))
+
+    @torch.no_grad()
+    def read_wanted(self, wanted: Wanted) -> None:
+        """Fills the regions of `wanted`."""
+        self._read(wanted)
+
+    def wanted(self, slots: Iterable[Slot]) -> Wanted:
+        """The pieces that fill regions.
+
+        Raises:
             ValueError: the checkpoint lacks a tensor, holds it in another shape, or lacks a part of it.
         """
-        wanted: dict[Any, list[tuple[Region, Slot]]] = defaultdict(list)
+        wanted: Wanted = defaultdict(list)
         for slot in slots:
             stored = self.tensors.get(slot.key)
             if stored is None:
@@ -111,7 +129,7 @@ class CheckpointReader:
                     wanted[where].append((region, slot))
             if found != slot.tensor.numel():
                 raise ValueError(f"{self.folder}: pieces of {slot.key} hold {found} of {slot.tensor.numel()} values")
-        self._read(wanted)
+        return wanted
 
     def _stored(self, name: str) -> tuple[str, StoredTensor]:
         for key in (name, checkpoint_key(name)):
@@ -151,11 +169,11 @@ def _by_block(jobs: Iterable[_Job]) -> Iterator[tuple[int, list[_Job]]]:
 class _Pieces:
     """A checkpoint of files of pieces."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, source: PieceSource) -> None:
+        self._source, folder = source, source.name
         try:
-            self.common: Any = load_description(folder / MANIFEST)
-            names = self.common["files"]
-            count = sum(name.endswith(".safetensors") for name in names)
+            self.common: Any = source.manifest()
+            count = source.count(self.common)
             if not count:
                 raise KeyError("pieces_*.safetensors")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -163,24 +181,24 @@ class _Pieces:
                 f"{folder}: not a whole checkpoint (its {MANIFEST} names no pieces: {error!r}); give a folder like "
                 "checkpoints/iter_0000100"
             ) from error
-        self._files: list[tuple[Path, int, list[int]]] = []
+        self._extents: list[Extent] = []
         self.tensors: dict[str, StoredTensor] = {}
         for number in range(count):
-            self._open(folder, number)
+            self._open(number)
         for key, found in self.tensors.items():
             if not tile([region for region, _ in found.pieces], found.shape):
                 raise DamagedError(f"{folder}: pieces of {key} do not make up a tensor of {found.shape}")
 
-    def _open(self, folder: Path, number: int) -> None:
-        path, index = folder / pieces_file(number), folder / index_file(number)
+    def _open(self, number: int) -> None:
+        path, index = own_paths(self._source.name, number)
         try:
-            said: Any = load_description(index)
+            said: Any = self._source.index(number)
             size, sums = said["bytes"], said["checksums"]
-            with open_own(path) as file:
-                actual = os.fstat(file.fileno()).st_size
-            if type(size) is not int or actual != size or len(sums) != -(-size // BLOCK) or said["block"] != BLOCK:
+            actual = self._source.size(number)
+            fits = actual is None or actual == size
+            if type(size) is not int or not fits or len(sums) != -(-size // BLOCK) or said["block"] != BLOCK:
                 raise DamagedError(f"{path} has {actual} bytes, and {index.name} is of another file")
-            self._files.append((path, size, sums))
+            self._extents.append(Extent(size, sums))
             stretches: list[tuple[int, int]] = []
             for key, entry in said["tensors"].items():
                 dtype, shape = DTYPES[entry["dtype"]], stated.sizes(entry["shape"], f"{key} is")
@@ -206,43 +224,21 @@ class _Pieces:
     def read(self, wanted: dict[tuple[int, int], list[tuple[Region, Slot]]]) -> None:
         """Reads block after block of each file what is wanted of its pieces, by (file, first byte)."""
         by_file: dict[int, list[_Job]] = defaultdict(list)
-        for (number, at), takers in wanted.items():
-            for region, slot in takers:
+        for (number, at), parts in wanted.items():
+            for region, slot in parts:
                 common = overlap(region, slot.region)
                 assert common is not None
                 first, last = flat_range(common, region)
                 item = self.tensors[slot.key].dtype.itemsize
                 by_file[number].append((at + first * item, at + last * item, at, region, slot))
-        with ThreadPoolExecutor(1, "checkpoint blocks") as ahead:
-            for number, jobs in sorted(by_file.items()):
-                self._read_file(number, _by_block(sorted(jobs, key=lambda job: job[:2])), ahead)
-
-    def _read_file(self, number: int, blocks: Iterator[tuple[int, list[_Job]]], ahead: Executor) -> None:
-        """Copies from blocks of a file; the next one is read and checked while one is copied from."""
-        path, size, sums = self._files[number]
-        file = open_own(path)
-        descriptor = file.fileno()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        buffers = cycle(memoryview(bytearray(BLOCK)) for _ in range(2))
-        reading: deque[tuple[int, list[_Job], memoryview, Future[int]]] = deque()
-        try:
-            for block, jobs in blocks:
-                buffer = next(buffers)
-                length = ahead.submit(read_block, descriptor, block, size, sums[block], buffer, path)
-                reading.append((block, jobs, buffer, length))
-                if len(reading) == 2:
-                    self._copy(*reading.popleft())
-            while reading:
-                self._copy(*reading.popleft())
-        finally:
-            wait([length for *_, length in reading])
-            file.close()
-
-    def _copy(self, block: int, jobs: list[_Job], buffer: memoryview, length: Future[int]) -> None:
-        data = buffer[: length.result()]
-        for _, _, at, region, slot in jobs:
-            self._take(data, block * BLOCK, at, region, slot)
+        plans = {
+            number: dict(_by_block(sorted(jobs, key=lambda job: job[:2]))) for number, jobs in sorted(by_file.items())
+        }
+        for number, block, data in self._source.blocks(
+            {number: list(plan) for number, plan in plans.items()}, self._extents
+        ):
+            for _, _, at, region, slot in plans[number][block]:
+                self._take(data, block * BLOCK, at, region, slot)
 
     def _take(self, data: memoryview, begin: int, at: int, region: Region, slot: Slot) -> None:
         """Copies what a block, which begins at a byte of its file, holds of a piece to where it is wanted."""

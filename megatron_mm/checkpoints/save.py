@@ -3,7 +3,8 @@
     begin ─ each copies its pieces to the host ─ training goes on, each writes its file ─ all written: rank 0 names it
 
 Training stands still for the copy alone. A checkpoint appears whole or not at all (folder.py), at a step at which every
-process knows that all have written; an error is told at the step after it, and the checkpoint before stays.
+process knows that all have written; an error is told at the step after it, and the checkpoint before stays. Local
+copies (local.py) are saved alike, on each node; what is in memory goes to the next node meanwhile (neighbour.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ from megatron_mm.checkpoints.background import BackgroundWriter
 from megatron_mm.checkpoints.checkpoint import Position, weights_of
 from megatron_mm.checkpoints.held import shares
 from megatron_mm.checkpoints.image import Image
+from megatron_mm.checkpoints.local import LocalCopies
+from megatron_mm.checkpoints.neighbour import NeighbourCopy
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.data.tokens.tokenizer import stored_name
@@ -64,24 +68,33 @@ def save(config: Config, root: Path, pipeline: Pipeline, optimizer: Optimizer, p
 
 
 class Saver:
-    """Writes the checkpoints of a run into a folder, one at a time. Every method is collective.
+    """Writes the checkpoints of a run into a folder, and local copies, one at a time. Every method is collective.
 
     Args:
         in_background: training goes on while files are written, where the hosts have the memory.
+        local: takes local copies.
+        iteration: from which the run goes on.
 
     Raises:
         SaveError: from `begin`, `poll` and `wait`: a checkpoint was not written.
     """
 
-    def __init__(self, config: Config, root: Path, in_background: bool) -> None:
-        self.config, self.root, self.in_background = config, root, in_background
+    def __init__(
+        self, config: Config, root: Path, in_background: bool, local: LocalCopies | None = None, iteration: int = 0
+    ) -> None:
+        self.config, self.root, self.in_background, self.local = config, root, in_background, local
         self.iteration: int | None = None
         """Of the checkpoint that was named last, by this object."""
         self.seconds = 0.0
         """How long that took, from the copy to its name."""
         self._writer: BackgroundWriter | None = None
         self._part: Path | None = None
-        self._named = False
+        self._begun = iteration
+        self._is_keeper = False
+        """Whether this process makes and names the folder that is being written."""
+        self._copy: NeighbourCopy | None = None
+        self._then: list[Callable[[], None]] = []
+        """What keepers ask of their writers once all files are there, one after the other."""
         self._facts: dict[str, Any] = {}
         self._began = 0.0
 
@@ -89,6 +102,9 @@ class Saver:
         """Starts the writing processes, so that the first save finds its memory; what is to be said about it.
 
         To be called once the optimizer has its state.
+
+        Raises:
+            ValueError: local copies are wanted, and a host lacks the memory for them.
         """
         if not self.in_background:
             return []
@@ -97,6 +113,11 @@ class Saver:
         if lacking is None:
             lacking = _first_problem(self._start)
         if lacking:
+            if self.local is not None:
+                raise ValueError(
+                    f"checkpoint.local_folder: local copies are written in the background, for which {lacking}; "
+                    "free memory there, or set it to null"
+                )
             self.in_background = False
             return [f"checkpoints are written while training waits: {lacking}"]
         assert self._writer is not None
@@ -133,8 +154,18 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._part is not None
 
-    def begin(self, pipeline: Pipeline, optimizer: Optimizer, position: Position) -> Path | None:
+    def local_is_due(self, iteration: int) -> bool:
+        """Whether local copies are to be saved now: the last save began so many steps ago, and none is under way."""
+        interval = self.config.checkpoint.local_interval
+        return self.local is not None and not self.busy and iteration - self._begun >= interval
+
+    def begin(
+        self, pipeline: Pipeline, optimizer: Optimizer, position: Position, locally: bool = False
+    ) -> Path | None:
         """Begins to write a checkpoint. None may be under way.
+
+        Args:
+            locally: as local copies.
 
         Returns:
             its folder, if it is there already: without background writing.
@@ -143,9 +174,11 @@ class Saver:
             if self._writer is not None and not self._writer.alive:
                 self.close()
             self.prepare(pipeline, optimizer)
-        self._began = time.monotonic()
-        self._part = part = checkpoint_folder.folder_of(self.root, position.iteration).with_suffix(".part")
-        self._named = False
+        self._began, self._begun = time.monotonic(), position.iteration
+        local = self.local if locally else None
+        root = self.root if local is None else local.root
+        self._is_keeper = dist.get_rank() == 0 if local is None else local.nodes.is_keeper
+        self._part = part = checkpoint_folder.folder_of(root, position.iteration).with_suffix(".part")
         self._facts = {
             "iteration": position.iteration,
             "consumed_samples": position.consumed_samples,
@@ -153,18 +186,43 @@ class Saver:
             "processes": dist.get_world_size(),
         }
         image = image_of(pipeline, optimizer)
-        self._together(lambda: self._prepare_folder(position.iteration), first_rank_only=True)
+        self._together(lambda: self._prepare_folder(root, position.iteration), keepers_only=True)
+        if local is not None:
+            self._begin_locally(local, image, part)
+            return None
         self._raise(_lacks_space(image.size, self.root))
         if self._writer is not None and self.in_background:
-            self._together(lambda: self._writer.write(image, part, dist.get_rank()))
+            writer = self._writer
+            self._together(lambda: writer.write(image, part, dist.get_rank()))
+            self._then = [lambda: writer.finish(part, self._timed_facts(), self.config.checkpoint.keep_last)]
             return None
         self._together(lambda: image.write(part, dist.get_rank()))
-        self._together(self._name, first_rank_only=True)
+        self._together(self._name, keepers_only=True)
         return self._done()
 
-    def _prepare_folder(self, iteration: int) -> None:
+    def _begin_locally(self, local: LocalCopies, image: Image, part: Path) -> None:
+        """Begins to write the file of this process, and to send it to the next node."""
+        writer = self._writer
+        assert writer is not None  # `prepare` would have refused
+        told: list = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (image.size, uuid.uuid4().hex))
+        sizes = [size for size, _ in told]
+        self._facts["save"] = told[0][1]
+        self._raise(local.lacks_space(sizes))
+        tensors: dict[str, dict] = {}
+        self._together(lambda: tensors.update(writer.write(image, part, dist.get_rank())))
+        if len(local.nodes.members) > 1:
+            memory = writer.memory[: image.size]
+            self._copy = NeighbourCopy(local.nodes, local.group, memory, tensors, sizes, part)
+        # The set before goes once this one has its name on every node.
+        self._then = [
+            lambda: writer.finish_local(part, self._timed_facts()),
+            lambda: writer.keep_alone(part.with_suffix("")),
+        ]
+
+    def _prepare_folder(self, root: Path, iteration: int) -> None:
         """The folder and its small files."""
-        config, part = self.config, checkpoint_folder.begin(self.root, iteration)
+        config, part = self.config, checkpoint_folder.begin(root, iteration)
         dump_config(config, part / "config.yaml")
         if config.data.tokenizer:
             shutil.copyfile(config.data.tokenizer, part / stored_name(config.data.tokenizer))
@@ -186,14 +244,15 @@ class Saver:
         if self._part is None or self._writer is None:
             return None
         answer = self._writer.answered()
-        if not all_agree(answer is not None):
+        if not all_agree(answer is not None and (self._copy is None or self._copy.ended)):
             return None
         assert answer is not None
-        self._raise(answer[0])
-        if not self._named:
-            self._named = True
-            if dist.get_rank() == 0:
-                self._writer.finish(self._part, self._timed_facts(), self.config.checkpoint.keep_last)
+        copy, self._copy = self._copy, None
+        self._raise(answer[0] or (copy and copy.problem))
+        if self._then:
+            ask = self._then.pop(0)
+            if self._is_keeper:
+                ask()
             return None
         return self._done()
 
@@ -218,9 +277,9 @@ class Saver:
             self._writer.close()
             self._writer = None
 
-    def _together(self, write: Callable[[], object], first_rank_only: bool = False) -> None:
+    def _together(self, write: Callable[[], object], keepers_only: bool = False) -> None:
         """Does something, and raises SaveError on every process if that fails on any."""
-        self._raise(_problem_of(write) if dist.get_rank() == 0 or not first_rank_only else None)
+        self._raise(_problem_of(write) if self._is_keeper or not keepers_only else None)
 
     def _raise(self, problem: str | None) -> None:
         """Raises SaveError on every process if any has a problem."""
@@ -230,7 +289,7 @@ class Saver:
         if found:
             assert self._part is not None
             part, self._part = self._part, None
-            if dist.get_rank() == 0:
+            if self._is_keeper:
                 with contextlib.suppress(ValueError):  # which is what was found, or is found by the next save
                     checkpoint_folder.remove(part)
             raise SaveError(f"checkpoint {part.with_suffix('')} was not written: {found}")

@@ -49,10 +49,14 @@ def _serve(request: dict[str, Any], memory: int) -> dict[str, Any]:
     if request["do"] == "write":
         with mmap.mmap(memory, request["bytes"], prot=mmap.PROT_READ) as mapped, memoryview(mapped) as whole:
             write_pieces(Path(request["path"]), Path(request["index"]), _watched(whole), request["tensors"])
-    else:
+    elif request["do"] == "finish":
         part = Path(request["part"])
         checkpoint_folder.finish(part, request["facts"])
         checkpoint_folder.prune(part.parent, request["keep"], request["facts"]["iteration"])
+    elif request["do"] == "finish local":
+        checkpoint_folder.finish(Path(request["part"]), request["facts"], whole=False)
+    else:
+        checkpoint_folder.keep_alone(Path(request["folder"]))
     return {}
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
+from megatron_mm.checkpoints.local import LocalCopies
 from megatron_mm.config.schema import Config
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.dataset import build_datasets
@@ -110,11 +111,12 @@ def check(
     judged = device.type == "cuda" if judged is None else judged
     products = gathered((product or multiply)(device))
     together = gathered([*reductions(device), *messages(device)])
+    local = _local_copies(config)
     places = gathered(Place.own())
     problems: list[str] = []
     if dist.get_rank() == 0:
         lines, problems = _products(products, places, peak_tflops(config), judged)
-        for found in (_together(together, places, judged), _disk(config)):
+        for found in (_together(together, places, judged), _disk(config), (local, [])):
             lines, problems = [*lines, *found[0]], [*problems, *found[1]]
         hosts = len({place.host for place in places})
         print(f"pre-flight on {device.type}; processes: {sizes.world}, hosts: {hosts}", flush=True)
@@ -315,12 +317,26 @@ def _together(
     return lines, problems
 
 
+def _checkpoint_bytes(config: Config) -> int:
+    """Bytes of a checkpoint, once all nodes learn that ever do."""
+    assembly = Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE)
+    return checkpoint_bytes(assembly.graph, assembly.plan, assembly.settings.dtype)
+
+
+def _local_copies(config: Config) -> list[str]:
+    """Lines about local copies, which begin with a warning where they will not fit: without them the run trains too."""
+    copies = LocalCopies.of(config, identity.checkpoint_root(config))
+    if copies is None:
+        return []
+    room = copies.room(_checkpoint_bytes(config))
+    return [copies.describe(), *(line if enough else f"warning: {line}" for line, enough in room)]
+
+
 def _disk(config: Config) -> tuple[list[str], list[str]]:
     """A line about the checkpoint folder, and whether the checkpoints that are kept will not fit."""
     root = identity.checkpoint_root(config)
     root.mkdir(parents=True, exist_ok=True)
-    assembly = Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE)
-    each = checkpoint_bytes(assembly.graph, assembly.plan, assembly.settings.dtype)
+    each = _checkpoint_bytes(config)
     there = len(checkpoint_folder.checkpoints(root))
     # One more than is kept stands while it is written; with keep_last 0, room for the next two is all one can ask.
     wanted = max(1, config.checkpoint.keep_last + 1 - there) if config.checkpoint.keep_last else 2

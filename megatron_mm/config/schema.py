@@ -215,6 +215,11 @@ class CheckpointConfig:
     """Checkpoints kept; 0 keeps all."""
     async_save: Annotated[bool, megatron("async-save")] = True
     """Training goes on while a checkpoint is written, where the hosts have memory for a copy of what they hold."""
+    local_folder: Annotated[str | None, megatron("non-persistent-local-ckpt-dir")] = None
+    """Folder of a node's own (its disk, /dev/shm) for copies of the newest state, which the next node keeps too; null:
+    none. It may be another on each node."""
+    local_interval: Annotated[int, Field(ge=1), megatron("non-persistent-save-interval")] = 100
+    """Steps between local copies."""
     init_from: Annotated[list[str] | None, BeforeValidator(_listed), megatron("init-from")] = None
     """Checkpoints (of another run or phase, or from tools/convert_checkpoint.py) whose weights start a new run; each
     fills the nodes that it holds and none before it has filled. A recipe may name one without a list."""

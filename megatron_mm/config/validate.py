@@ -38,6 +38,7 @@ def check(config: Config, sizes: ParallelSizes) -> None:
     """Raises ValueError with every contradiction found."""
     layout = (*_batch(config, sizes), *_attention(config, sizes))
     problems = [*layout, *config.model.problems(config, sizes), *_values(config), *_training(config)]
+    problems += _checkpoints(config)
     problems += performance.problems(config, sizes)
     problems += _data(config) if not problems else ()  # a system that contradicts itself cannot say what it reads
     if problems:
@@ -131,6 +132,14 @@ def _data(config: Config):
         yield (
             "data.tokenizer is not set; masked language modelling hides tokens behind the <mask> of the model that "
             "made the shards"
+        )
+
+
+def _checkpoints(config: Config):
+    if config.checkpoint.local_folder is not None and not config.checkpoint.async_save:
+        yield (
+            "checkpoint.local_folder needs checkpoint.async_save: local copies are written and sent in the background, "
+            "from memory"
         )
 
 

@@ -30,7 +30,7 @@ from megatron_mm.data.reading.microbatch import Microbatch, MicrobatchPlan, fiel
 from megatron_mm.models.work import Attention, Collective, MatrixProduct, Moved, merged
 from megatron_mm.pipeline.partition import bottleneck
 from megatron_mm.planner.costs import chunk_work, node_times
-from megatron_mm.planner.memory import microbatches_in_flight, optimizer_bytes
+from megatron_mm.planner.memory import checkpoint_bytes, microbatches_in_flight, optimizer_bytes
 from megatron_mm.platform import cpu, setup
 from megatron_mm.platform.atomic_files import write_figures
 
@@ -324,6 +324,19 @@ def table(result: DryRun) -> str:
     return "\n".join(lines)
 
 
+def _local_copies(config: Config, world_size: int) -> str:
+    """What local copies of checkpoints take, however many processes a node has."""
+    from megatron_mm.models.phases import LAST_PHASE
+    from megatron_mm.planner.assembly import Assembly
+
+    assembly = Assembly.of(config, ParallelSizes(), iteration=LAST_PHASE)
+    share = checkpoint_bytes(assembly.graph, assembly.plan, assembly.settings.dtype) / world_size
+    return (
+        f"local copies: {4 * share / 2**30:,.2f} GiB for each process of a node in checkpoint.local_folder (its file "
+        "and a neighbour's, of the last set and the next)"
+    )
+
+
 def run_from_command_line(config: Config, output: str | None) -> None:
     """`pretrain_multimodal.py --dry-run`: prints the table, and writes its figures to `output`, if there is one.
 
@@ -336,6 +349,8 @@ def run_from_command_line(config: Config, output: str | None) -> None:
     print(f"dry run of {config.parallel.pipeline_model_parallel_size} pipeline stages of {world_size} processes")
     result = dry_run(config, world_size, lambda stage: print(f"stage {stage.stage}: {stage.seconds:.1f} s", flush=True))
     print(table(result))
+    if config.checkpoint.local_folder is not None:
+        print(_local_copies(config, world_size))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"took {time.perf_counter() - began:.0f} s and {resident:.2f} GiB")
     write_figures(output, result.to_json())

@@ -90,6 +90,8 @@ def facts(config: Config) -> dict[str, str]:
         if _VARIABLES.match(name) and not _OF_A_NODE.search(name):
             found[f"environment {name}"] = value
     found |= _flat("", dataclasses.asdict(config))
+    if config.checkpoint.local_folder is not None:  # each node's own; all have one, or none has
+        found["checkpoint.local_folder"] = "a folder"
     for entry in config.data.datasets:
         found |= {f"data {name}": value for name, value in _dataset(entry.path, config.data.cache_folder).items()}
     if config.data.tokenizer:

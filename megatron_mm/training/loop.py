@@ -21,6 +21,7 @@ from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.block_file import DamagedError
 from megatron_mm.checkpoints.checkpoint import Position
+from megatron_mm.checkpoints.local import LocalCopies, LocalSet
 from megatron_mm.checkpoints.save import SaveError, Saver
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
@@ -72,6 +73,7 @@ class Trainer:
         self.corrupt = CorruptMedia(config)
         self._check_vocabulary()
         self._say(*self.datasets.report_lines())
+        self.local = LocalCopies.of(config, self.root)
         self.position = self._start()
         self._say(self._describe(), f"attention: {'; '.join(self._attention())}")
 
@@ -79,15 +81,17 @@ class Trainer:
         """Model, optimizer and position: of the newest checkpoint that is whole when it is read, or of a new run."""
         settings = self.config.checkpoint
         load = Path(settings.load) if settings.load else self.root
-        passed_over: dict[Path, str] = {}
+        passed_over: dict[Path | LocalSet, str] = {}
         while True:
-            folder = checkpoint.find(load, passed_over)
+            local = self.local.newest(passed_over) if self.local and not settings.load else None
+            folder = checkpoint.find(load, passed_over, local)
             if folder is None and settings.load:
                 raise ValueError(f"checkpoint.load: {load} holds no whole checkpoint")
-            iteration = 0 if folder is None else checkpoint_folder.recorded_iteration(folder)
+            iteration = 0 if folder is None else checkpoint.iteration_of(folder)
             self._build(iteration, self.config.training.seed)
             self.watchdog.beat("loading weights")
             if folder is None:
+                self._set_aside_local(0)
                 return self._begin()
             try:
                 return self._resume(folder)
@@ -141,13 +145,19 @@ class Trainer:
         dist.all_gather_object(everywhere, lines)
         return sorted({line for lines in everywhere for line in lines})
 
-    def _resume(self, folder: Path) -> Position:
+    def _set_aside_local(self, iteration: int) -> None:
+        if self.local:
+            self._say(self.local.describe(), *self.local.set_aside_later(iteration))
+
+    def _resume(self, folder: Path | LocalSet) -> Position:
         position = checkpoint.load(folder, self.pipeline, self.optimizer)
         if self.first_rank:
             for aside in checkpoint_folder.set_aside_later(self.root, position.iteration):
                 print(f"set aside {aside}: the run goes on from iteration {position.iteration}", flush=True)
+        self._set_aside_local(position.iteration)
         self._say(f"resumed from {folder} at iteration {position.iteration}")
-        self._say(*self.patience.lines(checkpoint_folder.recorded_seconds(folder)))
+        if isinstance(folder, Path):
+            self._say(*self.patience.lines(checkpoint_folder.recorded_seconds(folder)))
         return position
 
     def _begin(self) -> Position:
@@ -195,7 +205,7 @@ class Trainer:
             self.watchdog.stop()
             return position
         tracker = Tracker(config, self.first_rank, position.iteration)
-        saver = Saver(config, self.root, config.checkpoint.async_save)
+        saver = Saver(config, self.root, config.checkpoint.async_save, self.local, position.iteration)
         loader = self._train_loader()
         phases, stopped, prepared = phase_ends(config.optimizer.groups), False, False
         try:
@@ -217,6 +227,8 @@ class Trainer:
                 if last or stopped or ended or (interval and position.iteration % interval == 0):
                     self._save(saver, needed=last or stopped or ended)
                     stopped = stopped or self._stops_here(saver)
+                elif saver.local_is_due(position.iteration):
+                    self._save(saver, needed=False, locally=True)
                 if ended and not (last or stopped):
                     loader.close()
                     self._next_phase()
@@ -344,7 +356,7 @@ class Trainer:
         else:
             self._say_saved(saver, folder)
 
-    def _save(self, saver: Saver, needed: bool) -> None:
+    def _save(self, saver: Saver, needed: bool, locally: bool = False) -> None:
         """Begins to save, once what is being written is there; where it is needed, returns when it is there."""
         self.watchdog.beat(f"saving iteration {self.position.iteration}")
         try:
@@ -355,7 +367,7 @@ class Trainer:
         except SaveError as error:
             self._say(f"warning: {error}")
         try:
-            folder = saver.begin(self.pipeline, self.optimizer, self.position)
+            folder = saver.begin(self.pipeline, self.optimizer, self.position, locally)
             self._say_saved(saver, folder or (saver.wait() if needed else None))
         except SaveError as error:
             if needed:  # nothing will try again: whoever started the run must know
@@ -375,4 +387,5 @@ class Trainer:
 
     def _say_saved(self, saver: Saver, folder: Path | None) -> None:
         if folder is not None:
-            self._say(f"saved {folder} ({saver.seconds:.1f} s)", *self.patience.lines(saver.seconds))
+            slow = self.patience.lines(saver.seconds) if folder.parent == self.root else ()
+            self._say(f"saved {folder} ({saver.seconds:.1f} s)", *slow)

@@ -190,8 +190,11 @@ def test_a_check_that_passes_says_so_with_figures_and_trains_nothing(corpus, tmp
     config = corpus_config(*corpus, tmp_path / "out")
     dump_config(config, tmp_path / "recipe.yaml")
     words = ["--check", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    words += ["--checkpoint.local-folder", str(tmp_path / "local")]
     done = run(*LAUNCHER, "pretrain_multimodal.py", "--config", tmp_path / "recipe.yaml", *words)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "all processes see this folder, so it is one node" in done.stdout
+    assert "local copies: node 0 needs " in done.stdout and f" GiB for 2 sets in {tmp_path}/local/out-" in done.stdout
     assert done.stdout.rstrip().endswith("pre-flight passed")
     figures = json.loads((tmp_path / "out" / "preflight.json").read_text())
     assert figures["passed"] and len(figures["products"]) == 4
