@@ -51,9 +51,7 @@ def _popen(handler, words: tuple[str, ...], environment: dict[str, str]) -> Pope
             preexec_fn=lambda: _become_rank(words, environment),
         )
     finally:
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as the interpreter does when it starts
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
 
 def main() -> None:
