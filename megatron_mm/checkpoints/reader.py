@@ -75,8 +75,8 @@ class CheckpointReader:
 
     def files_of(self, key: str) -> list[str]:
         """Name of the file that holds each piece of a tensor."""
-        wheres = (where for _, where in self.tensors[key].pieces)
-        return [own_paths(self.folder, where[0])[0].name if type(where[0]) is int else where[1].name for where in wheres]
+        places = (where for _, where in self.tensors[key].pieces)
+        return [own_paths(self.folder, at[0])[0].name if type(at[0]) is int else at[1].name for at in places]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape of a parameter."""
