@@ -86,8 +86,7 @@ class BackgroundWriter:
             self._reserving.join()
         self._room(image.size)
         assert self._mapped is not None
-        with memoryview(self._mapped) as whole, whole[: image.size] as memory:
-            image.copy_to(memory)
+        image.copy_to(memoryview(self._mapped)[: image.size])
         path, index = own_paths(folder, number)
         tensors = image.tensors()
         self._ask({"do": "write", "path": str(path), "index": str(index), "bytes": image.size, "tensors": tensors})

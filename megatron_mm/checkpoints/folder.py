@@ -24,7 +24,7 @@ import xxhash
 from megatron_mm.checkpoints.block_file import BLOCK, checksum_of, damaged_blocks, load_description, open_own
 from megatron_mm.checkpoints.regions import Region, tile
 from megatron_mm.data.tokens.tokenizer import tokenizer_kinds
-from megatron_mm.platform.atomic_files import give_name, sync, write_whole
+from megatron_mm.platform.atomic_files import give_name, sync, sync_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +103,22 @@ def finish(part: Path, facts: dict[str, Any], whole: bool = True) -> Path:
     with open(part / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(_sealed({**facts, "files": recorded}), file, indent=1)
         sync(file)
+    sync_folder(part)
     folder = part.with_suffix("")
     aside = folder.with_suffix(".old")
     if folder.exists():  # an abandoned branch's: set aside until the new one stands
         _check_removable(folder)
         remove(aside)
-    if give_name(part, folder, aside):
-        remove(aside)
-    if whole:
-        write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
+    is_aside = give_name(part, folder, aside)
+    sync_folder(folder.parent)
+    # From here on it is there, whatever else fails.
+    try:
+        if is_aside:
+            remove(aside)
+        if whole:
+            write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
+    except OSError as error:
+        logger.warning("%s is whole, but %s names an older one: %s", folder, TRACKER, error)
     return folder
 
 

@@ -10,6 +10,7 @@ copies (local.py) are saved alike, on each node; what is in memory goes to the n
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -38,6 +39,8 @@ from megatron_mm.platform.collectives import all_agree
 
 if TYPE_CHECKING:
     from megatron_mm.training.optimizer import Optimizer
+
+logger = logging.getLogger(__name__)
 
 #: Of the memory that is free on a host, what copies for background writing may take.
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -173,7 +176,9 @@ class Saver:
         if self.in_background and not all_agree(self._writer is not None and self._writer.alive):
             if self._writer is not None and not self._writer.alive:
                 self.close()
-            self.prepare(pipeline, optimizer)
+            for line in self.prepare(pipeline, optimizer):
+                if dist.get_rank() == 0:
+                    logger.warning("%s", line)
         self._began, self._begun = time.monotonic(), position.iteration
         local = self.local if locally else None
         root = self.root if local is None else local.root

@@ -78,6 +78,16 @@ def sync(stream: IO) -> None:
     os.fsync(stream.fileno())
 
 
+def sync_folder(path: AnyPath) -> None:
+    """Returns when the names in a folder are on the disk, where its file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def give_name(made: AnyPath, final: AnyPath, aside: AnyPath | None = None) -> bool:
     """Renames what is whole to its name, on the same file system. A file replaces a file.
 
