@@ -63,14 +63,14 @@ class Node:
         assert not saver.prepare(self.pipeline, self.optimizer)
         return saver
 
-    def state(self) -> list[torch.Tensor]:
-        """All that a checkpoint holds of this process."""
+    def state(self) -> dict[tuple, torch.Tensor]:
+        """All that a checkpoint holds of this process, by key and place: moments come in no certain order."""
         self.pipeline.wait_for_weights()
         weights = checkpoint.weights_of(self.pipeline)
         slots = [*(slot for weight in weights for slot in weight.slots()), *self.optimizer.slots(weights)]
-        return [slot.tensor.detach().clone() for slot in slots]
+        return {(slot.key, slot.offsets): slot.tensor.detach().clone() for slot in slots}
 
-    def loaded(self, found: Path | LocalSet | None) -> list[torch.Tensor]:
+    def loaded(self, found: Path | LocalSet | None) -> dict[tuple, torch.Tensor]:
         """State of a newly built system after loading."""
         assert found is not None
         self.pipeline, self.optimizer, _ = toy.build(self.case)
@@ -78,9 +78,9 @@ class Node:
         return self.state()
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+def same(one: dict[tuple, torch.Tensor], other: dict[tuple, torch.Tensor]) -> bool:
     """Whether all are the same bits."""
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def save_and_lose(root: Path, local: Path) -> None:
