@@ -17,15 +17,22 @@ def _keep_from_forks(number: int) -> None:
     which may never end. Blocked during the fork, it meets the worker with its default.
     """
 
-    def in_child() -> None:
-        signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    before: set[int] = set()
 
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {number}),
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {number}),
-        after_in_child=in_child,
-    )
+    def block() -> None:
+        before.clear()
+        before.update(signal.pthread_sigmask(signal.SIG_BLOCK, {number}))
+
+    def unblock() -> None:
+        if number not in before:  # whoever had it blocked goes on so
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+
+    def in_child() -> None:
+        if number not in before:
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)
 
 
 def status_of(main: Callable[[], int | None], left: str = "") -> int:
