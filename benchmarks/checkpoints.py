@@ -183,7 +183,12 @@ def measure(layout: str, folder: Path, rounds: int, smoke: bool) -> dict:
     saver = Saver(config, folder / "ours", in_background=True)
     saver.prepare(pipeline, optimizer)
     own = {f"{rank}/{number}": slot.tensor.detach() for number, slot in enumerate(image.slots)}
-    spare = [torch.empty_like(slot.tensor) for slot in image.slots]
+    spare: list[torch.Tensor] = []
+
+    def copy() -> None:
+        for one, slot in zip(spare, image.slots):
+            one.copy_(slot.tensor)
+
     memory = Memory()
     peaks = []
     try:
@@ -205,15 +210,13 @@ def measure(layout: str, folder: Path, rounds: int, smoke: bool) -> dict:
 
             figures["ours"].append(together(save))
             if number == 0:
-                peaks.append(memory.close() - before - sum(tensor.nbytes for tensor in spare))
+                peaks.append(memory.close() - before)
+                spare += [torch.empty_like(slot.tensor) for slot in image.slots]
                 written = target / "iter_0000001"
                 with open(source, "wb") as stream:
                     for chunk in image.chunks():
                         stream.write(chunk)
-            began = time.perf_counter()
-            for one, slot in zip(spare, image.slots):
-                one.copy_(slot.tensor)
-            figures["copy"].append(time.perf_counter() - began)
+            figures["copy"].append(together(copy))
             figures["dd"].append(
                 together(lambda: dd(f"if={source}", f"of={folder / 'dd' / str(rank)}", "conv=fdatasync"))
             )
