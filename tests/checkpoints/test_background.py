@@ -86,6 +86,7 @@ def holds(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(found[key], value) for key, value in weights.items())
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_what_was_there_when_it_began(run):
     with stopped(run.writer):
         run.begin()

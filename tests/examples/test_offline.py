@@ -101,6 +101,7 @@ def test_nothing_is_called_if_everything_is_there(module, offline, cache, tmp_pa
     assert offline.called() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "missing", "message"),
     [

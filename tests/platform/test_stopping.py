@@ -91,6 +91,7 @@ def test_who_lost_the_others_before_its_own_signal_ends_as_they_did():
     assert start("from megatron_mm.platform import stopping\nstopping.end_as_told(86400)").wait() == 0
 
 
+@pytest.mark.slow
 def test_who_was_told_to_end_joins_no_agreement():
     """The others must not save without it."""
     slow, agrees = "stopping.TOGETHER_SECONDS = 2.0\n", "stopping.remember()\nprint('agreed', flush=True)"
@@ -156,6 +157,7 @@ time.sleep(86400)
 """
 
 
+@pytest.mark.slow
 def test_children_outlive_a_first_signal_and_end_with_a_second():
     process = ready(FORKING)
     children = [psutil.Process(int(number)) for number in process.stdout.readline().split()]
