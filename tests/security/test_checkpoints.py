@@ -26,6 +26,8 @@ from tests.fixtures import archive
 from tests.support.checkpoints import plain_tensors, write_sample
 from tests.support.hostile import SECRET, SPECIAL, Hostile, check_refused, returns, tool
 
+#: 246 files that lie, a twentieth of a second each.
+pytestmark = pytest.mark.slow
 TENSORS = {"layers.0.weight": torch.arange(40.0).reshape(8, 5), "optimizer.step.layers.0.weight": torch.arange(5)}
 PIECES = ("manifest.json", "pieces_00000.json", "pieces_00000.safetensors", "config.yaml", "byte_tokenizer.json")
 BEFORE = ("manifest.json", ".metadata", "__0_0.distcp", "common.pt", "config.yaml", "tokenizer.model")
