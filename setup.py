@@ -28,7 +28,7 @@ setup(
         # platform/megatron_versions.py knows; those after 0.16 need Python 3.12, so that an older one gets 0.16.
         "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
         "psutil>=6.0",  # dist_checkpointing imports it without declaring it; memory of hosts; ending child processes
-        "xxhash>=3.5",  # checksums of checkpoints, at 10 GB/s; zlib's CRC-32 takes as long as the disk
+        "xxhash>=3.5",  # checksums of checkpoints, at 10 GiB/s, eight times zlib's CRC-32
         "numpy>=2.0",  # shards, spectrogram filters, sample order; from 2.0 it counts bits
         "pydantic>=2.7",  # typed recipes: errors that name the field
         "tyro>=1.0.9",  # command lines from the typed tree; before, an error of pydantic ended in a traceback

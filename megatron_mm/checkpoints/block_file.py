@@ -1,7 +1,7 @@
 """Files of a checkpoint that are written sequentially and checked block by block as they are read.
 
 A `.safetensors` file holds the pieces that one process wrote; the JSON file beside it says where each lies and has a
-checksum of each block of the file (XXH3, 64 bits: ten times as fast as zlib's CRC-32, which takes longer than the
+checksum of each block of the file (XXH3, 64 bits: eight times as fast as zlib's CRC-32, which takes longer than the
 disk). No torch and no numpy: the process that writes in the background starts in no time.
 """
 
@@ -12,70 +12,17 @@ import fcntl
 import json
 import mmap
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
-from megatron_mm.config.documents import parse_json
-from megatron_mm.media.files import open_file
+from megatron_mm.checkpoints.own_files import DamagedError, open_own
 from megatron_mm.platform.atomic_files import AnyPath, sync
 
 #: Bytes of a file with a checksum of their own; a reader reads and checks blocks as a whole.
 BLOCK = 4 << 20
-#: Longest manifest, index or pickle of records, in bytes.
-MAX_DESCRIPTION_BYTES = 1 << 28
-
-
-def open_own(path: AnyPath) -> BinaryIO:
-    """A file of a checkpoint, opened for reading: one of its own, no link to another.
-
-    Raises:
-        OSError: there is no such file, it is a folder, or it cannot be opened.
-        ValueError: it is a link, a pipe, a device or a socket; names it.
-    """
-    if os.path.islink(path):
-        raise DamagedError(f"{path}: is a link, and a checkpoint has files of its own; put a copy of the file there")
-    return open_file(path)
-
-
-def read_description(path: AnyPath) -> bytes:
-    """A small file of a checkpoint, whole.
-
-    Raises:
-        OSError: as `open_own`.
-        ValueError: as `open_own`, or it is longer than any such file.
-    """
-    with open_own(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_DESCRIPTION_BYTES:
-            raise DamagedError(f"{path}: has {size} bytes; the limit is {MAX_DESCRIPTION_BYTES}")
-        return file.read(size)
-
-
-def load_description(path: AnyPath) -> object:
-    """The JSON value of a small file of a checkpoint; raises as `read_description`, and ValueError where it is none."""
-    return parse_json(read_description(path))
-
-
-def header(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
-    """The head of a safetensors file.
-
-    Args:
-        tensors: name → (type as safetensors calls it, shape, bytes), in the order of the data.
-    """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (dtype, shape, size) in tensors.items():
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return struct.pack("<Q", len(text)) + text
-
 
 def write_blocks(path: AnyPath, chunks: Iterable[memoryview]) -> tuple[int, list[int]]:
     """Writes a file, which is on the disk on return.
@@ -192,15 +139,6 @@ def check_block(block: memoryview, begin: int, checksum: int, name: AnyPath) -> 
         raise DamagedError(f"{name} is damaged between bytes {begin} and {begin + len(block)}: its checksum differs")
 
 
-def checksum_of(path: AnyPath) -> int:
-    """Checksum of a whole file; raises as `open_own`."""
-    digest = xxhash.xxh3_64()
-    with open_own(path) as file:
-        while data := file.read(BLOCK):
-            digest.update(data)
-    return digest.intdigest()
-
-
 def damaged_blocks(path: Path, size: int, sums: list[int]) -> Iterator[str | int]:
     """Reads a file of blocks from end to end.
 
@@ -221,7 +159,3 @@ def damaged_blocks(path: Path, size: int, sums: list[int]) -> Iterator[str | int
                 yield read_block(file.fileno(), number, size, checksum, buffer, path)
             except DamagedError as error:
                 yield str(error)
-
-
-class DamagedError(ValueError):
-    """A file of a checkpoint is not what was written."""

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.block_file import DamagedError
 from megatron_mm.checkpoints.held import Held, held
 from megatron_mm.checkpoints.local import LocalSet
+from megatron_mm.checkpoints.own_files import DamagedError
 from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.checkpoints.scattered import ScatteredSource
 from megatron_mm.checkpoints.slots import Slot

@@ -21,7 +21,8 @@ from typing import Any
 
 import xxhash
 
-from megatron_mm.checkpoints.block_file import BLOCK, checksum_of, damaged_blocks, load_description, open_own
+from megatron_mm.checkpoints.block_file import BLOCK, damaged_blocks
+from megatron_mm.checkpoints.own_files import checksum_of, load_description, open_own
 from megatron_mm.checkpoints.regions import Region, tile
 from megatron_mm.data.tokens.tokenizer import tokenizer_kinds
 from megatron_mm.platform.atomic_files import give_name, sync, sync_folder, write_whole
@@ -117,8 +118,8 @@ def finish(part: Path, facts: dict[str, Any], whole: bool = True) -> Path:
             remove(aside)
         if whole:
             write_whole(folder.parent / TRACKER, str(iteration_of(folder)))
-    except OSError as error:
-        logger.warning("%s is whole, but %s names an older one: %s", folder, TRACKER, error)
+    except (OSError, ValueError) as error:
+        logger.warning("%s is whole; what follows it failed: %s", folder, error)
     return folder
 
 

@@ -16,15 +16,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.checkpoints.block_file import BLOCK, header, write_pieces
+from megatron_mm.checkpoints.block_file import BLOCK, write_pieces
+from megatron_mm.checkpoints.safetensors_header import DTYPE_NAMES, header
 from megatron_mm.checkpoints.slots import Slot
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes that are brought to the host at once where a file is written from where its tensors are.
 STAGED_AT_ONCE = 4 * BLOCK
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints import torch_dist
-from megatron_mm.checkpoints.block_file import DamagedError, open_own
 from megatron_mm.checkpoints.folder import MANIFEST
+from megatron_mm.checkpoints.own_files import DamagedError, open_own
 from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.config.documents import load_yaml
 from megatron_mm.data.tokens.tokenizer import tokenizer_kinds

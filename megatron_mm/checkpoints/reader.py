@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from megatron_mm.checkpoints import stated, torch_dist
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
+from megatron_mm.checkpoints.block_file import BLOCK
 from megatron_mm.checkpoints.folder import MANIFEST
-from megatron_mm.checkpoints.image import DTYPES, own_paths
+from megatron_mm.checkpoints.image import own_paths
+from megatron_mm.checkpoints.own_files import DamagedError
 from megatron_mm.checkpoints.regions import Region, flat_range, overlap, rectangles, slices, tile
+from megatron_mm.checkpoints.safetensors_header import DTYPES
 from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.checkpoints.sources import Extent, FolderSource, PieceSource
 from megatron_mm.models.names import checkpoint_key

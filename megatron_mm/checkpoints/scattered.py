@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError, check_block, open_own, read_description
+from megatron_mm.checkpoints.block_file import BLOCK, check_block
 from megatron_mm.checkpoints.image import own_paths
 from megatron_mm.checkpoints.local import LocalSet
 from megatron_mm.checkpoints.nodes import exchanged
+from megatron_mm.checkpoints.own_files import DamagedError, open_own, read_description
 from megatron_mm.checkpoints.sources import Extent
 from megatron_mm.config.documents import parse_json
 

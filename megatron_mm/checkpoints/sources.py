@@ -15,9 +15,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from megatron_mm.checkpoints.block_file import BLOCK, load_description, open_own, read_block
+from megatron_mm.checkpoints.block_file import BLOCK, read_block
 from megatron_mm.checkpoints.folder import MANIFEST
 from megatron_mm.checkpoints.image import own_paths
+from megatron_mm.checkpoints.own_files import load_description, open_own
 
 
 class Extent(NamedTuple):

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_mm.checkpoints import stated
-from megatron_mm.checkpoints.block_file import DamagedError, open_own, read_description
 from megatron_mm.checkpoints.image import index_file
+from megatron_mm.checkpoints.own_files import DamagedError, open_own, read_description
 from megatron_mm.checkpoints.records import STORAGES, Record, load_records
 from megatron_mm.checkpoints.regions import Region, overlap, slices
 from megatron_mm.checkpoints.slots import Slot

@@ -16,15 +16,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.checkpoints.safetensors_header import DTYPE_NAMES, DTYPES, header
 from megatron_mm.config.documents import load_json, parse_json
 from megatron_mm.media.files import open_file
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: Without those of 8 bits, whose numbers mean nothing without scales that other tensors hold.
+_DTYPES = {name: dtype for name, dtype in DTYPES.items() if not name.startswith("F8")}
 _MAX_HEADER = 100_000_000  # bytes, by the format's own reader
 _WRITE_ELEMENTS = 1 << 22  # elements converted and written at once
 
@@ -151,23 +149,17 @@ class SafetensorsWriter:
             self._begin_shard(f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard)
 
     def _begin_shard(self, file_name: str, shard: list[tuple[str, tuple[int, ...], int]]) -> None:
-        header: dict = {"__metadata__": {"format": "pt"}}
-        offset = 0
+        head = header({name: (DTYPE_NAMES[self.dtype], shape, size) for name, shape, size in shard})
+        file, offset = self.folder / file_name, len(head)
         for name, shape, size in shard:
-            offsets = [offset, offset + size]
-            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": offsets}
-            offset += size
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        file = self.folder / file_name
-        with open(file, "wb") as stream:
-            stream.write(struct.pack("<Q", len(encoded)) + encoded)
-            stream.truncate(8 + len(encoded) + offset)
-        for name, shape, _ in shard:
-            self._where[name] = (file, 8 + len(encoded) + header[name]["data_offsets"][0], shape)
+            self._where[name] = (file, offset, shape)
             self._missing.add(name)
             self.weight_map[name] = file_name
-        self.total_bytes += offset
+            offset += size
+        with open(file, "wb") as stream:
+            stream.write(head)
+            stream.truncate(offset)
+        self.total_bytes += offset - len(head)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one announced tensor, converted to the folder's type piece by piece."""

@@ -19,9 +19,9 @@ from megatron.core import parallel_state
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.block_file import DamagedError
 from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.checkpoints.local import LocalCopies, LocalSet
+from megatron_mm.checkpoints.own_files import DamagedError
 from megatron_mm.checkpoints.save import SaveError, Saver
 from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoints import checkpoint, save
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
+from megatron_mm.checkpoints.block_file import BLOCK
 from megatron_mm.checkpoints.checkpoint import Position
 from megatron_mm.checkpoints.image import Image, pieces_file
 from megatron_mm.checkpoints.local import LocalCopies, LocalSet
+from megatron_mm.checkpoints.own_files import DamagedError
 from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.checkpoints.save import SaveError, Saver
 from megatron_mm.checkpoints.scattered import ScatteredSource

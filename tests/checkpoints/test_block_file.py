@@ -5,11 +5,9 @@ Truth: the bytes that were given, and xxhash of each block of them.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import resource
-import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,8 @@ import pytest
 import xxhash
 
 from megatron_mm.checkpoints import block_file
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
+from megatron_mm.checkpoints.block_file import BLOCK
+from megatron_mm.checkpoints.own_files import DamagedError
 
 PAGE = mmap.PAGESIZE
 SIZES = (0, 1, PAGE - 1, PAGE, PAGE + 1, BLOCK - PAGE, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + PAGE, 2 * BLOCK + 77)
@@ -92,16 +91,6 @@ def test_each_damaged_block_is_named_and_no_other(tmp_path):
     ends = rf"ends at byte {BLOCK + 3} of {size}"
     with open(tmp_path / "file", "rb") as file, pytest.raises(DamagedError, match=ends):
         block_file.read_block(file.fileno(), 1, size, sums[1], memoryview(bytearray(BLOCK)), "file")
-
-
-def test_a_header_is_one_of_safetensors():
-    tensors = {"a": ("F32", (2, 3), 24), "b": ("U8", (), 1)}
-    head = block_file.header(tensors)
-    (length,) = struct.unpack("<Q", head[:8])
-    said = json.loads(head[8:])
-    assert len(head) == 8 + length and len(head) % 64 == 0
-    assert said["a"] == {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-    assert said["b"]["data_offsets"] == [24, 25]
 
 
 def test_a_disk_without_room_is_an_error(tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from megatron_mm.checkpoints import checkpoint
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.block_file import DamagedError
+from megatron_mm.checkpoints.own_files import DamagedError
 from megatron_mm.checkpoints.reader import CheckpointReader
 from megatron_mm.checkpoints.save import save
 from megatron_mm.config.section import changed

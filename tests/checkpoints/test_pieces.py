@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
-from megatron_mm.checkpoints.block_file import BLOCK, DamagedError
-from megatron_mm.checkpoints.image import DTYPES, Image
+from megatron_mm.checkpoints.block_file import BLOCK
+from megatron_mm.checkpoints.image import Image
+from megatron_mm.checkpoints.own_files import DamagedError
 from megatron_mm.checkpoints.reader import CheckpointReader
+from megatron_mm.checkpoints.safetensors_header import DTYPES
 from megatron_mm.checkpoints.slots import Slot
 from tests.support.checkpoints import by_safetensors_alone, plain_tensors, sample_tensors, split, write_sample
 

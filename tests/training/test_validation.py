@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from megatron_mm.config.load import dump_config
+from megatron_mm.config.schema import Config
 from megatron_mm.config.section import changed
 from megatron_mm.config.sizes import ParallelSizes
 from megatron_mm.data.reading.generated import GeneratedRows
+from megatron_mm.data.reading.microbatch import Microbatch
 from megatron_mm.evaluation.objectives import score_objectives
 from megatron_mm.evaluation.streams import GraphReader, validation_rows
 from megatron_mm.objectives.measures import Retrieval, TokenAccuracy
+from megatron_mm.pipeline.schedule import Pipeline
 from megatron_mm.planner.assembly import Assembly
 from megatron_mm.platform import setup
 from megatron_mm.training.validation import Validation
@@ -99,15 +102,20 @@ def test_every_layout_logs_the_same(one, parallel, tmp_path):
     assert console.count("validation of causal_lm") == 2, "by the first process alone"
 
 
-def test_a_system_of_several_objectives_is_measured_by_each():
-    """The measures of validation are those of scoring, also where a loss spoils the stream that it reads."""
+def several_objectives() -> tuple[Config, Pipeline, list[Microbatch]]:
+    """A system of several objectives, in evaluation, and two microbatches for it."""
     config = small_perceiver_fusion()
     device = setup.initialize(ParallelSizes(), 1)
     pipeline = Assembly.of(config, ParallelSizes()).build(device, config.training.seed)
     for chunk in pipeline.chunks:
         chunk.eval()
     rows = GeneratedRows(config)
-    batches = [rows.microbatch(range(at, at + 4)) for at in (0, 4)]
+    return config, pipeline, [rows.microbatch(range(at, at + 4)) for at in (0, 4)]
+
+
+def test_a_system_of_several_objectives_is_measured_by_each():
+    """The measures of validation are those of scoring, also where a loss spoils the stream that it reads."""
+    config, pipeline, batches = several_objectives()
     validation = Validation(pipeline)
     assert validation.fields >= {"tokens_RT", "masked_labels_RT"}
     validation.add(batches)
@@ -123,13 +131,7 @@ def test_a_system_of_several_objectives_is_measured_by_each():
 
 def test_counts_of_two_processes_are_those_of_one():
     """Of every measure of the system: recall, accuracy of masked tokens, accuracy of pairs."""
-    config = small_perceiver_fusion()
-    device = setup.initialize(ParallelSizes(), 1)
-    pipeline = Assembly.of(config, ParallelSizes()).build(device, config.training.seed)
-    for chunk in pipeline.chunks:
-        chunk.eval()
-    rows = GeneratedRows(config)
-    batches = [rows.microbatch(range(at, at + 4)) for at in (0, 4)]
+    _, pipeline, batches = several_objectives()
     whole, *parts = (Validation(pipeline) for _ in range(3))
     whole.add(batches)
     for part, batch in zip(parts, batches):
