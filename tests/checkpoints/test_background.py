@@ -254,3 +254,21 @@ def test_a_writer_of_one_process_dies_and_all_go_on(tmp_path):
 
 if __name__ == "__main__":
     save_while_a_writer_dies(sys.argv[1])
+
+
+WRITE = """
+import sys
+from megatron_mm.checkpoints.writer import _watched
+if sys.argv[1] == "ended":
+    sys.stdin.read()
+print(len(list(_watched(memoryview(bytes(10))))))
+"""
+
+
+@pytest.mark.parametrize(("rank", "said", "status"), [("lives", b"1\n", 0), ("ended", b"", 1)])
+def test_a_writer_goes_on_with_its_file_as_long_as_its_rank_lives(rank, said, status):
+    """What tells is the pipe of requests, whose other end a rank that was killed no longer holds."""
+    process = subprocess.Popen([PYTHON, "-c", WRITE, rank], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    if rank == "ended":
+        process.stdin.close()
+    assert (process.stdout.read(), process.wait()) == (said, status)

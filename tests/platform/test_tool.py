@@ -81,3 +81,23 @@ def test_a_status_for_each_way_to_end(ends, status, said, capsys):
     assert status_of(main) == status and capsys.readouterr() == ("", said)
     with pytest.raises(RuntimeError):  # nothing that a user can mend: the traceback is for us
         status_of(lambda: (_ for _ in ()).throw(RuntimeError()))
+
+
+BLOCKED = """
+    import os, signal
+    from megatron_mm.platform.tool import run_tool
+
+    def main():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        if not os.fork():
+            os._exit(signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        print(os.wait()[1], signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    run_tool(main)
+"""
+
+
+def test_a_fork_leaves_blocked_what_its_program_had_blocked():
+    """A training program blocks the signals that it takes in a thread, and its readers are not to die of them."""
+    done = subprocess.run([PYTHON, "-c", textwrap.dedent(BLOCKED)], capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stdout) == (0, "0 True\n"), done.stderr
