@@ -24,6 +24,7 @@ from megatron_mm.checkpoints.scattered import ScatteredSource
 from megatron_mm.checkpoints.slots import Slot
 from megatron_mm.models.node_names import collapsed, node_and_weight
 from megatron_mm.pipeline.schedule import Pipeline
+from megatron_mm.platform.collectives import exchanged
 
 if TYPE_CHECKING:
     from megatron_mm.training.optimizer import Optimizer
@@ -130,9 +131,7 @@ def _together(act: Callable[[], T]) -> T:
         result = act()
     except (ValueError, OSError) as error:
         problem = str(error)
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    found = next(filter(None, everyone), None)
+    found = next(filter(None, exchanged(problem)), None)
     if found:
         raise DamagedError(found)
     return cast(T, result)

@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
 from megatron_mm.checkpoints.image import index_file, pieces_file
-from megatron_mm.checkpoints.nodes import Nodes, exchanged, meet
+from megatron_mm.checkpoints.nodes import Nodes, meet
 from megatron_mm.config.schema import Config
+from megatron_mm.platform.collectives import exchanged
 
 logger = logging.getLogger(__name__)
 

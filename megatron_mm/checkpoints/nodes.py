@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
+
+from megatron_mm.platform.collectives import exchanged
 
 #: Begins the name of the file by which processes that see a folder find each other.
 _PRESENT = ".process-"
@@ -53,13 +54,6 @@ class Nodes:
         """Ranks whose files are kept on a node: its own, and those of the node before it."""
         before = () if len(self.members) == 1 else self.members[number - 1]
         return [*self.members[number], *before]
-
-
-def exchanged(value: Any, group: dist.ProcessGroup) -> list:
-    """A value of every process. Collective."""
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group=group)
-    return everyone
 
 
 def meet(folder: Path, group: dist.ProcessGroup) -> Nodes:

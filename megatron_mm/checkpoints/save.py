@@ -16,12 +16,11 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 import torch.distributed as dist
 
 from megatron_mm.checkpoints import folder as checkpoint_folder
@@ -35,7 +34,7 @@ from megatron_mm.config.load import dump_config
 from megatron_mm.config.schema import Config
 from megatron_mm.data.tokens.tokenizer import stored_name
 from megatron_mm.pipeline.schedule import Pipeline
-from megatron_mm.platform.collectives import all_agree
+from megatron_mm.platform.collectives import all_agree, exchanged
 
 if TYPE_CHECKING:
     from megatron_mm.training.optimizer import Optimizer
@@ -139,8 +138,7 @@ class Saver:
         """
         if not hasattr(os, "memfd_create"):
             return "this system has no memory that processes share without a name"
-        hosts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, (socket.gethostname(), size, _free_memory()))
+        hosts = exchanged((socket.gethostname(), size, _free_memory()))
         wanted: dict[str, int] = {}
         for host, needed, _ in hosts:
             wanted[host] = wanted.get(host, 0) + max(0, needed)
@@ -191,11 +189,16 @@ class Saver:
             "processes": dist.get_world_size(),
         }
         image = image_of(pipeline, optimizer)
-        self._together(lambda: self._prepare_folder(root, position.iteration), keepers_only=True)
+        # One exchange before the copy and one after it: at each, the slowest process is waited for.
+        problem = _problem_of(lambda: self._prepare_folder(root, position.iteration)) if self._is_keeper else None
+        told = exchanged((problem, image.size, uuid.uuid4().hex, _free_space(root)))
+        self._raise_first(problem for problem, *_ in told)
+        sizes = [size for _, size, *_ in told]
         if local is not None:
-            self._begin_locally(local, image, part)
+            self._facts["save"] = told[0][2]
+            self._begin_locally(local, image, part, sizes)
             return None
-        self._raise(_lacks_space(image.size, self.root))
+        self._raise_first([_lacks_space(root, sum(sizes), told[0][3])])
         if self._writer is not None and self.in_background:
             writer = self._writer
             self._together(lambda: writer.write(image, part, dist.get_rank()))
@@ -205,14 +208,10 @@ class Saver:
         self._together(self._name, keepers_only=True)
         return self._done()
 
-    def _begin_locally(self, local: LocalCopies, image: Image, part: Path) -> None:
+    def _begin_locally(self, local: LocalCopies, image: Image, part: Path, sizes: list[int]) -> None:
         """Begins to write the file of this process, and to send it to the next node."""
         writer = self._writer
         assert writer is not None  # `prepare` would have refused
-        told: list = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (image.size, uuid.uuid4().hex))
-        sizes = [size for size, _ in told]
-        self._facts["save"] = told[0][1]
         self._raise(local.lacks_space(sizes))
         tensors: dict[str, dict] = {}
         self._together(lambda: tensors.update(writer.write(image, part, dist.get_rank())))
@@ -288,8 +287,10 @@ class Saver:
 
     def _raise(self, problem: str | None) -> None:
         """Raises SaveError on every process if any has a problem."""
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
+        self._raise_first(exchanged(problem))
+
+    def _raise_first(self, problems: Iterable[str | None]) -> None:
+        """Raises SaveError for the first problem of those that every process knows."""
         found = next(filter(None, problems), None)
         if found:
             assert self._part is not None
@@ -310,9 +311,7 @@ def _problem_of(write: Callable[[], object]) -> str | None:
 
 def _first_problem(act: Callable[[], object]) -> str | None:
     """What went wrong on any process; the same on every one."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, _problem_of(act))
-    return next(filter(None, problems), None)
+    return next(filter(None, exchanged(_problem_of(act))), None)
 
 
 def _free_memory() -> int:
@@ -325,12 +324,16 @@ def _free_memory() -> int:
     return free
 
 
-def _lacks_space(size: int, root: Path) -> str | None:
-    """Why this machine's disk will not hold what its processes are about to write."""
-    needed = torch.tensor(float(size), dtype=torch.float64)
-    if dist.get_backend() == "gloo":  # one machine's processes share a disk; NCCL runs write to shared storage
-        dist.all_reduce(needed)
-    free = shutil.disk_usage(root).free
-    if float(needed) * 1.05 > free:
-        return f"{root} has {free / 2**20:.0f} MiB free and the checkpoint needs {float(needed) / 2**20:.0f} MiB"
+def _free_space(root: Path) -> int:
+    """Bytes that are free where checkpoints are stored; 0 where the folder is not there, which its maker says."""
+    try:
+        return shutil.disk_usage(root).free
+    except OSError:
+        return 0
+
+
+def _lacks_space(root: Path, needed: int, free: int) -> str | None:
+    """Why the storage of checkpoints, with so many bytes free, will not hold the next one."""
+    if needed * 1.05 > free:
+        return f"{root} has {free / 2**20:.0f} MiB free and the checkpoint needs {needed / 2**20:.0f} MiB"
     return None

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from megatron_mm.checkpoints.block_file import BLOCK, check_block
 from megatron_mm.checkpoints.image import own_paths
 from megatron_mm.checkpoints.local import LocalSet
-from megatron_mm.checkpoints.nodes import exchanged
 from megatron_mm.checkpoints.own_files import DamagedError, open_own, read_description
 from megatron_mm.checkpoints.sources import Extent
 from megatron_mm.config.documents import parse_json
+from megatron_mm.platform.collectives import exchanged
 
 
 class ScatteredSource:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import distributed
 
@@ -14,6 +16,13 @@ def all_agree(value: bool) -> bool:
     flag = torch.tensor([float(value)], device=communication_device())
     distributed.all_reduce(flag, op=distributed.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def exchanged(value: Any, group: distributed.ProcessGroup | None = None) -> list:
+    """A value of every process, in the order of their ranks. Collective."""
+    everyone: list = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def communication_device() -> torch.device:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from megatron_mm.checkpoints.save import _free_space, _lacks_space
 from tests.support.programs import TORCHRUN
 
 SMALL_FILES = ("pieces_00000.safetensors", "pieces_00000.json", "config.yaml", "manifest.json")
@@ -65,6 +66,14 @@ def test_every_process_hears_of_it(tmp_path):
             assert "irectory" in line or "File exists" in line, line
         assert last == "wrote iter_0000002"
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
+
+
+def test_a_checkpoint_that_will_not_fit_is_not_begun(tmp_path):
+    """A twentieth more than its bytes is to be free, for file systems take some themselves."""
+    assert _lacks_space(tmp_path, 100 << 20, 105 << 20) is None
+    said = f"{tmp_path} has 104 MiB free and the checkpoint needs 100 MiB"
+    assert _lacks_space(tmp_path, 100 << 20, 104 << 20) == said
+    assert _free_space(tmp_path) > 0 and _free_space(tmp_path / "none") == 0
 
 
 if __name__ == "__main__":
